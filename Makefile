@@ -1,0 +1,39 @@
+# Everything a person types. Set-up happens by itself, into .venv, on a machine with Python 3.11 or newer, pip and make.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: setup demo test check format bench zoo clean
+
+demo: setup ## sweep a small trained pair that ships with the package
+	$(BIN)/transplant-ray demo
+
+test: setup ## unit and integration tests
+	$(BIN)/python -m pytest
+
+check: setup ## lint, types, import floors
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup ## speed and memory, as ratios within one run
+	$(BIN)/python tests/bench/bench_main.py
+
+zoo: setup ## train the zoo again from its seeds
+	$(BIN)/python jobs/build_zoo.py
+
+setup: $(STAMP) ## install everything into .venv, pinned by constraints.txt
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(STAMP)
+
+clean:
+	rm -rf .venv

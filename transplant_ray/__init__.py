@@ -1,0 +1,38 @@
+"""Find the modules whose weights bring a lost ability back to a language model, transplant them, and prove it.
+
+    from transplant_ray import load_recipe, sweep
+
+    result = sweep(load_recipe("jobs/recipes/cross-generation.yaml"))
+    print(result.winner)
+
+The verbs are those of the command line; they are imported when they are first used, for Ray and MLflow take seconds.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "Recipe": "recipe",
+    "load_recipe": "recipe",
+    "Variant": "graft.variant",
+    "ResidentPair": "graft.resident",
+    "prepare": "pipeline.job",
+    "make_plan": "pipeline.planning",
+    "rank": "pipeline.sweeping",
+    "sweep": "pipeline.sweeping",
+    "export": "pipeline.exporting",
+    "apply": "pipeline.exporting",
+    "TransplantError": "errors",
+}
+
+__all__ = sorted(_HOMES)  # noqa: PLE0605 - the table above is the list
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

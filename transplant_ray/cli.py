@@ -1,0 +1,159 @@
+"""The command line: parse, call one function, print. Exit codes: 0 well, 1 some variants failed, 2 nothing could be done."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from transplant_ray import zoo
+from transplant_ray.errors import TransplantError
+
+app = typer.Typer(
+    help="Find the modules whose weights bring a lost ability back to a language model, transplant them, and prove it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+complaints = Console(stderr=True)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe; see jobs/recipes.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, e.g. runs/cross-generation.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe, e.g. sweep.k=[1,2].")]
+
+
+@app.command()
+def demo(
+    pair: Annotated[str, typer.Argument(help=f"Pair of the zoo: {', '.join(zoo.PAIRS)}.")] = zoo.PAIRS[0],
+    overrides: Overrides = None,
+) -> None:
+    """Sweep a small trained pair that ships with the package: two minutes on a laptop."""
+    _sweep(zoo.recipe_path(pair), overrides)
+
+
+@app.command()
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    measure: Annotated[bool, typer.Option(help="Load the pair, run a few steps, and tell how long the sweep takes.")] = False,
+) -> None:
+    """Say what a sweep would do, from configs and headers alone: modules, exclusions, variants, memory, placement."""
+    from transplant_ray.console import print_calibration, print_plan
+    from transplant_ray.pipeline.job import prepare
+    from transplant_ray.pipeline.planning import make_plan
+    from transplant_ray.pipeline.planning import measure as calibrate
+
+    loaded = _load(recipe, overrides)
+    job = prepare(loaded)
+    print_plan(console, make_plan(job))
+    if measure:
+        print_calibration(console, calibrate(job), gpu=loaded.resources.gpus_per_model > 0)
+
+
+@app.command()
+def rank(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Measure both models and rank their modules; writes rankings.parquet."""
+    from transplant_ray.console import TerminalWatch, ranking_table
+    from transplant_ray.pipeline.sweeping import rank as run_rank
+
+    with TerminalWatch(console) as watch:
+        rankings = run_rank(_load(recipe, overrides), watch)
+    for ranking in rankings:
+        console.print(ranking_table(ranking))
+
+
+@app.command()
+def sweep(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Rank, transplant, evaluate, choose, export and confirm; results in the run folder and in MLflow."""
+    _sweep(recipe, overrides)
+
+
+@app.command()
+def export(
+    run: RunPath,
+    variant: Annotated[str | None, typer.Option(help="Variant id of the results table; the winner by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write; RUN/checkpoint-ID by default.")] = None,
+) -> None:
+    """Write a variant of a finished sweep as a checkpoint that loads anywhere."""
+    from transplant_ray.pipeline.exporting import export as run_export
+
+    console.print(f"wrote {run_export(run, variant, out)}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def apply(
+    delta: Annotated[Path, typer.Argument(metavar="DELTA", help="Delta folder that a sweep wrote.")],
+    target: Annotated[str, typer.Option(help="The checkpoint to change: folder or hub id.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    revision: Annotated[str | None, typer.Option(help="Revision of a hub target.")] = None,
+    undo: Annotated[bool, typer.Option("--undo", help="Turn a changed checkpoint back into the target, byte for byte.")] = False,
+) -> None:
+    """Turn a delta and its target into a checkpoint, or back."""
+    from transplant_ray.pipeline.exporting import apply as run_apply
+
+    console.print(f"wrote {run_apply(delta, target, out, undo=undo, revision=revision)}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def show(run: RunPath, every: Annotated[bool, typer.Option("--all", help="Every row of every split.")] = False) -> None:
+    """Print the results of a finished sweep again."""
+    from transplant_ray.pipeline.exporting import read_results
+    from transplant_ray.storage import RunFolder
+
+    folder = RunFolder(run)
+    _print_results(read_results(folder), folder.read_summary(), every=every)
+
+
+def main() -> None:
+    """Entry point: our own errors are printed without a traceback and exit with 2."""
+    with _plain_errors():
+        app()
+
+
+def _sweep(path: Path, overrides: list[str] | None) -> None:
+    from transplant_ray.console import TerminalWatch
+    from transplant_ray.pipeline.sweeping import sweep as run_sweep
+
+    recipe = _load(path, overrides)
+    with TerminalWatch(console) as watch:
+        result = run_sweep(recipe, watch)
+    _print_results(result.results, result.summary, every=False)
+    folder = result.folder
+    console.print(f"tables: {folder.path}   checkpoint: {folder.checkpoint}", markup=False, soft_wrap=True)
+    console.print(f"MLflow: experiment {recipe.tracking.experiment!r}, run {result.summary['mlflow_run']}", markup=False, soft_wrap=True)
+    if result.failed:
+        raise typer.Exit(1)
+
+
+def _load(path: Path, overrides: list[str] | None):  # type: ignore[no-untyped-def]
+    from transplant_ray.recipe import load_recipe
+
+    return load_recipe(path, overrides or [])
+
+
+def _print_results(results, summary, *, every: bool) -> None:  # type: ignore[no-untyped-def]
+    from transplant_ray.console import results_table, summary_lines
+
+    for split in ("select", "test") if every else ("select",):
+        console.print(results_table(results, split, top=None if every else 8))
+    for line in summary_lines(summary):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    try:
+        yield
+    except TransplantError as error:
+        complaints.print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""What people see in a terminal: progress, tables, errors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from transplant_ray.evaluate.results import Result
+from transplant_ray.pipeline.planning import Calibration, Memory, PlanReport
+from transplant_ray.probe.rankers import Ranking
+
+BASELINE_ROLES = ("target", "source", "all")
+SHOWN_EXCLUSIONS = 5
+
+
+class TerminalWatch:
+    """A bar per stage on a terminal; a line per stage where the output is a file or a job's log."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.live = console.is_terminal
+        columns = (
+            SpinnerColumn(), TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )  # fmt: skip
+        self.progress = Progress(*columns, console=console, disable=not self.live)
+        self.task: TaskID | None = None
+
+    def __enter__(self) -> TerminalWatch:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._end_stage()
+        self.progress.stop()
+
+    def stage(self, name: str, total: int) -> None:
+        self._end_stage()
+        if not self.live:
+            self.console.print(f"{name} ({total} examples)" if total else name)
+        self.task = self.progress.add_task(name, total=total or None)
+
+    def advance(self, amount: int) -> None:
+        if self.task is not None:
+            self.progress.advance(self.task, amount)
+
+    def note(self, text: str) -> None:
+        self.console.print(text, style="yellow", markup=False)
+
+    def _end_stage(self) -> None:
+        if self.task is not None:
+            done = self.progress.tasks[-1].total or 1
+            self.progress.update(self.task, total=done, completed=done)
+
+
+def results_table(results: Sequence[Result], split: str = "select", top: int | None = 8) -> Table:
+    """Baselines, then trials, then controls, each best first; `top` of the latter two, None for all."""
+    rows = [row for row in results if row.split == split]
+    trials, controls = (_best_first([row for row in rows if row.role == role]) for role in ("trial", "control"))
+    groups = [[row for role in BASELINE_ROLES for row in rows if row.role == role], _top(trials, top), _top(controls, top)]
+    n = rows[0].n if rows else 0
+    table = Table(title=f"{split}, n = {n}; controls are dim", title_justify="left", caption_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
+    hidden = len(rows) - sum(map(len, groups))
+    if hidden:
+        table.caption = f"{hidden} more rows: transplant-ray show RUN --all"
+    table.add_column("what", no_wrap=True)
+    for name, width in (("accuracy", 8), ("95 % interval", 13), ("TIR", 5), ("Recovery", 8)):
+        table.add_column(name, justify="right", no_wrap=True, min_width=width)
+    table.add_column("variant", no_wrap=True, min_width=12)
+    for group in groups:
+        for row in group:
+            table.add_row(*_cells(row), style=_style(row))
+        table.add_section()
+    return table
+
+
+def _best_first(rows: Sequence[Result]) -> list[Result]:
+    return sorted(rows, key=lambda row: (row.accuracy is None, -(row.accuracy or 0), row.k or 0, row.label))
+
+
+def _top(rows: Sequence[Result], top: int | None) -> list[Result]:
+    """The first `top` rows, and the winner and failures wherever they are."""
+    return [row for place, row in enumerate(rows) if top is None or place < top or row.winner or row.error]
+
+
+def ranking_table(ranking: Ranking, top: int = 10) -> Table:
+    table = Table(title=f"ranking by {ranking.ranker}", title_justify="left")
+    for name in ("rank", "module", "score"):
+        table.add_column(name)
+    for position, (module, score) in enumerate(list(ranking.scores.items())[:top], start=1):
+        table.add_row(str(position), module, f"{score:.4g}")
+    if len(ranking.scores) > top:
+        table.caption = f"{len(ranking.scores) - top} more in rankings.parquet"
+    return table
+
+
+def summary_lines(summary: dict[str, Any]) -> list[str]:
+    """The headline in sentences."""
+    winner = summary["winner"]
+    if winner is None:
+        return ["no winner: every trial failed; the reasons are in the table"]
+    test, target, source = winner["test"], summary["baselines"]["test"]["target"], summary["baselines"]["test"]["source"]
+    agrees = winner["exported_agrees"]
+    return [
+        f"winner: {winner['label']} (variant {winner['variant']}, {winner['num_modules']} modules), chosen on select",
+        f"on test, the exported checkpoint reloaded: {_interval(test)}; the target {_interval(target)}, the source {_interval(source)}",
+        f"TIR {_number(test['tir'])}, Recovery {_percent(test['recovery'])}, "
+        f"of what swapping everything reaches {_percent(test['reachable_recovery'])}",
+        f"exported = resident: the same completion on {agrees['equal']} of {agrees['n']} select examples",
+    ]
+
+
+def print_plan(console: Console, report: PlanReport) -> None:
+    kinds = ", ".join(f"{kind} {count}" for kind, count in report.modules_per_kind.items())
+    console.print(f"[bold]{report.family}[/], {report.num_layers} layers; compatible modules: {kinds}", highlight=False)
+    if report.excluded:
+        console.print(f"left out: {len(report.excluded)} modules")
+        for exclusion in report.excluded[:SHOWN_EXCLUSIONS]:
+            console.print(f"  {exclusion.name}: {exclusion.reason}", markup=False)
+        if len(report.excluded) > SHOWN_EXCLUSIONS:
+            console.print(f"  … and {len(report.excluded) - SHOWN_EXCLUSIONS} more")
+    for warning in report.warnings:
+        console.print(f"warning: {warning}", style="yellow", markup=False)
+    for note in report.notes:
+        console.print(note, style="yellow", markup=False)
+    roles = ", ".join(f"{count} {role}" for role, count in report.variants.items())
+    console.print(f"variants: {roles}; at most {report.num_distinct} to evaluate, equal ones once", highlight=False)
+    console.print("examples: " + ", ".join(f"{n} {split}" for split, n in report.examples.items()), highlight=False)
+    for actor, memory in report.memory.items():
+        console.print(f"memory per {actor}: {_memory(memory)}", highlight=False)
+    for line in report.placement:
+        console.print(line, highlight=False)
+
+
+def print_calibration(console: Console, calibration: Calibration, *, gpu: bool) -> None:
+    unit = "GPU-hours" if gpu else "hours of one evaluator on CPU"
+    console.print(
+        f"measured on {calibration.device}: {calibration.seconds_per_example * 1000:.3g} ms an example; "
+        f"{calibration.num_answers} answers take at most {calibration.hours:.3g} {unit}",
+        highlight=False,
+    )
+
+
+def _cells(row: Result) -> tuple[str, ...]:
+    if row.error is not None or row.accuracy is None:
+        reason = (row.error or "no examples").splitlines()[0]
+        return row.label, "failed", reason[:60], "–", "–", row.variant
+    mark = " *" if row.winner else ""
+    interval = f"{row.ci_low:.3f}–{row.ci_high:.3f}"
+    return (
+        row.label + mark, f"{row.accuracy:.3f}", interval, _number(row.tir), _percent(row.recovery),
+        row.variant,
+    )  # fmt: skip
+
+
+def _style(row: Result) -> str:
+    if row.error is not None:
+        return "red"
+    if row.winner:
+        return "bold green"
+    return "dim" if row.role == "control" else "bold" if row.role in BASELINE_ROLES else ""
+
+
+def _interval(numbers: dict[str, Any]) -> str:
+    if numbers["accuracy"] is None:
+        return "–"
+    return f"{numbers['accuracy']:.3f} [{numbers['ci_low']:.3f}–{numbers['ci_high']:.3f}]"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def _memory(memory: Memory) -> str:
+    return f"{_gib(memory.total)} ({_gib(memory.weights)} weights, up to {_gib(memory.cache)} key-value cache)"
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**28 else f"{num_bytes / 2**20:.1f} MiB"

@@ -1,0 +1,135 @@
+"""Actors that hold models. What they compute is in `probe`, `graft` and `evaluate`; here it is placed, streamed and retried."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from transplant_ray.errors import TransplantError
+from transplant_ray.evaluate.answers import VariantShard
+from transplant_ray.evaluate.generate import GenerationSettings
+from transplant_ray.evaluate.outcome import Outcome, answer_examples
+from transplant_ray.evaluate.task import Rendered
+from transplant_ray.graft.resident import ResidentPair, load_resident_pair
+from transplant_ray.graft.variant import Variant
+from transplant_ray.models.checkpoint import Checkpoint
+from transplant_ray.models.compare import Comparison
+from transplant_ray.models.loading import load_model, load_tokenizer, placement
+from transplant_ray.probe.statistics import ActivationStats, Continuations, greedy_continuations, stream_stats
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What every model actor is told once: how to load, to generate and to score."""
+
+    tokenizer: Checkpoint
+    """The target: its tokenizer reads and writes for both models."""
+    dtype: str
+    num_gpus: float
+    num_threads: int
+    generation: GenerationSettings
+    scorer: str
+
+
+@ray.remote
+class ModelActor:
+    """One model as it is: streams activation statistics, continues prompts, answers for itself."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str, workload: Workload) -> None:
+        _settle(workload)
+        self.checkpoint = checkpoint
+        self.name = name
+        self.workload = workload
+
+        self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
+
+    def _load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Not in __init__: an error there reaches the caller as the death of the actor, without its words."""
+        if self._loaded is None:
+            model = load_model(self.checkpoint, self.workload.dtype, placement(self.workload.num_gpus))
+            self._loaded = model, load_tokenizer(self.workload.tokenizer)
+        return self._loaded
+
+    def where(self) -> dict[str, Any]:
+        return _where(str(self._load()[0].device))
+
+    def continuations(self, examples: Sequence[Rendered], settings: GenerationSettings) -> dict[str, tuple[int, ...]]:
+        return greedy_continuations(*self._load(), examples, settings)
+
+    def stream_stats(
+        self,
+        examples: Sequence[Rendered],
+        modules: Sequence[str],
+        settings: GenerationSettings,
+        continuations: Continuations | None,
+    ) -> Iterator[ActivationStats]:
+        yield from stream_stats(*self._load(), examples, modules, settings, continuations)
+
+    def answer(self, examples: Sequence[Rendered]) -> VariantShard:
+        loaded, workload = self._load(), self.workload
+        start = time.perf_counter()
+        outcomes = answer_examples(self.name, *loaded, examples, workload.generation, workload.scorer)
+        return VariantShard(self.name, outcomes, time.perf_counter() - start)
+
+
+@ray.remote
+class Evaluator:
+    """A resident pair that answers as one variant after another."""
+
+    def __init__(self, comparison: Comparison, names: frozenset[str], workload: Workload) -> None:
+        _settle(workload)
+        self.comparison = comparison
+        self.names = names
+        self.workload = workload
+
+        self._loaded: tuple[ResidentPair, PreTrainedTokenizerBase] | None = None
+
+    def _load(self) -> tuple[ResidentPair, PreTrainedTokenizerBase]:
+        if self._loaded is None:
+            place = placement(self.workload.num_gpus)
+            pair = load_resident_pair(self.comparison, self.workload.dtype, place, self.names)
+            self._loaded = pair, load_tokenizer(self.workload.tokenizer)
+        return self._loaded
+
+    def where(self) -> dict[str, Any]:
+        return _where(str(self._load()[0].model.device))
+
+    def evaluate(self, variants: Sequence[Variant], examples: Sequence[Rendered]) -> Iterator[VariantShard]:
+        """One result per variant, in order. A variant that fails is a result with its reason; the others go on."""
+        pair, tokenizer = self._load()
+        for variant in variants:
+            start = time.perf_counter()
+            outcomes: tuple[Outcome, ...] = ()
+            error = None
+            try:
+                pair.apply(variant)
+                outcomes = answer_examples(
+                    variant.id, pair.model, tokenizer, examples, self.workload.generation, self.workload.scorer
+                )
+            except (TransplantError, RuntimeError) as failure:  # torch reports what a device cannot do as RuntimeError
+                error = f"{type(failure).__name__}: {failure}"
+            yield VariantShard(variant.id, outcomes, time.perf_counter() - start, error)
+
+
+def _settle(workload: Workload) -> None:
+    torch.set_num_threads(workload.num_threads)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def _where(device: str) -> dict[str, Any]:
+    context = ray.get_runtime_context()
+    return {
+        "device": device,
+        "node": context.get_node_id(),
+        "gpus": context.get_accelerator_ids().get("GPU", []),
+        "pid": os.getpid(),
+    }

@@ -1,0 +1,101 @@
+"""The evaluator pool: resident pairs that walk the plan, shard by shard of examples, over all variants.
+
+What a unit of work holds follows from the recipe alone; who does it, and when, does not matter to what it gives.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+
+from transplant_ray.distributed.actors import Evaluator, Workload
+from transplant_ray.distributed.cluster import Capacity
+from transplant_ray.distributed.probing import released
+from transplant_ray.evaluate.answers import VariantShard
+from transplant_ray.evaluate.task import Rendered
+from transplant_ray.graft.variant import Variant
+from transplant_ray.models.compare import Comparison
+
+VARIANTS_PER_CALL = 16
+"""Variants in one unit of work: what is lost, and done again, when an evaluator dies."""
+
+OnResult = Callable[[VariantShard], None]
+
+
+@dataclass(frozen=True)
+class Work:
+    variants: tuple[Variant, ...]
+    examples: tuple[Rendered, ...]
+
+
+def plan_work(variants: Sequence[Variant], examples: Sequence[Rendered], shard_size: int) -> Iterator[Work]:
+    """Shard-major: all variants answer a shard before the next shard begins; neighbours in the plan stay neighbours."""
+    for start in range(0, len(examples), shard_size):
+        shard = tuple(examples[start : start + shard_size])
+        for first in range(0, len(variants), VARIANTS_PER_CALL):
+            yield Work(tuple(variants[first : first + VARIANTS_PER_CALL]), shard)
+
+
+@dataclass(frozen=True)
+class Pool:
+    evaluators: tuple[ActorHandle, ...]
+
+    def places(self) -> list[dict[str, Any]]:
+        return list(ray.get([evaluator.where.remote() for evaluator in self.evaluators]))
+
+    def run(self, work: Sequence[Work], on_result: OnResult) -> None:
+        """Hand out the work in order; `on_result` is called here for every variant and shard, as they come."""
+        waiting = deque(work)
+        running: list[tuple[Any, ActorHandle]] = []
+        for evaluator in self.evaluators:
+            _hand_out(waiting, running, evaluator)
+        while running:
+            ready, _ = ray.wait([stream for stream, _ in running], num_returns=1)
+            index = next(i for i, (stream, _) in enumerate(running) if stream is ready[0])
+            stream, evaluator = running[index]
+            ref = next(stream, None)
+            if ref is not None:
+                on_result(ray.get(ref))
+            else:
+                del running[index]
+                _hand_out(waiting, running, evaluator)
+
+
+@contextmanager
+def evaluator_pool(
+    comparison: Comparison, names: frozenset[str], workload: Workload, capacity: Capacity, size: int
+) -> Iterator[Pool]:
+    """`size` evaluators that hold the target and, of the source, the modules in `names`."""
+    with ExitStack() as stack:
+        actors = [Evaluator.options(**capacity.options()).remote(comparison, names, workload) for _ in range(size)]
+        yield Pool(tuple(stack.enter_context(released(actor)) for actor in actors))
+
+
+def _hand_out(waiting: deque[Work], running: list[tuple[Any, ActorHandle]], evaluator: ActorHandle) -> None:
+    if waiting:
+        work = waiting.popleft()
+        stream = evaluator.evaluate.options(num_returns="streaming").remote(work.variants, work.examples)
+        running.append((stream, evaluator))
+
+
+@contextmanager
+def feeding(pool: Pool, work: Sequence[Work], on_result: OnResult, on_failure: Callable[[str], None]) -> Iterator[None]:
+    """The pool works in a thread while the block runs; after the block all work is done, or the pool's error is raised.
+
+    `on_failure` is told at once, so that whoever waits for outcomes in the block does not wait for ever.
+    """
+    executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="evaluator-pool")
+    future = executor.submit(pool.run, work, on_result)
+    future.add_done_callback(lambda done: on_failure(repr(error)) if (error := done.exception()) else None)
+    try:
+        yield
+        future.result()
+    finally:
+        executor.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,72 @@
+"""The sweep as Ray Tune sees it: a trial is one point of the grid, and all of them wait for the evaluator pool."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.actor import ActorHandle
+from ray.tune import Callback
+
+from transplant_ray.distributed.mailbox import Mailbox, run_trial
+from transplant_ray.evaluate.results import Result
+from transplant_ray.graft.plan import Planned
+
+MAX_CONCURRENT_TRIALS = 4
+"""Trials only wait, so a few processes serve any number of them."""
+
+OnTrial = Callable[[Result], None]
+
+
+class Trials:
+    """The grid points of a sweep. `post` gives a trial its result, from any thread; `run` returns when all have reported."""
+
+    def __init__(self, planned: Sequence[Planned]) -> None:
+        self.planned = planned
+        self.mailbox = Mailbox.remote()
+
+    def post(self, result: Result) -> None:
+        self.mailbox.post.remote(result.label, asdict(result))
+
+    def fail(self, reason: str) -> None:
+        self.mailbox.fail.remote(reason)
+
+    def run(self, folder: Path, on_trial: OnTrial) -> None:
+        """`on_trial` is called here, with the reported result, as each trial ends. `folder` takes Tune's own state."""
+        os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", str(MAX_CONCURRENT_TRIALS))
+        os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # MLflow has the metrics
+        os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new output ignores verbose=0
+        tuner = tune.Tuner(
+            tune.with_resources(tune.with_parameters(run_trial, mailbox=self.mailbox), {"cpu": 0.01}),
+            param_space={"point": tune.grid_search([_point(planned) for planned in self.planned])},
+            tune_config=tune.TuneConfig(reuse_actors=True, max_concurrent_trials=MAX_CONCURRENT_TRIALS),
+            run_config=tune.RunConfig(
+                name=folder.name,
+                storage_path=str(folder.parent.resolve()),
+                verbose=0,
+                callbacks=[_TrialCallback(on_trial)],
+                failure_config=tune.FailureConfig(max_failures=2),
+            ),
+        )
+        tuner.fit()
+
+
+class _TrialCallback(Callback):
+    """Runs on the driver, where the tracking is."""
+
+    def __init__(self, on_trial: OnTrial) -> None:
+        self.on_trial = on_trial
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
+        row = (trial.last_result or {}).get("result")
+        if row is not None:  # a trial that died without a word reports nothing, and its row says so
+            self.on_trial(Result(**row))
+
+
+def _point(planned: Planned) -> dict[str, Any]:
+    """A grid point as Tune shows it. Clipped values of K make the grid less than a full product, so points are listed."""
+    return {"label": planned.label, "ranker": planned.ranker, "kind": planned.kind, "k": planned.k, "alpha": planned.alpha}

@@ -1,0 +1,56 @@
+"""The errors a user can meet, as a tree.
+
+    TransplantError
+    ├── RecipeError           the YAML recipe: a key, a value, a combination
+    ├── DataError             task data: files, columns, templates, splits
+    ├── CheckpointError       a model folder or hub repository: missing, unsafe, corrupt
+    │   └── NumericsError     NaN or infinity in weights, statistics or logits
+    ├── IncompatibleModels    two models that cannot give to or take from each other
+    ├── VariantError          coefficients that do not fit the pair
+    ├── ResourceError         more machines, GPUs or memory than there are
+    ├── TrackingError         the MLflow server
+    └── RunError              a run folder: missing, incomplete, of another recipe
+
+Every message says where, what was found, what was expected and what to do next. Errors carry one string, for an
+exception with further required arguments does not survive pickling between Ray processes.
+"""
+
+
+class TransplantError(Exception):
+    """Base of all errors that a user can act on; the command line prints the message and exits with 2."""
+
+
+class RecipeError(TransplantError):
+    """The recipe asks for something that cannot be."""
+
+
+class DataError(TransplantError):
+    """Task data cannot be read, rendered or split as the recipe asks."""
+
+
+class CheckpointError(TransplantError):
+    """A checkpoint is missing, unsafe, truncated or not one we can read."""
+
+
+class NumericsError(CheckpointError):
+    """NaN or infinity where only finite numbers make sense."""
+
+
+class IncompatibleModels(TransplantError):
+    """Source and target cannot exchange modules."""
+
+
+class VariantError(TransplantError):
+    """A variant names modules that the pair lacks, or coefficients that are out of range."""
+
+
+class ResourceError(TransplantError):
+    """The cluster has less than the recipe asks for."""
+
+
+class TrackingError(TransplantError):
+    """The tracking server cannot be reached or refuses."""
+
+
+class RunError(TransplantError):
+    """A run folder is missing, incomplete, or belongs to another recipe."""

@@ -1,0 +1,1 @@
+"""Tasks, generation, answer scoring, metrics, results and the winner."""

@@ -1,0 +1,46 @@
+"""Answers: the outcomes of a run as they arrive, by split and variant."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from transplant_ray.evaluate.outcome import Outcome, Tally
+from transplant_ray.evaluate.task import Split
+
+
+@dataclass(frozen=True)
+class VariantShard:
+    """Outcomes of one variant on one shard of examples, or the reason why there are none."""
+
+    variant: str
+    outcomes: tuple[Outcome, ...]
+    seconds: float
+    error: str | None = None
+
+
+@dataclass
+class Answers:
+    outcomes: dict[Split, list[Outcome]] = field(default_factory=dict)
+    tallies: dict[Split, dict[str, Tally]] = field(default_factory=dict)
+
+    def add(self, split: Split, shard: VariantShard) -> None:
+        self.outcomes.setdefault(split, []).extend(shard.outcomes)
+        tallies = self.tallies.setdefault(split, {})
+        tallies[shard.variant] = add_shard(tallies.get(shard.variant), shard)
+
+    def baseline(self, split: Split, variant: str) -> Tally | None:
+        """The tally of a variant; None where it failed or was not evaluated."""
+        tally = self.tallies.get(split, {}).get(variant)
+        return None if tally is None or tally.error else tally
+
+    def completions(self, split: Split, variant: str) -> dict[str, str]:
+        """Example → completion."""
+        return {o.example: o.completion for o in self.outcomes.get(split, ()) if o.variant == variant}
+
+
+def add_shard(tally: Tally | None, shard: VariantShard) -> Tally:
+    """The tally with one more shard; the first error stays."""
+    part = replace(Tally.of(shard.outcomes, shard.seconds), error=shard.error)
+    if tally is None:
+        return part
+    return Tally(tally.n + part.n, tally.correct + part.correct, tally.seconds + part.seconds, tally.error or part.error)

@@ -1,0 +1,230 @@
+"""Read what a checkpoint holds from its config and safetensors headers, without loading a weight.
+
+Everything here comes from outside and is checked at the door: file names that leave the folder, missing shards, headers that
+lie about sizes, truncated files, pickles, quantised weights and models that are not decoders.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, NotASafetensorsRepoError, SafetensorsParsingError
+from requests.exceptions import RequestException
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from transplant_ray import zoo
+from transplant_ray.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MAX_HEADER_BYTES = 100_000_000
+"""The limit of the safetensors format."""
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+"""Dtypes of tensors that are not quantised, by their name in a safetensors header."""
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    """First byte of the tensor in its file."""
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    model: str
+    """Folder or hub id, as the recipe names it."""
+    revision: str | None
+    """The commit of a hub checkpoint."""
+    folder: Path | None
+    """Where the files are; None for a hub checkpoint that was not fetched."""
+    config: PretrainedConfig
+    tensors: Mapping[str, TensorInfo]
+    remote_code: bool = False
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(prod(info.shape) for info in self.tensors.values())
+
+    def fetch(self) -> Path:
+        """The folder with all files; downloads a hub checkpoint (once, into the hub's own cache)."""
+        if self.folder is not None:
+            return self.folder
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"] + (["*.py"] if self.remote_code else [])
+        try:
+            return Path(snapshot_download(self.model, revision=self.revision, allow_patterns=patterns))
+        except (OSError, HfHubHTTPError, RequestException) as error:
+            raise CheckpointError(f"{self.model}: download failed ({error}). Try again, or download it by hand.") from error
+
+    def weight_files(self) -> tuple[str, ...]:
+        return tuple(sorted({info.file for info in self.tensors.values()}))
+
+
+def open_checkpoint(model: str, revision: str | None = None, *, accept: Iterable[str] = ()) -> Checkpoint:
+    """Read config and headers of a local folder, a `zoo:` name or a hub repository.
+
+    `accept` may hold "remote_code". Raises CheckpointError, naming what was found, for anything that we cannot read.
+    """
+    location = zoo.resolve(model)
+    remote_code = "remote_code" in accept
+    folder = Path(location)
+    if folder.exists():
+        if revision is not None:
+            raise CheckpointError(f"{model}: `revision: {revision}` has no effect on a local folder. Remove it.")
+        return Checkpoint(
+            model, None, folder, read_config(location, None, remote_code), _local_tensors(folder), remote_code
+        )
+    if _looks_like_path(location):
+        raise CheckpointError(f"{model}: no such folder. Give a folder with config.json and safetensors, or a hub id.")
+    commit, tensors = _hub_tensors(location, revision)
+    return Checkpoint(location, commit, None, read_config(location, commit, remote_code), tensors, remote_code)
+
+
+def _looks_like_path(text: str) -> bool:
+    return text.startswith(("/", ".", "~")) or text.count("/") > 1
+
+
+def read_config(model: str, revision: str | None, remote_code: bool) -> PretrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=remote_code)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, AttributeError) as error:
+        raise CheckpointError(
+            f"{model}: config.json cannot be read ({_first_line(error)}). Expected the config of a decoder that "
+            "transformers knows; for a model with code of its own add `accept: [remote_code]`."
+        ) from error
+    _check_decoder(model, config)
+    return config
+
+
+def read_generation_ends(checkpoint: Checkpoint) -> int | list[int] | None:
+    """End tokens of a model's generation config, or of its config where it has none."""
+    place = checkpoint.folder or checkpoint.model
+    try:
+        config = GenerationConfig.from_pretrained(place, revision=checkpoint.revision)
+    except OSError:  # not every checkpoint has a generation config
+        config = checkpoint.config
+    ends: int | list[int] | None = getattr(config, "eos_token_id", None)
+    return ends
+
+
+def _check_decoder(model: str, config: PretrainedConfig) -> None:
+    if getattr(config, "quantization_config", None):
+        raise CheckpointError(f"{model}: the weights are quantised; linear maps can only be copied unquantised. Use the full-precision checkpoint.")
+    encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    if encoder or getattr(config, "is_encoder_decoder", False):
+        raise CheckpointError(f"{model}: {config.model_type} is not a decoder. Expected a causal language model.")
+
+
+def _local_tensors(folder: Path) -> dict[str, TensorInfo]:
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: not a folder. Expected a folder with config.json and safetensors.")
+    if (folder / INDEX).exists():
+        return _indexed_tensors(folder)
+    if (folder / SINGLE).exists():
+        return read_header(folder / SINGLE)
+    if pickles := sorted(path.name for path in folder.glob("*.bin")):
+        raise CheckpointError(
+            f"{folder}: only pickle weights ({pickles[0]}), which can run code when loaded. Convert them to safetensors, "
+            "or add `accept: [pickle]` to the recipe."
+        )
+    raise CheckpointError(f"{folder}: neither {SINGLE} nor {INDEX} is there. Expected a checkpoint in safetensors.")
+
+
+def _indexed_tensors(folder: Path) -> dict[str, TensorInfo]:
+    weight_map = _read_index(folder / INDEX)
+    headers: dict[str, dict[str, TensorInfo]] = {}
+    for file in sorted(set(weight_map.values())):
+        if not (folder / file).exists():
+            raise CheckpointError(f"{folder / INDEX}: shard {file} is missing. Download the checkpoint again.")
+        headers[file] = read_header(folder / file)
+    if lost := sorted(name for name, file in weight_map.items() if name not in headers[file]):
+        raise CheckpointError(f"{folder / INDEX}: {lost[0]} is not in {weight_map[lost[0]]} ({len(lost)} such tensors).")
+    return {name: headers[file][name] for name, file in weight_map.items()}
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not a shard index ({_first_line(error)}). Download it again.") from error
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: no `weight_map`. Expected the index of a sharded safetensors checkpoint.")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or file != Path(file).name or not file.endswith(".safetensors"):
+            raise CheckpointError(f"{path}: {name} points to {file!r}; a shard is a .safetensors file in the same folder.")
+    return weight_map
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Tensors of one safetensors file. CheckpointError where header and file disagree (truncated, corrupt)."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
+            raise CheckpointError(f"{path}: truncated or not safetensors ({size} bytes, header of {length}). Download it again.")
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        tensors = {name: _tensor_info(path.name, 8 + length, entry) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: the safetensors header is corrupt ({_first_line(error)}). Download it again.") from error
+    end = max((info.start + info.num_bytes for info in tensors.values()), default=8 + length)
+    if end != size:
+        raise CheckpointError(f"{path}: truncated or corrupt: {size} bytes, the header promises {end}. Download it again.")
+    return tensors
+
+
+def _tensor_info(file: str, origin: int, entry: Mapping[str, Any]) -> TensorInfo:
+    start, end = entry["data_offsets"]
+    shape = tuple(int(length) for length in entry["shape"])
+    dtype = str(entry["dtype"])
+    if start < 0 or end < start or any(length < 0 for length in shape):
+        raise ValueError(f"offsets {start}–{end}, shape {shape}")
+    if dtype in DTYPES and prod(shape) * DTYPES[dtype].itemsize != end - start:
+        raise ValueError(f"{dtype} {shape} does not fill {end - start} bytes")
+    return TensorInfo(file, dtype, shape, origin + start, end - start)
+
+
+def _hub_tensors(model: str, revision: str | None) -> tuple[str, dict[str, TensorInfo]]:
+    """Commit and tensors of a hub repository, its headers read by range requests."""
+    api = HfApi()
+    try:
+        commit = api.model_info(model, revision=revision).sha
+        metadata = api.get_safetensors_metadata(model, revision=commit)
+    except NotASafetensorsRepoError as error:
+        raise CheckpointError(f"{model}: no safetensors on the hub, only pickle weights. Choose a revision with safetensors.") from error
+    except SafetensorsParsingError as error:
+        raise CheckpointError(f"{model}: a safetensors header on the hub is corrupt ({_first_line(error)}).") from error
+    except (HfHubHTTPError, HFValidationError, RequestException, OSError) as error:
+        raise CheckpointError(
+            f"{model}: not a local folder, and the hub did not give it ({_first_line(error)}). "
+            "Check the path or id, the revision, the network, and `hf auth login` for gated models."
+        ) from error
+    tensors = {
+        name: TensorInfo(file, str(info.dtype), tuple(info.shape), info.data_offsets[0], info.data_offsets[1] - info.data_offsets[0])
+        for file, header in metadata.files_metadata.items()
+        for name, info in header.tensors.items()
+    }
+    return str(commit), tensors
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

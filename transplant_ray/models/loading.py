@@ -1,0 +1,87 @@
+"""Load models, tokenizers and single tensors, on a device, in a dtype, checked for what would spoil numbers in silence."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from transplant_ray.errors import CheckpointError, NumericsError
+from transplant_ray.models.checkpoint import Checkpoint
+
+LoadTensor = Callable[[str], torch.Tensor]
+
+
+def placement(num_gpus: float) -> str:
+    """Where a model with this many GPUs goes, as a `device_map`: cpu, the one GPU that this process sees, or spread over several.
+
+    A process that was promised a GPU which torch does not see (a CPU build of torch) runs on CPU.
+    """
+    if num_gpus == 0 or not torch.cuda.is_available():
+        return "cpu"
+    return "cuda:0" if num_gpus <= 1 else "balanced"
+
+
+def load_model(checkpoint: Checkpoint, dtype: str, device_map: str = "cpu") -> PreTrainedModel:
+    """The model, in eval mode, without gradients. CheckpointError where tensors are missing, NumericsError where not finite."""
+    folder = checkpoint.fetch()
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, dtype),
+            device_map=device_map,
+            trust_remote_code=checkpoint.remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{checkpoint.model}: cannot be loaded: {error}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise CheckpointError(f"{checkpoint.model}: {len(missing)} tensors are missing, e.g. {missing[0]}. Download it again.")
+    check_finite(checkpoint.model, dict(model.named_parameters()))
+    return cast(PreTrainedModel, model.eval().requires_grad_(False))
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """The tokenizer, padding on the left; a missing pad token becomes the end token (masked, it is never read)."""
+    place = checkpoint.folder or checkpoint.model  # of a hub checkpoint, the tokenizer comes alone
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            place, revision=checkpoint.revision, trust_remote_code=checkpoint.remote_code
+        )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+        raise CheckpointError(f"{checkpoint.model}: its tokenizer cannot be loaded: {error}") from error
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token_id is None:
+        raise CheckpointError(f"{checkpoint.model}: its tokenizer has no pad, end or unknown token to pad with.")
+    return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def load_tensors(
+    checkpoint: Checkpoint, names: Iterable[str], dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> dict[str, torch.Tensor]:
+    """Tensors by their names on disk, in `dtype` (as stored where None); reads nothing else."""
+    folder = checkpoint.fetch()
+    by_file: Mapping[str, list[str]] = defaultdict(list)
+    for name in names:
+        by_file[checkpoint.tensors[name].file].append(name)
+    tensors: dict[str, torch.Tensor] = {}
+    for file, wanted in by_file.items():
+        with safe_open(folder / file, framework="pt") as shard:
+            for name in wanted:
+                tensors[name] = shard.get_tensor(name).to(device=device, dtype=dtype)
+    check_finite(checkpoint.model, tensors)
+    return tensors
+
+
+def check_finite(model: str, tensors: Mapping[str, Any]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            count = int((~torch.isfinite(tensor)).sum())
+            raise NumericsError(f"{model}: {name} holds {count} NaN or infinite values. The checkpoint is broken; download it again.")

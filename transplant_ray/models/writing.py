@@ -1,0 +1,74 @@
+"""Write a changed copy of a checkpoint: same files, same names, same layout; unchanged tensors byte for byte.
+
+A replaced tensor has the dtype and shape of the one it replaces, so its bytes have the same place in the file: each file is
+copied by the operating system and the changed ranges are written over it. No model is in memory, only one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from transplant_ray.errors import CheckpointError
+from transplant_ray.models.checkpoint import DTYPES, Checkpoint, TensorInfo
+
+MakeTensor = Callable[[], torch.Tensor]
+
+COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
+"""Files that travel with the weights: config, tokenizer, generation config, template, licence. Pickles never do."""
+
+
+def write_checkpoint(base: Checkpoint, replaced: Mapping[str, MakeTensor], out: Path) -> None:
+    """Copy `base` into the folder `out` with the tensors named in `replaced` (by their names on disk) made anew."""
+    copy_companions(base, out)
+    folder = base.fetch()
+    for file in base.weight_files():
+        shutil.copyfile(folder / file, out / file)
+        for name, make in replaced.items():
+            if base.tensors[name].file == file:
+                overwrite_tensor(out / file, name, base.tensors[name], make())
+
+
+def copy_companions(base: Checkpoint, out: Path) -> None:
+    patterns = (*COMPANIONS, "*.py") if base.remote_code else COMPANIONS
+    for pattern in patterns:
+        for path in base.fetch().glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, out / path.name)
+
+
+def overwrite_tensor(path: Path, name: str, info: TensorInfo, tensor: torch.Tensor) -> None:
+    """Write a tensor over the bytes of another of the same dtype and shape."""
+    if tuple(tensor.shape) != info.shape or tensor.dtype != DTYPES[info.dtype]:
+        raise CheckpointError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} cannot replace {info.dtype} {info.shape}.")
+    with path.open("r+b") as file:
+        file.seek(info.start)
+        file.write(tensor_bytes(tensor))
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor as safetensors stores them: row-major, little-endian."""
+    return memoryview(tensor.detach().cpu().contiguous().view(torch.uint8).numpy()).cast("B")
+
+
+def write_safetensors(path: Path, layout: Mapping[str, TensorInfo], make: Mapping[str, MakeTensor]) -> None:
+    """A safetensors file with the tensors of `make`, each with the dtype and shape of its namesake in `layout`.
+
+    One tensor is in memory at a time, which the library's own writer does not offer.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in make:
+        info = layout[name]
+        header[name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": [offset, offset + info.num_bytes]}
+        offset += info.num_bytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns tensors to 8 bytes
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for make_tensor in make.values():
+            file.write(tensor_bytes(make_tensor()))

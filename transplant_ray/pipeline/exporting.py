@@ -1,0 +1,97 @@
+"""`export` and `apply`: from a run to a checkpoint, and from a delta to a checkpoint and back."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+from transplant_ray.errors import RunError
+from transplant_ray.evaluate.results import Result
+from transplant_ray.graft.card import write_card
+from transplant_ray.graft.export import apply_delta, export_checkpoint, export_delta
+from transplant_ray.graft.plan import Planned, SweepPlan, check_orders, plan_sweep
+from transplant_ray.models.checkpoint import open_checkpoint
+from transplant_ray.models.compare import Comparison, compare
+from transplant_ray.probe.rankers import read_rankings
+from transplant_ray.recipe import Recipe, load_recipe
+from transplant_ray.storage import RunFolder, read_rows, write_text
+
+CARD_METRICS = ("split", "n", "accuracy", "interval", "TIR", "Recovery")
+
+
+def export(run: str | Path, variant: str | None = None, out: str | Path | None = None) -> Path:
+    """Write any variant of a finished sweep, the winner by default, as a checkpoint folder; returns the folder.
+
+    Nothing is loaded but the changed tensors. RunError where the run or the variant is not there, or `out` exists.
+    """
+    folder = RunFolder(Path(run))
+    recipe = load_recipe(folder.require(folder.recipe))
+    comparison = compare_models(recipe)
+    planned = _find(_plan_again(folder, recipe, comparison), variant or _winner(folder))
+    rows = [row for row in read_results(folder) if row.variant == planned.id and row.role == planned.role]
+    place = Path(out) if out is not None else folder.path / f"checkpoint-{planned.id}"
+    return export_checkpoint(comparison, planned.variant, place, make_card(recipe, comparison, planned, rows))
+
+
+def apply(delta: str | Path, target: str, out: str | Path, *, undo: bool = False, revision: str | None = None) -> Path:
+    """Turn `target` into the variant of a delta folder, or with `undo` turn that variant back into the target, byte for byte."""
+    return apply_delta(Path(delta), target, Path(out), undo=undo, revision=revision)
+
+
+def export_winner(recipe: Recipe, comparison: Comparison, planned: Planned, rows: Sequence[Result], folder: RunFolder) -> None:
+    """The run's own `checkpoint/` and `delta/`; those of an earlier try are replaced."""
+    card = make_card(recipe, comparison, planned, rows)
+    export_checkpoint(comparison, planned.variant, folder.checkpoint, card, replace=True)
+    export_delta(comparison, planned.variant, folder.checkpoint, folder.delta, replace=True)
+
+
+def write_winner_card(
+    recipe: Recipe, comparison: Comparison, planned: Planned, rows: Sequence[Result], folder: RunFolder
+) -> None:
+    """The card again, now that the exported checkpoint was measured."""
+    for place in (folder.checkpoint, folder.delta):
+        write_text(place / "README.md", make_card(recipe, comparison, planned, rows))
+
+
+def make_card(recipe: Recipe, comparison: Comparison, planned: Planned, rows: Sequence[Result]) -> str:
+    return write_card(f"{recipe.name}: {planned.label}", comparison, planned.variant, [_card_row(row) for row in rows])
+
+
+def compare_models(recipe: Recipe) -> Comparison:
+    source = open_checkpoint(recipe.source.model, recipe.source.revision, accept=recipe.accept)
+    return compare(source, open_checkpoint(recipe.target.model, recipe.target.revision, accept=recipe.accept))
+
+
+def read_results(folder: RunFolder) -> list[Result]:
+    return [Result(**row) for row in read_rows(folder.require(folder.results))]
+
+
+def _plan_again(folder: RunFolder, recipe: Recipe, comparison: Comparison) -> SweepPlan:
+    """The plan is a function of recipe and rankings, so it need not be kept."""
+    orders = {ranking.ranker: ranking.order for ranking in read_rankings(read_rows(folder.require(folder.rankings)))}
+    check_orders(orders, comparison.modules)
+    return plan_sweep(comparison.modules, orders, recipe.sweep)
+
+
+def _find(plan: SweepPlan, variant: str) -> Planned:
+    planned = plan.find(variant)
+    if planned is None or planned.role in ("source", "target"):
+        near = difflib.get_close_matches(variant, [entry.id for entry in plan.trials], n=1)
+        hint = f" Did you mean {near[0]}?" if near else " `show RUN` lists them."
+        raise RunError(f"variant {variant!r}: not one that this run grafted.{hint}")
+    return planned
+
+
+def _winner(folder: RunFolder) -> str:
+    winner = folder.read_summary().get("winner")
+    if winner is None:
+        raise RunError(f"{folder.path}: this sweep has no winner, every trial failed. Choose one with --variant.")
+    return str(winner["variant"])
+
+
+def _card_row(row: Result) -> dict[str, str]:
+    interval = "–" if row.ci_low is None else f"{row.ci_low:.3f}–{row.ci_high:.3f}"
+    numbers = (row.accuracy, row.tir, row.recovery)
+    accuracy, tir, recovery = ("–" if value is None else f"{value:.3f}" for value in numbers)
+    return dict(zip(CARD_METRICS, (row.split, str(row.n), accuracy, interval, tir, recovery), strict=True))

@@ -1,0 +1,64 @@
+"""A recipe made concrete: headers read and compared, data split, prompts rendered. Whatever can be refused is refused here, before
+a weight is loaded or a process started."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transplant_ray.evaluate.generate import GenerationSettings, end_ids
+from transplant_ray.evaluate.task import Rendered, Split, check_lengths, load_task, tokenize
+from transplant_ray.graft.plan import SweepPlan, depth_order, plan_sweep
+from transplant_ray.models.checkpoint import open_checkpoint, read_generation_ends
+from transplant_ray.models.compare import Comparison, check_segmentation, check_vocabulary, compare
+from transplant_ray.models.loading import load_tokenizer
+from transplant_ray.recipe import ACTIVATION_RANKERS, Recipe
+
+SPLITS: tuple[Split, ...] = ("probe", "select", "test")
+
+
+@dataclass(frozen=True)
+class Job:
+    recipe: Recipe
+    comparison: Comparison
+    examples: dict[Split, tuple[Rendered, ...]]
+    generation: GenerationSettings
+
+    @property
+    def activations(self) -> bool:
+        """Whether a ranker of the recipe measures activations."""
+        return bool(ACTIVATION_RANKERS & set(self.recipe.rank.by))
+
+    @property
+    def probe_settings(self) -> GenerationSettings:
+        limit = self.recipe.rank.max_new_tokens or self.recipe.task.max_new_tokens
+        return GenerationSettings(limit, self.generation.end_ids, self.generation.stop, self.generation.batch_size)
+
+    def provisional_plan(self) -> SweepPlan:
+        """The plan's shape before anything is ranked: every ranker stands in depth order. Refuses kinds that match nothing."""
+        order = depth_order(self.comparison.modules)
+        return plan_sweep(self.comparison.modules, dict.fromkeys(self.recipe.rank.by, order), self.recipe.sweep)
+
+
+def prepare(recipe: Recipe) -> Job:
+    """Read and check everything that the recipe names. Raises the error of whatever does not fit."""
+    source = open_checkpoint(recipe.source.model, recipe.source.revision, accept=recipe.accept)
+    target = open_checkpoint(recipe.target.model, recipe.target.revision, accept=recipe.accept)
+    comparison = compare(source, target)
+    task = load_task(recipe.task)
+    ours, theirs = load_tokenizer(target), load_tokenizer(source)
+    check_vocabulary(theirs.get_vocab(), ours.get_vocab(), recipe.accept)
+    texts = [example.prompt for split in SPLITS for example in task[split]]
+    check_segmentation(texts, lambda text: theirs(text)["input_ids"], lambda text: ours(text)["input_ids"], recipe.accept)
+    examples = {split: tokenize(task[split], recipe.task, ours) for split in SPLITS}
+    ends = end_ids(read_generation_ends(target), ours)
+    generation = GenerationSettings(recipe.task.max_new_tokens, ends, recipe.task.stop, recipe.resources.batch_size)
+    job = Job(recipe, comparison, examples, generation)
+    limit = max(recipe.task.max_new_tokens, recipe.rank.max_new_tokens or 0)
+    check_lengths([e for split in SPLITS for e in examples[split]], limit, max_positions(job))
+    job.provisional_plan()
+    return job
+
+
+def max_positions(job: Job) -> int | None:
+    """Positions that the target was built for, None where its config names no limit."""
+    return getattr(job.comparison.target.config, "max_position_embeddings", None)

@@ -1,0 +1,124 @@
+"""`plan`: what a sweep would do and take, from configs and headers alone; `--measure` runs a few steps to tell how long."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+
+from transplant_ray.evaluate.generate import GenerationSettings, generate
+from transplant_ray.graft.resident import load_resident_pair
+from transplant_ray.models.catalogue import Exclusion
+from transplant_ray.models.loading import load_tokenizer, placement
+from transplant_ray.pipeline.job import Job
+
+CALIBRATION_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one actor."""
+
+    weights: int
+    cache: int
+    """Keys and values of a full batch at its longest; an upper bound where a window is used."""
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache
+
+
+@dataclass(frozen=True)
+class Calibration:
+    seconds_per_example: float
+    """At the limit of new tokens, in a full batch; completions that end early cost less."""
+    num_answers: int
+    hours: float
+    """Model-hours of the whole sweep: GPU-hours where `gpus_per_model` is 1."""
+    device: str
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """Everything `plan` prints."""
+
+    family: str
+    num_layers: int
+    modules_per_kind: dict[str, int]
+    excluded: tuple[Exclusion, ...]
+    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
+    variants: dict[str, int]
+    """Grid points by role."""
+    num_distinct: int
+    """Variants to evaluate, equal ones once; rankings that agree make it smaller."""
+    examples: dict[str, int]
+    memory: dict[str, Memory]
+    placement: tuple[str, ...]
+
+
+def make_plan(job: Job) -> PlanReport:
+    comparison, recipe = job.comparison, job.recipe
+    sweep_plan = job.provisional_plan()
+    kinds = Counter(m.role.kind for m in comparison.modules) + Counter(m.path.rpartition(".")[2] for m in comparison.modules)
+    return PlanReport(
+        family=comparison.target.config.model_type,
+        num_layers=comparison.num_layers,
+        modules_per_kind={"all": len(comparison.pairs), **kinds},
+        excluded=comparison.excluded,
+        warnings=comparison.warnings,
+        notes=sweep_plan.notes,
+        variants=dict(Counter(entry.role for entry in sweep_plan.entries)),
+        num_distinct=len(sweep_plan.variants),
+        examples={split: len(examples) for split, examples in job.examples.items()},
+        memory={"probe actor": _memory(job, evaluator=False), "evaluator": _memory(job, evaluator=True)},
+        placement=_placement(recipe.resources.gpus_per_model, recipe.resources.cpus_per_model, recipe.resources.evaluators),
+    )
+
+
+def measure(job: Job) -> Calibration:
+    """Load the pair in this process, answer one batch for a few tokens, and extrapolate."""
+    device_map = placement(job.recipe.resources.gpus_per_model)
+    pair = load_resident_pair(job.comparison, job.recipe.resources.dtype, device_map)
+    tokenizer = load_tokenizer(job.comparison.target)
+    prompts = [example.prompt_ids for example in job.examples["select"][: job.generation.batch_size]]
+    limit = job.generation.max_new_tokens
+    steps = min(CALIBRATION_TOKENS, limit)
+    settings = GenerationSettings(steps, (), batch_size=job.generation.batch_size)  # no end token: every row takes every step
+    generate(pair.model, tokenizer, prompts, settings)  # the first call compiles and allocates
+    start = time.perf_counter()
+    generate(pair.model, tokenizer, prompts, settings)
+    per_example = (time.perf_counter() - start) / len(prompts) * limit / steps
+    num_variants = len(job.provisional_plan().variants) + 1  # and the source for itself
+    answers = num_variants * len(job.examples["select"]) + 4 * len(job.examples["test"]) + 2 * len(job.examples["probe"])
+    return Calibration(per_example, answers, per_example * answers / 3600, str(pair.model.device))
+
+
+def _memory(job: Job, *, evaluator: bool) -> Memory:
+    size = getattr(torch, job.recipe.resources.dtype).itemsize
+    target = job.comparison.target
+    source_parameters = sum(pair.source.num_parameters for pair in job.comparison.pairs.values()) if evaluator else 0
+    return Memory((target.num_parameters + source_parameters) * size, _cache_values(job) * size)
+
+
+def _cache_values(job: Job) -> int:
+    """Keys and values in the cache of a full batch of the longest prompts."""
+    config: Any = job.comparison.target.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    prompts = [len(example.prompt_ids) for examples in job.examples.values() for example in examples]
+    rows = min(job.generation.batch_size, len(prompts))
+    return prod((2, job.comparison.num_layers, rows, heads, head_dim, max(prompts) + job.generation.max_new_tokens))
+
+
+def _placement(gpus: float, cpus: float, evaluators: int) -> tuple[str, ...]:
+    each = f"{gpus:g} GPU and {cpus:g} CPU" if gpus else f"{cpus:g} CPU"
+    return (
+        f"probe: a source and a target actor, {each} each; one after the other where only one fits",
+        f"evaluate: {evaluators} evaluator{'s' if evaluators > 1 else ''} with target and source modules side by side, {each} each",
+        f"confirm: the exported checkpoint, reloaded, {each}",
+    )

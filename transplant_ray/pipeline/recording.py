@@ -1,0 +1,129 @@
+"""What a sweep leaves behind: tables and summary in the run folder, the same in MLflow."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transplant_ray.distributed.probing import ProbeResult
+from transplant_ray.evaluate.metrics import reachable_recovery
+from transplant_ray.evaluate.outcome import SCHEMA as OUTCOME_SCHEMA
+from transplant_ray.evaluate.results import SCHEMA as RESULT_SCHEMA
+from transplant_ray.evaluate.results import Result
+from transplant_ray.evaluate.task import Split
+from transplant_ray.graft.plan import SweepPlan
+from transplant_ray.pipeline.exporting import write_winner_card
+from transplant_ray.pipeline.run import Run
+from transplant_ray.storage import RunFolder, write_json, write_rows
+from transplant_ray.tracking.figures import heat_map, k_curves
+from transplant_ray.tracking.tracker import Tracker, environment
+
+EXPORTED = "exported"
+"""The name under which the exported checkpoint's outcomes are kept."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What Tune reported of one grid point, and its run in MLflow."""
+
+    result: Result
+    run_id: str
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    folder: RunFolder
+    results: list[Result]
+    summary: dict[str, Any]
+
+    @property
+    def winner(self) -> Result | None:
+        """The winner's row on select."""
+        return next((row for row in self.results if row.winner and row.split == "select"), None)
+
+    @property
+    def failed(self) -> list[Result]:
+        return [row for row in self.results if row.error is not None]
+
+
+def record(
+    run: Run, plan: SweepPlan, results: list[Result], probed: ProbeResult, trials: Mapping[str, Trial], tracker: Tracker
+) -> SweepResult:
+    """Write tables, summary and the winner's card, then tell MLflow; returns what was recorded."""
+    folder = run.folder
+    with run.stopwatch.stage("record"):
+        for split, outcomes in run.answers.outcomes.items():
+            write_rows(folder.outcomes / f"{split}.parquet", [asdict(o) for o in outcomes], OUTCOME_SCHEMA)
+        write_rows(folder.results, [asdict(row) for row in results], RESULT_SCHEMA)
+        winner = [row for row in results if row.winner]
+        if winner:
+            write_winner_card(run.job.recipe, run.job.comparison, plan.trial(winner[0].label), winner, folder)
+        summary = summarise(run, results, probed, tracker.run_id)
+        write_json(folder.summary, summary)
+        figures = {"k_curves": k_curves(results)}
+        figures |= {f"scores_{r.ranker}": heat_map(r, run.job.comparison.modules) for r in probed.rankings}
+        tracker.log_summary(folder, _headline(results), figures)
+        if winner:
+            summary["model_version"] = tracker.log_winner(trials[winner[0].label].run_id, winner[-1], folder)
+    summary["seconds"] = run.stopwatch.seconds
+    write_json(folder.summary, summary)
+    shutil.rmtree(folder.path / ".tune", ignore_errors=True)  # Tune's own state: all of it is in the tables
+    return SweepResult(folder, results, summary)
+
+
+def summarise(run: Run, results: Sequence[Result], probed: ProbeResult, run_id: str) -> dict[str, Any]:
+    """`summary.json`."""
+    by_split: dict[Split, dict[str, Any]] = {split: _baselines(results, split) for split in ("select", "test")}
+    winner = [row for row in results if row.winner]
+    return {
+        "name": run.job.recipe.name,
+        "recipe": run.job.recipe.identity(),
+        "baselines": by_split,
+        "winner": _describe_winner(run, results, winner) if winner else None,
+        "failed": [{"variant": row.variant, "label": row.label, "error": row.error} for row in results if row.error],
+        "warnings": list(run.job.comparison.warnings),
+        "excluded": [asdict(exclusion) for exclusion in run.job.comparison.excluded],
+        "places": probed.places,
+        "mlflow_run": run_id,
+        "environment": environment(),
+        "seconds": run.stopwatch.seconds,
+    }
+
+
+def _describe_winner(run: Run, results: Sequence[Result], winner: Sequence[Result]) -> dict[str, Any]:
+    first = winner[0]
+    described: dict[str, Any] = {"variant": first.variant, "label": first.label, "num_modules": first.num_modules}
+    for row in winner:
+        target, all_swapped = (_accuracy(results, role, row.split) for role in ("target", "all"))
+        reachable = None
+        if row.accuracy is not None and target is not None and all_swapped is not None:
+            reachable = reachable_recovery(row.accuracy, target=target, all_swapped=all_swapped)
+        described[row.split] = {**_numbers(row), "reachable_recovery": reachable}
+    described["exported_agrees"] = _agreement(run, first.variant)
+    return described
+
+
+def _agreement(run: Run, variant: str) -> dict[str, int]:
+    """On how many select examples the reloaded checkpoint gave the very completion of the resident variant."""
+    resident, exported = (run.answers.completions("select", name) for name in (variant, EXPORTED))
+    return {"n": len(resident), "equal": sum(exported.get(example) == text for example, text in resident.items())}
+
+
+def _baselines(results: Sequence[Result], split: Split) -> dict[str, Any]:
+    return {row.role: _numbers(row) for row in results if row.split == split and row.role in ("target", "source", "all")}
+
+
+def _accuracy(results: Sequence[Result], role: str, split: Split) -> float | None:
+    return next((row.accuracy for row in results if (row.role, row.split) == (role, split)), None)
+
+
+def _numbers(row: Result) -> dict[str, Any]:
+    return {name: getattr(row, name) for name in ("n", "correct", "accuracy", "ci_low", "ci_high", "tir", "recovery")}
+
+
+def _headline(results: Sequence[Result]) -> dict[str, float]:
+    """Metrics of the parent run: accuracies of baselines and winner on both splits."""
+    rows = [row for row in results if row.accuracy is not None and (row.winner or row.role in ("target", "source", "all"))]
+    return {f"{row.split}_{'winner' if row.winner else row.role}": row.accuracy for row in rows if row.accuracy is not None}

@@ -1,0 +1,1 @@
+"""Run a workload, reduce activations to statistics, score and rank modules."""

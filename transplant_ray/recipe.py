@@ -1,0 +1,312 @@
+"""The recipe: everything a user decides, as frozen pydantic models read from YAML; unknown keys are refused.
+
+    recipe = load_recipe("jobs/recipes/cross-generation.yaml", ["sweep.k=[1,2]"])
+
+Paths of inputs (models, data) are relative to the recipe's folder, so that a recipe and its data travel together; paths in
+overrides, `storage` and `tracking.uri` are relative to the working directory, where results belong.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from transplant_ray import zoo
+from transplant_ray.errors import RecipeError
+
+Kind = str
+"""`attn`, `ffn`, `all`, or one projection such as `down_proj`."""
+
+Acceptance = Literal["vocabulary", "segmentation", "pickle", "remote_code"]
+
+ACTIVATION_RANKERS = frozenset({"lae"})
+RANKERS = ("lae", "depth", "random")
+SCORERS = ("exact",)
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelSpec(Part):
+    model: str
+    """A folder, a hub id such as `microsoft/Phi-3-mini-4k-instruct`, or `zoo:PAIR/source`."""
+    revision: str | None = None
+    """Branch, tag or commit; hub models only."""
+
+
+class HubData(Part):
+    path: str
+    name: str | None = None
+    split: str
+    revision: str | None = None
+
+
+class SplitSpec(Part):
+    """Sizes of the three disjoint splits: rank on `probe`, choose on `select`, confirm on `test`."""
+
+    probe: int = Field(128, ge=1)
+    select: int = Field(300, ge=1)
+    test: int = Field(300, ge=1)
+    seed: int = 42
+
+
+class TaskSpec(Part):
+    data: str | HubData
+    """A JSONL or Parquet file, `zoo:PAIR/tasks/NAME.jsonl`, or a hub dataset."""
+    prompt: str
+    """Template over the columns of the data, e.g. `"Q: {question}\\nA:"`."""
+    answer: str
+    """Template of the reference answer."""
+    scorer: str = "exact"
+    max_new_tokens: int = Field(ge=1)
+    stop: tuple[str, ...] = ()
+    """Strings that end a completion; they are not part of it."""
+    chat_template: bool = False
+    """Render the prompt as a user message through the target's chat template."""
+    system: str | None = None
+    """System message; needs `chat_template: true`."""
+    split: SplitSpec = SplitSpec()
+
+    @field_validator("scorer")
+    @classmethod
+    def _known_scorer(cls, value: str) -> str:
+        return _one_of(value, SCORERS, "scorer")
+
+    @model_validator(mode="after")
+    def _system_has_effect(self) -> TaskSpec:
+        if self.system is not None and not self.chat_template:
+            raise ValueError("`system` has no effect without `chat_template: true`")
+        return self
+
+
+class RankSpec(Part):
+    by: tuple[str, ...] = ("lae",)
+    trajectory: Literal["own", "source", "reference"] = "own"
+    """Whose text the activations are measured along."""
+    max_new_tokens: int | None = Field(None, ge=1)
+    """Decode steps to measure (T); the task's limit where absent."""
+
+    @field_validator("by")
+    @classmethod
+    def _known_rankers(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
+            raise ValueError("at least one ranker is needed")
+        return _distinct([_one_of(ranker, RANKERS, "ranker") for ranker in value])
+
+    @model_validator(mode="after")
+    def _settings_have_effect(self) -> RankSpec:
+        idle = sorted({"trajectory", "max_new_tokens"} & self.model_fields_set)
+        if idle and not ACTIVATION_RANKERS & set(self.by):
+            raise ValueError(f"{idle} has no effect: none of {list(self.by)} measures activations")
+        return self
+
+
+class ControlSpec(Part):
+    """Variants that should not win; they are in every sweep."""
+
+    random: int = Field(3, ge=3)
+    """Seeds of random sets, for every kind and K."""
+    alpha: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.25, 0.5, 0.75)
+    """Uniform coefficients over all modules, a linear merge."""
+
+
+class SweepSpec(Part):
+    """The grid: ranker × kind × K × alpha."""
+
+    k: tuple[Annotated[int, Field(ge=1)], ...]
+    kind: tuple[Kind, ...] = ("all",)
+    alpha: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (1.0,)
+    """Coefficient of the chosen modules; 1 is the hard transplant."""
+    controls: ControlSpec = ControlSpec()
+
+    @field_validator("k", "kind", "alpha")
+    @classmethod
+    def _grid_axis(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not value:
+            raise ValueError("a grid axis needs at least one value")
+        return _distinct(value)
+
+
+class ResourceSpec(Part):
+    address: str | None = None
+    """Address of a Ray cluster; without one Ray starts in this process (or `RAY_ADDRESS` is joined)."""
+    gpus_per_model: float = Field(0, ge=0)
+    """GPUs of each model actor; fractions share one GPU, 0 runs on CPU."""
+    cpus_per_model: float = Field(1, gt=0)
+    evaluators: int = Field(1, ge=1)
+    """Resident pairs that evaluate side by side."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    batch_size: int = Field(64, ge=1)
+    """Examples per forward pass."""
+    shard_size: int = Field(100, ge=1)
+    """Examples per unit of work that is handed to an evaluator."""
+
+    @field_validator("gpus_per_model")
+    @classmethod
+    def _whole_or_fraction(cls, value: float) -> float:
+        if value > 1 and value != int(value):
+            raise ValueError(f"{value} GPUs: Ray shares fractions of one GPU, or gives whole ones")
+        return value
+
+
+class TrackingSpec(Part):
+    uri: str = "sqlite:///mlflow.db"
+    experiment: str = "transplant"
+    upload: Literal["checkpoint", "delta", "none"] = "checkpoint"
+    """What of the winner becomes an artifact of its run."""
+
+
+class Recipe(Part):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    source: ModelSpec
+    target: ModelSpec
+    task: TaskSpec
+    rank: RankSpec = RankSpec()
+    sweep: SweepSpec
+    resources: ResourceSpec = ResourceSpec()
+    tracking: TrackingSpec = TrackingSpec()
+    storage: str = "runs"
+    """Results go to `<storage>/<name>/`."""
+    accept: tuple[Acceptance, ...] = ()
+    """What is otherwise refused: other vocabularies, other segmentation, pickle checkpoints, code of a model repository."""
+
+    def identity(self) -> str:
+        """Content hash of all that can change a result: where and how fast it runs, and who is told, cannot."""
+        content = self.model_dump(mode="json", exclude={"tracking", "storage", "resources"})
+        content["numerics"] = [self.resources.dtype, self.resources.batch_size, self.resources.shard_size]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply `key=value` overrides, e.g. `sweep.k=[1,2]`; values are YAML.
+
+    Raises RecipeError for a missing file, broken YAML, an unknown key or a value out of range.
+    """
+    path = Path(path)
+    mapping = _read_mapping(path)
+    _absolute_inputs(mapping, path.resolve().parent)
+    changes = _overrides(overrides)
+    _absolute_inputs(changes, Path.cwd())
+    return parse_recipe(_merge(mapping, changes), where=str(path))
+
+
+def parse_recipe(mapping: dict[str, Any], where: str = "recipe") -> Recipe:
+    try:
+        return Recipe.model_validate(mapping)
+    except ValidationError as error:
+        problems = [f"{where}: {_explain(problem)}" for problem in error.errors()]
+        raise RecipeError("\n".join(problems)) from None
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML lets the last of two equal keys win in silence; we do not."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [str(key.value) for key, _ in node.value]
+        if repeated := sorted({key for key in keys if keys.count(key) > 1}):
+            raise yaml.constructor.ConstructorError(None, None, f"key {repeated[0]!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 - a SafeLoader: no tags that build objects
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    try:
+        mapping = _yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read ({error}). Give the path of a YAML recipe.") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise RecipeError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(mapping, dict):
+        raise RecipeError(f"{path}: found {type(mapping).__name__}, expected a mapping with the keys of a recipe.")
+    return mapping
+
+
+def _overrides(pairs: Iterable[str]) -> dict[str, Any]:
+    changes: dict[str, Any] = {}
+    for pair in pairs:
+        key, separator, text = pair.partition("=")
+        if not separator or not all(key.split(".")):
+            raise RecipeError(f"override {pair!r}: expected key=value, for example sweep.k=[1,2].")
+        try:
+            value = _yaml(text)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"override {pair!r}: the value is not valid YAML: {error}") from error
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        changes = _merge(changes, value)
+    return changes
+
+
+def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(old)
+    for key, value in new.items():
+        both = isinstance(merged.get(key), dict) and isinstance(value, dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _absolute_inputs(mapping: dict[str, Any], base: Path) -> None:
+    """Make the paths of models and data absolute, in place; what is not a path (a hub id) stays."""
+    for part, key in (("source", "model"), ("target", "model"), ("task", "data")):
+        section = mapping.get(part)
+        if isinstance(section, dict) and isinstance(section.get(key), str):
+            section[key] = _absolute(section[key], base, is_file=key == "data")
+
+
+def _absolute(text: str, base: Path, *, is_file: bool) -> str:
+    if text.startswith(zoo.PREFIX):
+        return text
+    path = base / Path(text).expanduser()
+    if is_file or path.exists() or text.startswith((".", "/", "~")):
+        return str(path)
+    return text
+
+
+def _explain(problem: Any) -> str:
+    """One pydantic problem in our words: place, finding, expectation."""
+    place = ".".join(str(part) for part in problem["loc"]) or "the recipe"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        return f"`{place}` is not a key of a recipe.{_nearest(place)}"
+    if problem["type"] == "missing":
+        return f"`{place}` is missing; it has no default."
+    return f"`{place}` is {problem['input']!r}: {message}."
+
+
+def _nearest(place: str) -> str:
+    near = difflib.get_close_matches(place, list(_keys(Recipe)), n=2, cutoff=0.6)
+    return f" Did you mean {' or '.join(f'`{key}`' for key in near)}?" if near else " See `transplant-ray plan --help`."
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _keys(field.annotation, f"{prefix}{name}.")
+
+
+def _one_of(value: str, known: Sequence[str], what: str) -> str:
+    if value not in known:
+        near = difflib.get_close_matches(value, known, n=1)
+        raise ValueError(f"unknown {what} {value!r}; expected one of {list(known)}{f' (nearest: {near[0]})' if near else ''}")
+    return value
+
+
+def _distinct(values: Sequence[Any]) -> tuple[Any, ...]:
+    if len(set(values)) != len(values):
+        raise ValueError(f"{list(values)} has a value twice")
+    return tuple(values)

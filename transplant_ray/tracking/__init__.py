@@ -1,0 +1,1 @@
+"""The only place that imports mlflow: runs, metrics, figures and the winner's checkpoint."""
