@@ -25,7 +25,7 @@ _HOMES = {
     "TransplantError": "errors",
 }
 
-__all__ = sorted(_HOMES)  # noqa: PLE0605 - the table above is the list
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

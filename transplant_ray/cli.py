@@ -126,7 +126,11 @@ def _sweep(path: Path, overrides: list[str] | None) -> None:
     _print_results(result.results, result.summary, every=False)
     folder = result.folder
     console.print(f"tables: {folder.path}   checkpoint: {folder.checkpoint}", markup=False, soft_wrap=True)
-    console.print(f"MLflow: experiment {recipe.tracking.experiment!r}, run {result.summary['mlflow_run']}", markup=False, soft_wrap=True)
+    console.print(
+        f"MLflow: experiment {recipe.tracking.experiment!r}, run {result.summary['mlflow_run']}",
+        markup=False,
+        soft_wrap=True,
+    )
     if result.failed:
         raise typer.Exit(1)
 

@@ -7,7 +7,16 @@ from typing import Any
 
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from transplant_ray.evaluate.results import Result
@@ -62,9 +71,19 @@ def results_table(results: Sequence[Result], split: str = "select", top: int | N
     """Baselines, then trials, then controls, each best first; `top` of the latter two, None for all."""
     rows = [row for row in results if row.split == split]
     trials, controls = (_best_first([row for row in rows if row.role == role]) for role in ("trial", "control"))
-    groups = [[row for role in BASELINE_ROLES for row in rows if row.role == role], _top(trials, top), _top(controls, top)]
+    groups = [
+        [row for role in BASELINE_ROLES for row in rows if row.role == role],
+        _top(trials, top),
+        _top(controls, top),
+    ]
     n = rows[0].n if rows else 0
-    table = Table(title=f"{split}, n = {n}; controls are dim", title_justify="left", caption_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
+    table = Table(
+        title=f"{split}, n = {n}; controls are dim",
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
     hidden = len(rows) - sum(map(len, groups))
     if hidden:
         table.caption = f"{hidden} more rows: transplant-ray show RUN --all"
@@ -104,11 +123,16 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
     winner = summary["winner"]
     if winner is None:
         return ["no winner: every trial failed; the reasons are in the table"]
-    test, target, source = winner["test"], summary["baselines"]["test"]["target"], summary["baselines"]["test"]["source"]
+    test, target, source = (
+        winner["test"],
+        summary["baselines"]["test"]["target"],
+        summary["baselines"]["test"]["source"],
+    )
     agrees = winner["exported_agrees"]
     return [
         f"winner: {winner['label']} (variant {winner['variant']}, {winner['num_modules']} modules), chosen on select",
-        f"on test, the exported checkpoint reloaded: {_interval(test)}; the target {_interval(target)}, the source {_interval(source)}",
+        f"on test, the exported checkpoint reloaded: {_interval(test)}; "
+        f"the target {_interval(target)}, the source {_interval(source)}",
         f"TIR {_number(test['tir'])}, Recovery {_percent(test['recovery'])}, "
         f"of what swapping everything reaches {_percent(test['reachable_recovery'])}",
         f"exported = resident: the same completion on {agrees['equal']} of {agrees['n']} select examples",

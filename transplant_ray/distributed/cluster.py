@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.actor import ActorHandle
 
 from transplant_ray.errors import RecipeError, ResourceError, TransplantError
 from transplant_ray.recipe import Recipe, ResourceSpec
@@ -31,6 +32,10 @@ class Capacity:
     @property
     def num_actors(self) -> int:
         return sum(self.actors_per_node)
+
+    def start(self, actor_class: Any, *args: Any) -> ActorHandle:
+        """A model actor; it waits where the cluster is full."""
+        return actor_class.options(**self.options()).remote(*args)
 
     def options(self) -> dict[str, Any]:
         """Ray options of a model actor: it restarts when it dies, and calls to it are tried again until it answers."""
@@ -71,37 +76,34 @@ def refuse_vanishing_paths(recipe: Recipe) -> None:
     """Inside a submitted job a relative path is in Ray's own session folder, and lost to whoever submitted it."""
     if JOB_CONFIG not in os.environ:
         return
-    paths = {"storage": recipe.storage, "tracking.uri": _sqlite_path(recipe.tracking.uri)}
-    for key, path in paths.items():
-        if path is not None and not Path(path).expanduser().is_absolute():
+    paths = {"storage": ("", recipe.storage), "tracking.uri": _sqlite_path(recipe.tracking.uri)}
+    for key, (prefix, path) in paths.items():
+        if path and not Path(path).expanduser().is_absolute():
             raise RecipeError(
                 f"`{key}` is the relative path {path!r}, which a submitted job would write into Ray's session folder and lose. "
-                f"Give an absolute path on shared storage, e.g. {key}={'sqlite:////' if 'sqlite' in recipe.tracking.uri and key != 'storage' else '/'}shared/..."
+                f"Give an absolute path on shared storage, e.g. {key}={prefix}/shared/{path}."
             )
 
 
-def _sqlite_path(uri: str) -> str | None:
-    """The file of a sqlite address; None for a server."""
-    return uri.removeprefix("sqlite:///") if uri.startswith("sqlite:///") else None
-
-
-def in_submitted_job() -> bool:
-    return JOB_CONFIG in os.environ
-
-
-def job_submission_id() -> str | None:
-    """Id of the Ray job that this process runs in."""
-    config = json.loads(os.environ.get(JOB_CONFIG, "{}"))
-    submission: str | None = config.get("metadata", {}).get("job_submission_id")
-    return submission
+def _sqlite_path(uri: str) -> tuple[str, str]:
+    """Prefix and file of a sqlite address; no file for a server."""
+    prefix = "sqlite:///"
+    return prefix, uri.removeprefix(prefix) if uri.startswith(prefix) else ""
 
 
 def _start(address: str | None) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # actors without GPUs leave CUDA_VISIBLE_DEVICES alone
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=None if address else False)
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            include_dashboard=None if address else False,
+        )
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ResourceError(f"`resources.address`: no Ray cluster at {address!r} ({error}). Start one with `ray start --head`.") from error
+        raise ResourceError(
+            f"`resources.address`: no Ray cluster at {address!r} ({error}). Start one with `ray start --head`."
+        ) from error
 
 
 def _fit(node: dict[str, float], resources: ResourceSpec) -> int:

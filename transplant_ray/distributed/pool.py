@@ -74,7 +74,7 @@ def evaluator_pool(
 ) -> Iterator[Pool]:
     """`size` evaluators that hold the target and, of the source, the modules in `names`."""
     with ExitStack() as stack:
-        actors = [Evaluator.options(**capacity.options()).remote(comparison, names, workload) for _ in range(size)]
+        actors = [capacity.start(Evaluator, comparison, names, workload) for _ in range(size)]
         yield Pool(tuple(stack.enter_context(released(actor)) for actor in actors))
 
 

@@ -15,10 +15,9 @@ from ray.actor import ActorHandle
 
 from transplant_ray.distributed.actors import ModelActor, Workload
 from transplant_ray.distributed.cluster import Capacity
-from transplant_ray.evaluate.generate import GenerationSettings
 from transplant_ray.evaluate.answers import VariantShard
+from transplant_ray.evaluate.generate import GenerationSettings
 from transplant_ray.evaluate.task import Rendered, Split
-from transplant_ray.models.catalogue import Module
 from transplant_ray.models.checkpoint import Checkpoint
 from transplant_ray.models.compare import Comparison
 from transplant_ray.probe.rankers import Evidence, Ranking, rank
@@ -67,7 +66,7 @@ class _Stage:
 
     def side_by_side(self) -> ProbeResult:
         with self._actor("source") as source, self._maybe_target() as target:
-            places = {"source": ray.get(source.where.remote())}
+            places: dict[str, dict[str, Any]] = {"source": ray.get(source.where.remote())}
             texts = self._texts(source)
             streams = {"source": self._collect(source, texts)}
             if target is not None:
@@ -78,7 +77,8 @@ class _Stage:
             return ProbeResult(self._rank(statistics), {s: ray.get(ref) for s, ref in answers.items()}, places)
 
     def in_turn(self) -> ProbeResult:
-        statistics, places = {}, {}
+        statistics: dict[str, ActivationStats] = {}
+        places: dict[str, dict[str, Any]] = {}
         with self._actor("source") as source:
             places["source"] = ray.get(source.where.remote())
             texts = self._texts(source)
@@ -93,7 +93,7 @@ class _Stage:
     @contextmanager
     def _actor(self, role: Role) -> Iterator[ActorHandle]:
         checkpoint: Checkpoint = getattr(self.comparison, role)
-        with released(ModelActor.options(**self.capacity.options()).remote(checkpoint, role, self.workload)) as actor:
+        with released(self.capacity.start(ModelActor, checkpoint, role, self.workload)) as actor:
             yield actor
 
     @contextmanager
@@ -145,7 +145,11 @@ class _Stage:
 
 @ray.remote(num_cpus=0, max_retries=-1)
 def collect(
-    actor: ActorHandle, probe: Sequence[Rendered], modules: Sequence[str], settings: GenerationSettings, texts: Continuations | None
+    actor: ActorHandle,
+    probe: Sequence[Rendered],
+    modules: Sequence[str],
+    settings: GenerationSettings,
+    texts: Continuations | None,
 ) -> Iterator[int | ActivationStats]:
     """Merge what an actor streams; yields how many examples came, last the statistics. Backpressure keeps the stream short."""
     stream = actor.stream_stats.options(num_returns="streaming", _generator_backpressure_num_objects=4)
@@ -177,9 +181,13 @@ def num_probe_steps(plan: ProbePlan) -> int:
 
 
 def answer_alone(
-    checkpoint: Checkpoint, name: str, splits: Mapping[Split, Sequence[Rendered]], workload: Workload, capacity: Capacity
+    checkpoint: Checkpoint,
+    name: str,
+    splits: Mapping[Split, Sequence[Rendered]],
+    workload: Workload,
+    capacity: Capacity,
 ) -> dict[Split, VariantShard]:
     """What a checkpoint answers when it is loaded by itself, through plain `transformers`."""
-    with released(ModelActor.options(**capacity.options()).remote(checkpoint, name, workload)) as actor:
+    with released(capacity.start(ModelActor, checkpoint, name, workload)) as actor:
         answers = {split: actor.answer.remote(examples) for split, examples in splits.items()}
         return {split: ray.get(ref) for split, ref in answers.items()}

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from ray import tune
-from ray.actor import ActorHandle
 from ray.tune import Callback
 
 from transplant_ray.distributed.mailbox import Mailbox, run_trial
@@ -27,7 +26,7 @@ class Trials:
 
     def __init__(self, planned: Sequence[Planned]) -> None:
         self.planned = planned
-        self.mailbox = Mailbox.remote()
+        self.mailbox = Mailbox.remote()  # type: ignore[attr-defined] # what the decorator adds
 
     def post(self, result: Result) -> None:
         self.mailbox.post.remote(result.label, asdict(result))
@@ -69,4 +68,10 @@ class _TrialCallback(Callback):
 
 def _point(planned: Planned) -> dict[str, Any]:
     """A grid point as Tune shows it. Clipped values of K make the grid less than a full product, so points are listed."""
-    return {"label": planned.label, "ranker": planned.ranker, "kind": planned.kind, "k": planned.k, "alpha": planned.alpha}
+    return {
+        "label": planned.label,
+        "ranker": planned.ranker,
+        "kind": planned.kind,
+        "k": planned.k,
+        "alpha": planned.alpha,
+    }

@@ -1,4 +1,4 @@
-"""Greedy batched generation through `transformers`, with left padding and nothing inherited from a model's own sampling settings."""
+"""Greedy batched generation through `transformers`: left padding, and nothing of a model's own sampling settings."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from transplant_ray.errors import NumericsError
 
@@ -39,7 +45,10 @@ def end_ids(model_config_ids: int | Sequence[int] | None, tokenizer: PreTrainedT
 
 
 def generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[TokenIds], settings: GenerationSettings
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[TokenIds],
+    settings: GenerationSettings,
 ) -> list[Completion]:
     """Greedy completions, in the order of `prompts`. NumericsError where a logit is NaN.
 
@@ -80,7 +89,10 @@ class _FiniteLogits(LogitsProcessor):
 
 @torch.inference_mode()
 def _generate_batch(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[TokenIds], settings: GenerationSettings
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[TokenIds],
+    settings: GenerationSettings,
 ) -> torch.Tensor:
     """New tokens (batch, steps)."""
     ids_BP, mask_BP = left_padded(prompts, tokenizer.pad_token_id, model.device)
@@ -106,7 +118,8 @@ def _generate_batch(
         model.generation_config = own
     if guard.broken:
         raise NumericsError("generation: NaN logits. The variant's numbers overflow in this dtype; try `resources.dtype: float32`.")
-    return out[:, ids_BP.shape[1] :]
+    new_BT: torch.Tensor = out[:, ids_BP.shape[1] :]
+    return new_BT
 
 
 def _completion(row: list[int], tokenizer: PreTrainedTokenizerBase, settings: GenerationSettings) -> Completion:

@@ -71,7 +71,13 @@ SCHEMA = pa.schema(
 
 
 def make_result(
-    planned: Planned, tally: Tally, split: Split, modules: Mapping[str, Module], *, target: Tally | None, source: Tally | None
+    planned: Planned,
+    tally: Tally,
+    split: Split,
+    modules: Mapping[str, Module],
+    *,
+    target: Tally | None,
+    source: Tally | None,
 ) -> Result:
     """The row of one planned variant. `target` and `source` are the baselines on the same split, None where they failed."""
     row = Result(

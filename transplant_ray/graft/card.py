@@ -21,7 +21,7 @@ def write_card(title: str, comparison: Comparison, variant: Variant, metrics: Se
             f"# {title}",
             "",
             "Weights of the source model were copied into the target model, module by module; nothing was trained.",
-            f"Variant `{variant.id}`, {len(variant.coefficients)} of {len(comparison.pairs)} compatible modules. Written by transplant_ray.",
+            f"Variant `{variant.id}`: {len(variant.coefficients)} of {len(comparison.pairs)} compatible modules.",
             "",
             "## Models",
             *(_model("Source", comparison.source) + _model("Target", comparison.target)),

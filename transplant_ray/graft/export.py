@@ -46,7 +46,11 @@ def export_delta(comparison: Comparison, variant: Variant, checkpoint: Path, out
         write_safetensors(folder / UNDO, target.tensors, {name: _stored(target, name) for name in make})
         manifest = {
             "format": FORMAT,
-            "target": {"model": target.model, "revision": target.revision, "files": file_hashes(target.fetch(), target)},
+            "target": {
+                "model": target.model,
+                "revision": target.revision,
+                "files": file_hashes(target.fetch(), target),
+            },
             "result": {"files": file_hashes(checkpoint, target)},
             "delta": {name: sha256_file(folder / name) for name in (DELTA, UNDO)},
         }
@@ -84,7 +88,10 @@ def changed_tensors(comparison: Comparison, variant: Variant) -> dict[str, MakeT
     make: dict[str, MakeTensor] = {}
     for name, coefficient in variant.coefficients.items():
         pair = comparison.pairs[name]
-        for ours, theirs in ((pair.target.disk_weight, pair.source.disk_weight), (pair.target.disk_bias, pair.source.disk_bias)):
+        for ours, theirs in (
+            (pair.target.disk_weight, pair.source.disk_weight),
+            (pair.target.disk_bias, pair.source.disk_bias),
+        ):
             if ours and theirs:
                 make[ours] = _blended(comparison, ours, theirs, coefficient, pair.target.transposed)
     return make
@@ -141,5 +148,3 @@ def _check_same_files(base: Checkpoint, expected: Mapping[str, str], *, undo: bo
         differing = sorted(file for file in found.keys() | expected.keys() if found.get(file) != expected.get(file))
         wanted = "the checkpoint that this delta makes" if undo else "the target that this delta was made for"
         raise CheckpointError(f"{base.model}: {differing[0]} differs from {wanted}. Nothing was written.")
-
-

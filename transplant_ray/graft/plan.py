@@ -40,9 +40,7 @@ class Planned:
         return describe_point(self.role, self.ranker, self.kind, self.k, self.alpha, self.seed)
 
 
-def describe_point(
-    role: str, ranker: str | None, kind: str | None, k: int | None, alpha: float | None, seed: int | None
-) -> str:
+def describe_point(role: str, ranker: str | None, kind: str | None, k: int | None, alpha: float | None, seed: int | None) -> str:
     """A point of the grid for people, e.g. `lae ffn k=8`; a baseline by its role."""
     named = {"k": k, "alpha": None if alpha == 1 else alpha, "seed": seed}
     parts = [ranker, kind, *(f"{name}={value:g}" for name, value in named.items() if value is not None)]
@@ -147,4 +145,3 @@ def check_orders(orders: Mapping[str, Sequence[str]], modules: Sequence[Module])
     for ranker, order in orders.items():
         if set(order) != names or len(order) != len(names):
             raise RecipeError(f"ranking {ranker}: {len(order)} modules, expected the {len(names)} compatible ones, each once.")
-

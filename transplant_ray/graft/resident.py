@@ -1,9 +1,9 @@
 """The resident pair: the target model with the source's weights beside it, and variants put in and taken out by pointer.
 
-    pair = ResidentPair(model, weights)
-    with pair.grafted(variant):
-        ...                      # the model is W(c)
-    # and here it is the target again, bit for bit, whatever happened inside
+pair = ResidentPair(model, weights)
+with pair.grafted(variant):
+    ...                      # the model is W(c)
+# and here it is the target again, bit for bit, whatever happened inside
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def load_resident_pair(
         device = model.get_submodule(name).weight.device
         bias = pair.source.disk_bias
         source[name] = Weights(
-            _parameter(tensors.pop(pair.source.disk_weight).to(device)),  # type: ignore[arg-type]
-            _parameter(tensors.pop(bias).to(device)) if bias else None,  # type: ignore[arg-type]
+            _parameter(tensors.pop(pair.source.disk_weight).to(device)),
+            _parameter(tensors.pop(bias).to(device)) if bias else None,
         )
     return ResidentPair(model, source, {name: pair.target for name, pair in wanted.items()})
 
@@ -121,6 +121,9 @@ def _check_same_form(name: str, source: Weights, target: Weights) -> None:
             raise VariantError(f"{name}: only one of source and target has a {what}.")
         if ours is None or theirs is None:
             continue
-        found, expected = (tuple(theirs.shape), theirs.dtype, theirs.device), (tuple(ours.shape), ours.dtype, ours.device)
+        found, expected = (
+            (tuple(theirs.shape), theirs.dtype, theirs.device),
+            (tuple(ours.shape), ours.dtype, ours.device),
+        )
         if found != expected:
             raise VariantError(f"{name}: the source's {what} is {found}, the target's is {expected}.")

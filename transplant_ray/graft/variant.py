@@ -1,6 +1,6 @@
 """A variant: a point in coefficient space, and the weight that it gives a module.
 
-    W(c) = Wt + diag(c)·(Ws − Wt)        c = 0 the target's weight, c = 1 the source's, between them a blend
+W(c) = Wt + diag(c)·(Ws − Wt)        c = 0 the target's weight, c = 1 the source's, between them a blend
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def check_variant(variant: Variant, modules: Mapping[str, Module]) -> Variant:
 def blend(target: torch.Tensor, source: torch.Tensor, coefficient: Coefficient, *, transposed: bool = False) -> torch.Tensor:
     """W(c) of a weight or a bias, in the target's dtype. c = 0 and c = 1 give back `target` and `source` themselves.
 
-    Between them `torch.lerp`, in float32 for narrower dtypes: `t + c·(s − t)` is not exact at the ends. `coefficient` per channel runs
-    over the output dimension: the first, or the last where `transposed` and in a bias.
+    Between them `torch.lerp`, in float32 for narrower dtypes: `t + c·(s − t)` is not exact at the ends. One coefficient per channel
+    runs over the output dimension: the first, or the last where `transposed` and in a bias.
     """
     if coefficient == 0:
         return target

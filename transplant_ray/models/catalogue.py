@@ -88,12 +88,12 @@ def skeleton(checkpoint: Checkpoint) -> nn.Module:
     """The model with its parameters on the meta device: all structure, no memory."""
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(checkpoint.config, trust_remote_code=checkpoint.remote_code)
+            model: nn.Module = AutoModelForCausalLM.from_config(checkpoint.config, trust_remote_code=checkpoint.remote_code)
+            return model
     except (ValueError, TypeError, AttributeError, RuntimeError, ImportError, ZeroDivisionError, KeyError) as error:
         reason = str(error).strip().splitlines()[0][:300]
         raise CheckpointError(
-            f"{checkpoint.model}: transformers cannot build a causal language model from its config ({reason}). "
-            "Expected a decoder."
+            f"{checkpoint.model}: transformers cannot build a causal language model from its config ({reason}). Expected a decoder."
         ) from error
 
 
@@ -131,7 +131,7 @@ def _linear_maps(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _entries(model: nn.Module, family: Family, tensors: Mapping[str, TensorInfo]) -> Iterator[Module | Exclusion]:
     users = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    for index, layer in enumerate(model.get_submodule(family.layers)):  # type: ignore[arg-type]
+    for index, layer in enumerate(model.get_submodule(family.layers).children()):
         covered = set()
         for path, linear in _linear_maps(layer):
             covered |= {f"{path}.weight", f"{path}.bias"}

@@ -87,9 +87,7 @@ def open_checkpoint(model: str, revision: str | None = None, *, accept: Iterable
     if folder.exists():
         if revision is not None:
             raise CheckpointError(f"{model}: `revision: {revision}` has no effect on a local folder. Remove it.")
-        return Checkpoint(
-            model, None, folder, read_config(location, None, remote_code), _local_tensors(folder), remote_code
-        )
+        return Checkpoint(model, None, folder, read_config(location, None, remote_code), _local_tensors(folder), remote_code)
     if _looks_like_path(location):
         raise CheckpointError(f"{model}: no such folder. Give a folder with config.json and safetensors, or a hub id.")
     commit, tensors = _hub_tensors(location, revision)
@@ -125,7 +123,9 @@ def read_generation_ends(checkpoint: Checkpoint) -> int | list[int] | None:
 
 def _check_decoder(model: str, config: PretrainedConfig) -> None:
     if getattr(config, "quantization_config", None):
-        raise CheckpointError(f"{model}: the weights are quantised; linear maps can only be copied unquantised. Use the full-precision checkpoint.")
+        raise CheckpointError(
+            f"{model}: the weights are quantised; linear maps can only be copied unquantised. Use the full-precision checkpoint."
+        )
     encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
     if encoder or getattr(config, "is_encoder_decoder", False):
         raise CheckpointError(f"{model}: {config.model_type} is not a decoder. Expected a causal language model.")
@@ -210,7 +210,9 @@ def _hub_tensors(model: str, revision: str | None) -> tuple[str, dict[str, Tenso
         commit = api.model_info(model, revision=revision).sha
         metadata = api.get_safetensors_metadata(model, revision=commit)
     except NotASafetensorsRepoError as error:
-        raise CheckpointError(f"{model}: no safetensors on the hub, only pickle weights. Choose a revision with safetensors.") from error
+        raise CheckpointError(
+            f"{model}: no safetensors on the hub, only pickle weights. Choose a revision with safetensors."
+        ) from error
     except SafetensorsParsingError as error:
         raise CheckpointError(f"{model}: a safetensors header on the hub is corrupt ({_first_line(error)}).") from error
     except (HfHubHTTPError, HFValidationError, RequestException, OSError) as error:
@@ -219,7 +221,9 @@ def _hub_tensors(model: str, revision: str | None) -> tuple[str, dict[str, Tenso
             "Check the path or id, the revision, the network, and `hf auth login` for gated models."
         ) from error
     tensors = {
-        name: TensorInfo(file, str(info.dtype), tuple(info.shape), info.data_offsets[0], info.data_offsets[1] - info.data_offsets[0])
+        name: TensorInfo(
+            file, str(info.dtype), tuple(info.shape), info.data_offsets[0], info.data_offsets[1] - info.data_offsets[0]
+        )
         for file, header in metadata.files_metadata.items()
         for name, info in header.tensors.items()
     }

@@ -50,9 +50,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """The tokenizer, padding on the left; a missing pad token becomes the end token (masked, it is never read)."""
     place = checkpoint.folder or checkpoint.model  # of a hub checkpoint, the tokenizer comes alone
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            place, revision=checkpoint.revision, trust_remote_code=checkpoint.remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(place, revision=checkpoint.revision, trust_remote_code=checkpoint.remote_code)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
         raise CheckpointError(f"{checkpoint.model}: its tokenizer cannot be loaded: {error}") from error
     tokenizer.padding_side = "left"
@@ -84,4 +82,6 @@ def check_finite(model: str, tensors: Mapping[str, Any]) -> None:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             count = int((~torch.isfinite(tensor)).sum())
-            raise NumericsError(f"{model}: {name} holds {count} NaN or infinite values. The checkpoint is broken; download it again.")
+            raise NumericsError(
+                f"{model}: {name} holds {count} NaN or infinite values. The checkpoint is broken; download it again."
+            )

@@ -52,7 +52,7 @@ def overwrite_tensor(path: Path, name: str, info: TensorInfo, tensor: torch.Tens
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a tensor as safetensors stores them: row-major, little-endian."""
-    return memoryview(tensor.detach().cpu().contiguous().view(torch.uint8).numpy()).cast("B")
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data.cast("B")
 
 
 def write_safetensors(path: Path, layout: Mapping[str, TensorInfo], make: Mapping[str, MakeTensor]) -> None:

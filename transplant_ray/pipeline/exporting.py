@@ -46,9 +46,7 @@ def export_winner(recipe: Recipe, comparison: Comparison, planned: Planned, rows
     export_delta(comparison, planned.variant, folder.checkpoint, folder.delta, replace=True)
 
 
-def write_winner_card(
-    recipe: Recipe, comparison: Comparison, planned: Planned, rows: Sequence[Result], folder: RunFolder
-) -> None:
+def write_winner_card(recipe: Recipe, comparison: Comparison, planned: Planned, rows: Sequence[Result], folder: RunFolder) -> None:
     """The card again, now that the exported checkpoint was measured."""
     for place in (folder.checkpoint, folder.delta):
         write_text(place / "README.md", make_card(recipe, comparison, planned, rows))

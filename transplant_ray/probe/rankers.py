@@ -1,8 +1,8 @@
 """Rankers: pure functions that give every module a score, and rankings as a table.
 
-    lae      mean |a_source − a_target| over the decode steps that both models took    eq. 5–6 of arXiv:2602.16189
-    depth    earlier layers first: needs no data, and is what any ranker must beat
-    random   a seeded permutation
+lae      mean |a_source − a_target| over the decode steps that both models took    eq. 5–6 of arXiv:2602.16189
+depth    earlier layers first: needs no data, and is what any ranker must beat
+random   a seeded permutation
 """
 
 from __future__ import annotations

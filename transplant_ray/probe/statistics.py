@@ -62,7 +62,10 @@ def stream_stats(
 
 
 def greedy_continuations(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Rendered], settings: GenerationSettings
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Rendered],
+    settings: GenerationSettings,
 ) -> dict[str, tuple[int, ...]]:
     completions = generate(model, tokenizer, [example.prompt_ids for example in examples], settings)
     return {example.id: completion.token_ids for example, completion in zip(examples, completions, strict=True)}

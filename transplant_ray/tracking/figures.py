@@ -12,7 +12,11 @@ from transplant_ray.evaluate.results import Result
 from transplant_ray.models.catalogue import Module
 from transplant_ray.probe.rankers import Ranking
 
-BASELINES = {"target": ("target", "black", ":"), "source": ("source", "black", "--"), "all": ("all swapped", "black", "-.")}
+BASELINES = {
+    "target": ("target", "black", ":"),
+    "source": ("source", "black", "--"),
+    "all": ("all swapped", "black", "-."),
+}
 CONTROLS = {"random": ("random sets", "o"), "depth": ("depth order", "s")}
 
 
@@ -57,12 +61,21 @@ def _trials(axis: Axes, rows: Iterable[Result]) -> None:
         axis.fill_between(ks, low, high, color=f"C{index}", alpha=0.15, linewidth=0)
         for r in curve:
             if r.winner:
-                axis.plot([r.k], [r.accuracy], marker="*", markersize=16, color="crimson", linestyle="", label="winner", zorder=4)
+                axis.plot(
+                    [r.k or 0],
+                    [r.accuracy or 0],
+                    marker="*",
+                    markersize=16,
+                    color="crimson",
+                    linestyle="",
+                    label="winner",
+                    zorder=4,
+                )
 
 
 def _controls(axis: Axes, rows: Sequence[Result]) -> None:
     for ranker, (label, marker) in CONTROLS.items():
-        points = [(r.k, r.accuracy) for r in rows if r.ranker == ranker]
+        points = [(r.k or 0, r.accuracy or 0) for r in rows if r.ranker == ranker]
         if points:
             axis.plot(*zip(*points, strict=True), marker=marker, color="0.55", linestyle="", markersize=4, label=label)
 

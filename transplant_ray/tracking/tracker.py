@@ -10,7 +10,6 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
@@ -18,7 +17,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is
 import requests
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
 from transplant_ray.errors import TrackingError
@@ -26,7 +25,18 @@ from transplant_ray.evaluate.results import Result
 from transplant_ray.recipe import Recipe, TrackingSpec
 from transplant_ray.storage import RunFolder
 
-METRICS = ("accuracy", "ci_low", "ci_high", "tir", "recovery", "correct", "n", "num_modules", "num_parameters", "seconds")
+METRICS = (
+    "accuracy",
+    "ci_low",
+    "ci_high",
+    "tir",
+    "recovery",
+    "correct",
+    "n",
+    "num_modules",
+    "num_parameters",
+    "seconds",
+)
 PARAMS = ("role", "ranker", "kind", "k", "alpha", "variant")
 REACH_SECONDS = 10
 LIBRARIES = ("transplant-ray", "ray", "torch", "transformers", "safetensors", "mlflow", "numpy", "pyarrow")
@@ -62,7 +72,9 @@ class Tracker:
     def log_trial(self, result: Result, description: Mapping[str, Any]) -> str:
         """A child run with parameters, metrics and `variant.json`; returns its id."""
         run = self.client.create_run(
-            self.experiment_id, run_name=result.label, tags={"mlflow.parentRunId": self.run_id, "variant": result.variant}
+            self.experiment_id,
+            run_name=result.label,
+            tags={"mlflow.parentRunId": self.run_id, "variant": result.variant},
         )
         run_id: str = run.info.run_id
         self.client.log_batch(run_id, metrics=_metrics(result), params=_params(result))

@@ -1,0 +1,9 @@
+"""Rank on the cluster this job runs on: ray job submit --working-dir . -- python jobs/rank.py RECIPE [KEY=VALUE ...]"""
+
+import sys
+
+from transplant_ray.cli import main
+
+if __name__ == "__main__":
+    sys.argv[1:1] = ["rank"]
+    main()
