@@ -24,7 +24,7 @@ console = Console()
 complaints = Console(stderr=True)
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe; see jobs/recipes.")]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, e.g. runs/cross-generation.")]
+RunPath = Annotated[str, typer.Argument(metavar="RUN", help="Run folder or address, e.g. runs/cross-generation.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe, e.g. sweep.k=[1,2].")]
 
 
@@ -34,6 +34,8 @@ def demo(
     overrides: Overrides = None,
 ) -> None:
     """Sweep a small trained pair that ships with the package: two minutes on a laptop."""
+    if "=" in pair:  # only overrides were given
+        pair, overrides = zoo.PAIRS[0], [pair, *(overrides or [])]
     _sweep(zoo.recipe_path(pair), overrides)
 
 
@@ -106,7 +108,7 @@ def show(run: RunPath, every: Annotated[bool, typer.Option("--all", help="Every 
     from transplant_ray.pipeline.exporting import read_results
     from transplant_ray.storage import RunFolder
 
-    folder = RunFolder(run)
+    folder = RunFolder.open(run)
     _print_results(read_results(folder), folder.read_summary(), every=every)
 
 
@@ -125,7 +127,8 @@ def _sweep(path: Path, overrides: list[str] | None) -> None:
         result = run_sweep(recipe, watch)
     _print_results(result.results, result.summary, every=False)
     folder = result.folder
-    console.print(f"tables: {folder.path}   checkpoint: {folder.checkpoint}", markup=False, soft_wrap=True)
+    place = folder.public_address or folder.path
+    console.print(f"results: {place}   checkpoint: {place}/{folder.checkpoint.name}", markup=False, soft_wrap=True)
     console.print(
         f"MLflow: experiment {recipe.tracking.experiment!r}, run {result.summary['mlflow_run']}",
         markup=False,

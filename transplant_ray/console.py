@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich.box import SIMPLE
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -81,14 +81,15 @@ def results_table(results: Sequence[Result], split: str = "select", top: int | N
         title=f"{split}, n = {n}; controls are dim",
         title_justify="left",
         caption_justify="left",
-        box=SIMPLE,
+        box=SIMPLE_HEAD,
+        pad_edge=False,
         padding=(0, 1, 0, 0),
     )
     hidden = len(rows) - sum(map(len, groups))
     if hidden:
         table.caption = f"{hidden} more rows: transplant-ray show RUN --all"
     table.add_column("what", no_wrap=True)
-    for name, width in (("accuracy", 8), ("95 % interval", 13), ("TIR", 5), ("Recovery", 8)):
+    for name, width in (("accuracy", 8), ("95 % CI", 11), ("TIR", 5), ("Recovery", 8)):
         table.add_column(name, justify="right", no_wrap=True, min_width=width)
     table.add_column("variant", no_wrap=True, min_width=12)
     for group in groups:

@@ -174,7 +174,7 @@ class Recipe(Part):
     resources: ResourceSpec = ResourceSpec()
     tracking: TrackingSpec = TrackingSpec()
     storage: str = "runs"
-    """Results go to `<storage>/<name>/`."""
+    """Results go to `<storage>/<name>/`: a folder, or an object store such as `s3://bucket/runs`."""
     accept: tuple[Acceptance, ...] = ()
     """What is otherwise refused: other vocabularies, other segmentation, pickle checkpoints, code of a model repository."""
 

@@ -12,8 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import pyarrow as pa
+import pyarrow.fs
 import pyarrow.parquet as pq
 
 from transplant_ray.errors import RunError
@@ -21,9 +23,53 @@ from transplant_ray.errors import RunError
 
 @dataclass(frozen=True)
 class RunFolder:
-    """`<storage>/<name>/`: what one sweep wrote."""
+    """`<storage>/<name>/`: what one sweep wrote.
+
+    Where storage is an object store (`s3://…`, any address that pyarrow reads), work is done in a local copy, which `publish`
+    writes to `address`.
+    """
 
     path: Path
+    address: str | None = None
+
+    @classmethod
+    def of(cls, storage: str, name: str) -> RunFolder:
+        if "://" not in storage:
+            return cls(Path(storage).expanduser() / name)
+        parts = urlsplit(storage)
+        address = urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
+        return cls(_local_copy(address), address)
+
+    @classmethod
+    def open(cls, run: str) -> RunFolder:
+        """A finished run by its folder or address; of a remote one, the tables are fetched and the checkpoint is not."""
+        if "://" not in run:
+            return cls(Path(run).expanduser())
+        folder = cls(_local_copy(run), run)
+        writable_folder(folder.path)
+        for path in (folder.recipe, folder.rankings, folder.results, folder.summary):
+            folder.fetch(path)
+        return folder
+
+    def fetch(self, path: Path) -> None:
+        """Copy one file of a remote run here; RunError where it is not there."""
+        if self.address is not None:
+            with _remote(self.address) as (system, root), system.open_input_stream(f"{root}/{path.name}") as stream:
+                path.write_bytes(stream.read())
+
+    def publish(self) -> None:
+        """Copy everything to `address`; nothing to do for a local folder."""
+        if self.address is not None:
+            with _remote(self.address) as (system, root):
+                pa.fs.copy_files(str(self.path), root, destination_filesystem=system)
+
+    @property
+    def public_address(self) -> str | None:
+        """The address without credentials and connection settings."""
+        if self.address is None:
+            return None
+        parts = urlsplit(self.address)
+        return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=""))
 
     @property
     def recipe(self) -> Path:
@@ -56,6 +102,8 @@ class RunFolder:
     def claim(self, identity: str, recipe_text: str) -> None:
         """Make the folder this recipe's; RunError where it holds the results of another recipe."""
         mark = self.path / ".identity"
+        if self.address is not None:
+            _mirror_claim(self, mark)
         if self.recipe.exists() and (not mark.exists() or mark.read_text() != identity):
             raise RunError(
                 f"{self.path}: holds the results of another recipe of this name. Give this one another `name` or `storage`, "
@@ -73,6 +121,34 @@ class RunFolder:
     def read_summary(self) -> dict[str, Any]:
         summary: dict[str, Any] = json.loads(self.require(self.summary).read_text())
         return summary
+
+
+def _local_copy(address: str) -> Path:
+    """Where a remote run is worked on: one place an address, kept between runs."""
+    home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    return home / "transplant_ray" / hashlib.sha256(address.encode()).hexdigest()[:16] / Path(urlsplit(address).path).name
+
+
+def _mirror_claim(folder: RunFolder, mark: Path) -> None:
+    """Make the local copy say what the address says, so that another recipe's results there are seen."""
+    writable_folder(folder.path)
+    with _remote(folder.address or "") as (system, root):
+        there = system.get_file_info([f"{root}/{path.name}" for path in (folder.recipe, mark)])
+    for path, info in zip((folder.recipe, mark), there, strict=True):
+        path.unlink(missing_ok=True)
+        if info.is_file:
+            folder.fetch(path)
+
+
+@contextmanager
+def _remote(address: str) -> Iterator[tuple[Any, str]]:
+    """File system and path of an address; its troubles become RunErrors."""
+    try:
+        system, root = pa.fs.FileSystem.from_uri(address)
+        yield system, root
+    except (OSError, pa.ArrowException) as error:
+        shown = RunFolder(Path(), address).public_address
+        raise RunError(f"{shown}: the storage cannot be used ({error}). Check address, credentials and bucket.") from error
 
 
 def writable_folder(path: Path) -> Path:

@@ -77,7 +77,7 @@ def refuse_vanishing_paths(recipe: Recipe) -> None:
         return
     paths = {"storage": ("", recipe.storage), "tracking.uri": _sqlite_path(recipe.tracking.uri)}
     for key, (prefix, path) in paths.items():
-        if path and not Path(path).expanduser().is_absolute():
+        if path and "://" not in path and not Path(path).expanduser().is_absolute():
             raise RecipeError(
                 f"`{key}` is the relative path {path!r}, which a submitted job would write into Ray's session folder and lose. "
                 f"Give an absolute path on shared storage, e.g. {key}={prefix}/shared/{path}."

@@ -25,7 +25,7 @@ def export(run: str | Path, variant: str | None = None, out: str | Path | None =
 
     Nothing is loaded but the changed tensors. RunError where the run or the variant is not there, or `out` exists.
     """
-    folder = RunFolder(Path(run))
+    folder = RunFolder.open(str(run))
     recipe = load_recipe(folder.require(folder.recipe))
     comparison = compare_models(recipe)
     planned = _find(_plan_again(folder, recipe, comparison), variant or _winner(folder))

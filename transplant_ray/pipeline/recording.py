@@ -64,6 +64,7 @@ def record(
         write_json(folder.summary, summary)
         figures = {"k_curves": k_curves(results)}
         figures |= {f"scores_{r.ranker}": heat_map(r, run.job.comparison.modules) for r in probed.rankings}
+        folder.publish()
         tracker.log_summary(folder, _headline(results), figures)
         if winner:
             summary["model_version"] = tracker.log_winner(trials[winner[0].label].run_id, winner[-1], folder)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from transplant_ray.distributed.actors import Workload
 from transplant_ray.distributed.cluster import refuse_vanishing_paths
@@ -62,7 +61,7 @@ def begin(recipe: Recipe, watch: Watch | None) -> Run:
     stopwatch = Stopwatch(watch or Silent())
     with stopwatch.stage("prepare"):
         job = prepare(recipe)
-        folder = RunFolder(Path(recipe.storage).expanduser() / recipe.name)
+        folder = RunFolder.of(recipe.storage, recipe.name)
         folder.claim(recipe.identity(), recipe.to_yaml())
     for warning in job.comparison.warnings:
         stopwatch.watch.note(f"warning: {warning}")

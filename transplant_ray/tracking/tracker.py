@@ -94,18 +94,26 @@ class Tracker:
             self.client.log_figure(self.run_id, figure, f"figures/{name}.png")
 
     def log_winner(self, run_id: str, result: Result, folder: RunFolder) -> str | None:
-        """What the recipe wants of the winner as artifacts of its run; a checkpoint also as a registered model version, which is
-        returned as `name/version`."""
+        """What the recipe wants of the winner in its run; a checkpoint also as a model version, returned as `name/version`.
+
+        A checkpoint in an object store is registered where it is; any other is uploaded: a server refuses paths of other machines.
+        """
         self.client.set_tag(run_id, "winner", "true")
         now = int(time.time() * 1000)
         metrics = [Metric(f"test_{m.key}", m.value, now, 0) for m in _metrics(result)]
         self.client.log_batch(run_id, metrics=metrics)
-        wanted = {"checkpoint": [folder.checkpoint, folder.delta], "delta": [folder.delta], "none": []}
-        for path in wanted[self.recipe.tracking.upload]:
-            self.client.log_artifacts(run_id, str(path), path.name)
-        if self.recipe.tracking.upload != "checkpoint":
+        if self.recipe.tracking.upload == "none":
             return None
-        return self._register(run_id, f"{self.client.get_run(run_id).info.artifact_uri}/{folder.checkpoint.name}")
+        self.client.log_artifacts(run_id, str(folder.delta), folder.delta.name)
+        if self.recipe.tracking.upload == "delta":
+            return None
+        if folder.public_address is not None:
+            source = f"{folder.public_address}/{folder.checkpoint.name}"
+            self.client.set_tag(run_id, "checkpoint", source)
+        else:
+            self.client.log_artifacts(run_id, str(folder.checkpoint), folder.checkpoint.name)
+            source = f"{self.client.get_run(run_id).info.artifact_uri}/{folder.checkpoint.name}"
+        return self._register(run_id, source)
 
     def _register(self, run_id: str, source: str) -> str:
         name = self.recipe.name
