@@ -91,7 +91,7 @@ def results_table(results: Sequence[Result], split: str = "select", top: int | N
     table.add_column("what", no_wrap=True)
     for name, width in (("accuracy", 8), ("95 % CI", 11), ("TIR", 5), ("Recovery", 8)):
         table.add_column(name, justify="right", no_wrap=True, min_width=width)
-    table.add_column("variant", no_wrap=True, min_width=12)
+    table.add_column("variant", no_wrap=True, min_width=10)
     for group in groups:
         for row in group:
             table.add_row(*_cells(row), style=_style(row))

@@ -36,7 +36,7 @@ class Variant:
     def id(self) -> str:
         """Content hash: equal variants have equal ids."""
         text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return hashlib.sha256(text.encode()).hexdigest()[:10]
 
     def to_json(self) -> dict[str, Any]:
         return {name: list(c) if isinstance(c, tuple) else c for name, c in self.coefficients.items()}

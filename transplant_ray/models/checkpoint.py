@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from transplant_ray import zoo
 from transplant_ray.errors import CheckpointError
+from transplant_ray.models.convert import COMPANIONS, converted, is_pickle_only
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -34,6 +35,10 @@ DTYPES: Mapping[str, torch.dtype] = {
 }  # fmt: skip
 """Dtypes of tensors that are not quantised, by their name in a safetensors header."""
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+
+
+class _OnlyPickle(CheckpointError):
+    """A hub repository without safetensors."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +71,8 @@ class Checkpoint:
         """The folder with all files; downloads a hub checkpoint (once, into the hub's own cache)."""
         if self.folder is not None:
             return self.folder
-        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"] + (["*.py"] if self.remote_code else [])
-        try:
-            return Path(snapshot_download(self.model, revision=self.revision, allow_patterns=patterns))
-        except (OSError, HfHubHTTPError, RequestException) as error:
-            raise CheckpointError(f"{self.model}: download failed ({error}). Try again, or download it by hand.") from error
+        code = ("*.py",) if self.remote_code else ()
+        return _download(self.model, self.revision, (*COMPANIONS, *code, "*.safetensors"))
 
     def weight_files(self) -> tuple[str, ...]:
         return tuple(sorted({info.file for info in self.tensors.values()}))
@@ -79,19 +81,37 @@ class Checkpoint:
 def open_checkpoint(model: str, revision: str | None = None, *, accept: Iterable[str] = ()) -> Checkpoint:
     """Read config and headers of a local folder, a `zoo:` name or a hub repository.
 
-    `accept` may hold "remote_code". Raises CheckpointError, naming what was found, for anything that we cannot read.
+    `accept` may hold "remote_code" and "pickle". Raises CheckpointError, naming what was found, for anything that we cannot read.
     """
     location = zoo.resolve(model)
-    remote_code = "remote_code" in accept
+    remote_code, pickle = "remote_code" in accept, "pickle" in accept
     folder = Path(location)
     if folder.exists():
         if revision is not None:
             raise CheckpointError(f"{model}: `revision: {revision}` has no effect on a local folder. Remove it.")
-        return Checkpoint(model, None, folder, read_config(location, None, remote_code), _local_tensors(folder), remote_code)
+        return _open_folder(model, folder, remote_code, pickle)
     if _looks_like_path(location):
         raise CheckpointError(f"{model}: no such folder. Give a folder with config.json and safetensors, or a hub id.")
-    commit, tensors = _hub_tensors(location, revision)
+    try:
+        commit, tensors = _hub_tensors(location, revision)
+    except _OnlyPickle:
+        if not pickle:
+            raise
+        return _open_folder(model, _download(location, revision, (*COMPANIONS, "*.bin")), remote_code, pickle)
     return Checkpoint(location, commit, None, read_config(location, commit, remote_code), tensors, remote_code)
+
+
+def _open_folder(model: str, folder: Path, remote_code: bool, pickle: bool) -> Checkpoint:
+    if pickle and is_pickle_only(folder):
+        folder = converted(folder, remote_code=remote_code)
+    return Checkpoint(model, None, folder, read_config(str(folder), None, remote_code), _local_tensors(folder), remote_code)
+
+
+def _download(model: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=list(patterns)))
+    except (OSError, HfHubHTTPError, RequestException) as error:
+        raise CheckpointError(f"{model}: download failed ({error}). Try again, or download it by hand.") from error
 
 
 def _looks_like_path(text: str) -> bool:
@@ -210,8 +230,9 @@ def _hub_tensors(model: str, revision: str | None) -> tuple[str, dict[str, Tenso
         commit = api.model_info(model, revision=revision).sha
         metadata = api.get_safetensors_metadata(model, revision=commit)
     except NotASafetensorsRepoError as error:
-        raise CheckpointError(
-            f"{model}: no safetensors on the hub, only pickle weights. Choose a revision with safetensors."
+        raise _OnlyPickle(
+            f"{model}: no safetensors on the hub, only pickle weights, which can run code when loaded. "
+            "Choose a revision with safetensors, or add `accept: [pickle]`."
         ) from error
     except SafetensorsParsingError as error:
         raise CheckpointError(f"{model}: a safetensors header on the hub is corrupt ({_first_line(error)}).") from error

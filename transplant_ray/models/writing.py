@@ -15,11 +15,9 @@ import torch
 
 from transplant_ray.errors import CheckpointError
 from transplant_ray.models.checkpoint import DTYPES, Checkpoint, TensorInfo
+from transplant_ray.models.convert import COMPANIONS
 
 MakeTensor = Callable[[], torch.Tensor]
-
-COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
-"""Files that travel with the weights: config, tokenizer, generation config, template, licence. Pickles never do."""
 
 
 def write_checkpoint(base: Checkpoint, replaced: Mapping[str, MakeTensor], out: Path) -> None:

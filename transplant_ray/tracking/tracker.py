@@ -108,21 +108,27 @@ class Tracker:
         if self.recipe.tracking.upload == "delta":
             return None
         if folder.public_address is not None:
-            source = f"{folder.public_address}/{folder.checkpoint.name}"
-            self.client.set_tag(run_id, "checkpoint", source)
-        else:
-            self.client.log_artifacts(run_id, str(folder.checkpoint), folder.checkpoint.name)
-            source = f"{self.client.get_run(run_id).info.artifact_uri}/{folder.checkpoint.name}"
-        return self._register(run_id, source)
+            version = self._register(run_id, f"{folder.public_address}/{folder.checkpoint.name}")
+            if version is not None:
+                return version
+        self.client.log_artifacts(run_id, str(folder.checkpoint), folder.checkpoint.name)
+        return self._register(run_id, f"{self.client.get_run(run_id).info.artifact_uri}/{folder.checkpoint.name}")
 
-    def _register(self, run_id: str, source: str) -> str:
+    def _register(self, run_id: str, source: str) -> str | None:
+        """`name/version` of a new model version; None where the server does not accept the address."""
         name = self.recipe.name
         try:
             self.client.create_registered_model(name)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        version = self.client.create_model_version(name, source=source, run_id=run_id)
+        try:
+            version = self.client.create_model_version(name, source=source, run_id=run_id)
+        except MlflowException as error:
+            if error.error_code != "INVALID_PARAMETER_VALUE":
+                raise
+            return None
+        self.client.set_tag(run_id, "checkpoint", source)
         self.client.set_registered_model_alias(name, "winner", version.version)
         return f"{name}/{version.version}"
 
