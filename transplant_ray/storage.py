@@ -99,8 +99,8 @@ class RunFolder:
     def delta(self) -> Path:
         return self.path / "delta"
 
-    def claim(self, identity: str, recipe_text: str) -> None:
-        """Make the folder this recipe's; RunError where it holds the results of another recipe."""
+    def check_owner(self, identity: str) -> None:
+        """RunError where the folder holds the results of another recipe."""
         mark = self.path / ".identity"
         if self.address is not None:
             _mirror_claim(self, mark)
@@ -109,9 +109,12 @@ class RunFolder:
                 f"{self.path}: holds the results of another recipe of this name. Give this one another `name` or `storage`, "
                 "or move the folder away."
             )
+
+    def claim(self, identity: str, recipe_text: str) -> None:
+        """Make the folder this recipe's."""
         writable_folder(self.path)
         write_text(self.recipe, recipe_text)
-        write_text(mark, identity)
+        write_text(self.path / ".identity", identity)
 
     def require(self, path: Path) -> Path:
         if not path.exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -17,6 +18,9 @@ from transplant_ray.graft.plan import Planned
 
 MAX_CONCURRENT_TRIALS = 4
 """Trials only wait, so a few processes serve any number of them."""
+
+TRIAL_RESOURCES = tune.PlacementGroupFactory([{"node:__internal_head__": 0.001}])
+"""No CPU: a trial that wants a share of one waits for ever where the evaluators hold all. The head has this resource in plenty."""
 
 OnTrial = Callable[[Result], None]
 
@@ -38,9 +42,11 @@ class Trials:
         """`on_trial` is called here, with the reported result, as each trial ends. `folder` takes Tune's own state."""
         os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", str(MAX_CONCURRENT_TRIALS))
         os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # MLflow has the metrics
+        os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends the sweep, not only the trials
         os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new output ignores verbose=0
+        logging.getLogger("ray.tune").setLevel(logging.ERROR)
         tuner = tune.Tuner(
-            tune.with_resources(tune.with_parameters(run_trial, mailbox=self.mailbox), {"cpu": 0.01}),
+            tune.with_resources(tune.with_parameters(run_trial, mailbox=self.mailbox), TRIAL_RESOURCES),
             param_space={"point": tune.grid_search([_point(planned) for planned in self.planned])},
             tune_config=tune.TuneConfig(reuse_actors=True, max_concurrent_trials=MAX_CONCURRENT_TRIALS),
             run_config=tune.RunConfig(

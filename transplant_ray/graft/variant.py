@@ -29,7 +29,8 @@ class Variant:
     coefficients: Mapping[str, Coefficient]
 
     def __post_init__(self) -> None:
-        nonzero = {name: c for name, c in sorted(self.coefficients.items()) if c if isinstance(c, tuple) or c != 0}
+        plain = {name: _plain(c) for name, c in sorted(self.coefficients.items())}
+        nonzero = {name: c for name, c in plain.items() if not (isinstance(c, float) and c == 0)}
         object.__setattr__(self, "coefficients", MappingProxyType(nonzero))
 
     @property
@@ -59,6 +60,14 @@ class Variant:
 
     def __hash__(self) -> int:
         return hash(self.id)
+
+
+def _plain(coefficient: Any) -> Any:
+    """Numbers as floats, so that 1 and 1.0 are one variant; what is no coefficient stays, for `check_variant` to name."""
+    if isinstance(coefficient, tuple):
+        return tuple(map(_plain, coefficient))
+    number = isinstance(coefficient, int | float) and not isinstance(coefficient, bool)
+    return abs(float(coefficient)) if number and 0 <= coefficient <= 1 else coefficient  # abs: −0.0 is 0.0
 
 
 ORIGIN = Variant({})

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from transplant_ray.errors import CheckpointError, RecipeError
-from transplant_ray.models.checkpoint import FLOATS, Checkpoint, TensorInfo
+from transplant_ray.models.checkpoint import CONFIG_ERRORS, FLOATS, Checkpoint, TensorInfo, brief
 from transplant_ray.models.families import FAMILIES, Family, Role, guess_role
 
 
@@ -80,7 +80,7 @@ def read_catalogue(checkpoint: Checkpoint) -> Catalogue:
             excluded.append(entry)
     if not modules:
         raise CheckpointError(f"{checkpoint.model}: no linear maps found under `{family.layers}`. Is it a decoder?")
-    num_layers = 1 + max(module.layer for module in modules.values())
+    num_layers = len(list(model.get_submodule(family.layers).children()))
     return Catalogue(checkpoint.config.model_type, known is None, num_layers, modules, tuple(excluded))
 
 
@@ -90,10 +90,10 @@ def skeleton(checkpoint: Checkpoint) -> nn.Module:
         with torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(checkpoint.config, trust_remote_code=checkpoint.remote_code)
             return model
-    except (ValueError, TypeError, AttributeError, RuntimeError, ImportError, ZeroDivisionError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0][:300]
+    except CONFIG_ERRORS as error:
         raise CheckpointError(
-            f"{checkpoint.model}: transformers cannot build a causal language model from its config ({reason}). Expected a decoder."
+            f"{checkpoint.model}: transformers cannot build a causal language model from its config ({brief(error)}). "
+            "Expected a decoder."
         ) from error
 
 

@@ -7,6 +7,7 @@ lie about sizes, truncated files, pickles, quantised weights and models that are
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -15,8 +16,14 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, NotASafetensorsRepoError, SafetensorsParsingError
-from requests.exceptions import RequestException
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    NotASafetensorsRepoError,
+    SafetensorsParsingError,
+    StrictDataclassError,
+)
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
@@ -36,6 +43,11 @@ DTYPES: Mapping[str, torch.dtype] = {
 """Dtypes of tensors that are not quantised, by their name in a safetensors header."""
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
+CONFIG_ERRORS = (
+    OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, ImportError, StrictDataclassError,
+)  # fmt: skip
+"""What transformers raises where a config is not what it expects (RecursionError is a RuntimeError)."""
+
 
 class _OnlyPickle(CheckpointError):
     """A hub repository without safetensors."""
@@ -47,7 +59,7 @@ class TensorInfo:
     dtype: str
     shape: tuple[int, ...]
     start: int
-    """First byte of the tensor in its file."""
+    """First byte of the tensor in its file; -1 for a hub checkpoint, whose files are not here."""
     num_bytes: int
 
 
@@ -87,6 +99,8 @@ def open_checkpoint(model: str, revision: str | None = None, *, accept: Iterable
     remote_code, pickle = "remote_code" in accept, "pickle" in accept
     folder = Path(location)
     if folder.exists():
+        if not folder.is_dir():
+            raise CheckpointError(f"{model}: not a folder. Expected a folder with config.json and safetensors.")
         if revision is not None:
             raise CheckpointError(f"{model}: `revision: {revision}` has no effect on a local folder. Remove it.")
         return _open_folder(model, folder, remote_code, pickle)
@@ -110,7 +124,7 @@ def _open_folder(model: str, folder: Path, remote_code: bool, pickle: bool) -> C
 def _download(model: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=list(patterns)))
-    except (OSError, HfHubHTTPError, RequestException) as error:
+    except (OSError, HfHubHTTPError, HTTPError) as error:
         raise CheckpointError(f"{model}: download failed ({error}). Try again, or download it by hand.") from error
 
 
@@ -121,9 +135,9 @@ def _looks_like_path(text: str) -> bool:
 def read_config(model: str, revision: str | None, remote_code: bool) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=remote_code)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, AttributeError) as error:
+    except CONFIG_ERRORS as error:
         raise CheckpointError(
-            f"{model}: config.json cannot be read ({_first_line(error)}). Expected the config of a decoder that "
+            f"{model}: config.json cannot be read ({brief(error)}). Expected the config of a decoder that "
             "transformers knows; for a model with code of its own add `accept: [remote_code]`."
         ) from error
     _check_decoder(model, config)
@@ -152,12 +166,10 @@ def _check_decoder(model: str, config: PretrainedConfig) -> None:
 
 
 def _local_tensors(folder: Path) -> dict[str, TensorInfo]:
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: not a folder. Expected a folder with config.json and safetensors.")
-    if (folder / INDEX).exists():
-        return _indexed_tensors(folder)
-    if (folder / SINGLE).exists():
+    if (folder / SINGLE).is_file():  # first, as transformers does where a folder has both
         return read_header(folder / SINGLE)
+    if (folder / INDEX).is_file():
+        return _indexed_tensors(folder)
     if pickles := sorted(path.name for path in folder.glob("*.bin")):
         raise CheckpointError(
             f"{folder}: only pickle weights ({pickles[0]}), which can run code when loaded. Convert them to safetensors, "
@@ -170,11 +182,18 @@ def _indexed_tensors(folder: Path) -> dict[str, TensorInfo]:
     weight_map = _read_index(folder / INDEX)
     headers: dict[str, dict[str, TensorInfo]] = {}
     for file in sorted(set(weight_map.values())):
-        if not (folder / file).exists():
-            raise CheckpointError(f"{folder / INDEX}: shard {file} is missing. Download the checkpoint again.")
+        if not os.path.isfile(folder / file):  # unlike Path.is_file, False for a name that no file can have
+            raise CheckpointError(f"{folder / INDEX}: shard {file!r} is missing. Download the checkpoint again.")
         headers[file] = read_header(folder / file)
+    return _pick(str(folder / INDEX), weight_map, headers)
+
+
+def _pick(place: str, weight_map: Mapping[str, str], headers: Mapping[str, Mapping[str, TensorInfo]]) -> dict[str, TensorInfo]:
+    """The tensors that the index at `place` names, out of the headers of its shards."""
     if lost := sorted(name for name, file in weight_map.items() if name not in headers[file]):
-        raise CheckpointError(f"{folder / INDEX}: {lost[0]} is not in {weight_map[lost[0]]} ({len(lost)} such tensors).")
+        raise CheckpointError(
+            f"{place}: {lost[0]} is not in {weight_map[lost[0]]} ({len(lost)} such tensors). Download the checkpoint again."
+        )
     return {name: headers[file][name] for name, file in weight_map.items()}
 
 
@@ -182,14 +201,18 @@ def _read_index(path: Path) -> dict[str, str]:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a shard index ({_first_line(error)}). Download it again.") from error
+        raise CheckpointError(f"{path}: not a shard index ({brief(error)}). Download it again.") from error
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: no `weight_map`. Expected the index of a sharded safetensors checkpoint.")
+    _check_shard_names(str(path), weight_map)
+    return weight_map
+
+
+def _check_shard_names(place: str, weight_map: Mapping[str, Any]) -> None:
     for name, file in weight_map.items():
         if not isinstance(file, str) or file != Path(file).name or not file.endswith(".safetensors"):
-            raise CheckpointError(f"{path}: {name} points to {file!r}; a shard is a .safetensors file in the same folder.")
-    return weight_map
+            raise CheckpointError(f"{place}: {name} points to {file!r}; a shard is a .safetensors file in the same folder.")
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -205,19 +228,28 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         header.pop("__metadata__", None)
         tensors = {name: _tensor_info(path.name, 8 + length, entry) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: the safetensors header is corrupt ({_first_line(error)}). Download it again.") from error
-    end = max((info.start + info.num_bytes for info in tensors.values()), default=8 + length)
+        raise CheckpointError(f"{path}: the safetensors header is corrupt ({brief(error)}). Download it again.") from error
+    _check_extents(path, 8 + length, size, tensors)
+    return tensors
+
+
+def _check_extents(path: Path, end: int, size: int, tensors: Mapping[str, TensorInfo]) -> None:
+    """The tensors must fill the file from `end`, the end of the header, to `size`: the format forbids holes and overlaps."""
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].num_bytes)):
+        if info.start != end:
+            found = f"{name} starts at byte {info.start}, what comes before it ends at {end}"
+            raise CheckpointError(f"{path}: the safetensors header is corrupt ({found}). Download it again.")
+        end += info.num_bytes
     if end != size:
         raise CheckpointError(f"{path}: truncated or corrupt: {size} bytes, the header promises {end}. Download it again.")
-    return tensors
 
 
 def _tensor_info(file: str, origin: int, entry: Mapping[str, Any]) -> TensorInfo:
     start, end = entry["data_offsets"]
-    shape = tuple(int(length) for length in entry["shape"])
-    dtype = str(entry["dtype"])
-    if start < 0 or end < start or any(length < 0 for length in shape):
-        raise ValueError(f"offsets {start}–{end}, shape {shape}")
+    shape, dtype = tuple(entry["shape"]), entry["dtype"]
+    whole = all(type(number) is int and 0 <= number < 2**63 for number in (start, end, *shape))  # bool is an int too
+    if not whole or end < start or not isinstance(dtype, str):
+        raise ValueError(f"{dtype!r} with offsets {start!r}–{end!r} and shape {shape!r}")
     if dtype in DTYPES and prod(shape) * DTYPES[dtype].itemsize != end - start:
         raise ValueError(f"{dtype} {shape} does not fill {end - start} bytes")
     return TensorInfo(file, dtype, shape, origin + start, end - start)
@@ -234,22 +266,26 @@ def _hub_tensors(model: str, revision: str | None) -> tuple[str, dict[str, Tenso
             f"{model}: no safetensors on the hub, only pickle weights, which can run code when loaded. "
             "Choose a revision with safetensors, or add `accept: [pickle]`."
         ) from error
-    except SafetensorsParsingError as error:
-        raise CheckpointError(f"{model}: a safetensors header on the hub is corrupt ({_first_line(error)}).") from error
-    except (HfHubHTTPError, HFValidationError, RequestException, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, HTTPError, OSError) as error:
         raise CheckpointError(
-            f"{model}: not a local folder, and the hub did not give it ({_first_line(error)}). "
+            f"{model}: not a local folder, and the hub did not give it ({brief(error)}). "
             "Check the path or id, the revision, the network, and `hf auth login` for gated models."
         ) from error
-    tensors = {
-        name: TensorInfo(
-            file, str(info.dtype), tuple(info.shape), info.data_offsets[0], info.data_offsets[1] - info.data_offsets[0]
-        )
+    except (SafetensorsParsingError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise CheckpointError(
+            f"{model}: the shard index or a safetensors header on the hub is corrupt ({brief(error)}). Choose another revision."
+        ) from error
+    _check_shard_names(f"{model}: {INDEX}", metadata.weight_map)
+    headers = {
+        file: {
+            name: TensorInfo(file, info.dtype, tuple(info.shape), -1, info.data_offsets[1] - info.data_offsets[0])
+            for name, info in header.tensors.items()
+        }
         for file, header in metadata.files_metadata.items()
-        for name, info in header.tensors.items()
     }
-    return str(commit), tensors
+    return str(commit), _pick(f"{model}: {INDEX}", metadata.weight_map, headers)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+def brief(error: BaseException) -> str:
+    """An error's text in one line of at most 300 characters."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

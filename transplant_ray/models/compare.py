@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import reprlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +43,8 @@ class Comparison:
 
 
 MEANING = {
-    "positions": ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "position_embedding_type"),
+    "architecture": ("model_type",),
+    "positions": ("rope_parameters", "partial_rotary_factor", "position_embedding_type", "max_position_embeddings"),
     "norm": ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps"),
     "activation function": ("hidden_act", "hidden_activation", "activation_function"),
     "attention scaling or soft-caps": (
@@ -50,13 +52,18 @@ MEANING = {
         "scale_attn_weights", "scale_attn_by_inverse_layer_idx",
     ),
     "attention window": ("sliding_window", "layer_types"),
-    "heads": ("num_attention_heads", "num_key_value_heads", "head_dim", "n_head"),
+    "residual path": ("use_parallel_residual",),
+    "heads": ("num_attention_heads", "num_key_value_heads", "head_dim"),
     "vocabulary size": ("vocab_size",),
     "end tokens": ("eos_token_id",),
-    "width": ("hidden_size", "n_embd"),
-    "number of layers": ("num_hidden_layers", "n_layer"),
+    "width": ("hidden_size",),
+    "number of layers": ("num_hidden_layers",),
 }  # fmt: skip
-"""Config keys that change what equal shapes mean, by what they decide (method.md, "Modules and compatibility")."""
+"""Config keys that change what equal shapes mean, by what they decide (method.md, "Modules and compatibility").
+
+transformers reads GPT-2's own keys (`n_head`) by these names too, and folds older RoPE keys into `rope_parameters`; the
+longest position counts because a long RoPE is scaled by it.
+"""
 
 
 def compare(source: Checkpoint, target: Checkpoint) -> Comparison:
@@ -135,8 +142,17 @@ def _guesses(*catalogues: Catalogue) -> list[str]:
 
 def _differences(source: PretrainedConfig, target: PretrainedConfig) -> list[str]:
     return [
-        f"{what}: `{key}` is {theirs!r} in the source and {ours!r} in the target"
+        f"{what}: `{name}` is {reprlib.repr(theirs)} in the source and {reprlib.repr(ours)} in the target"
         for what, keys in MEANING.items()
         for key in keys
-        if (theirs := getattr(source, key, None)) != (ours := getattr(target, key, None))
+        for name, theirs, ours in _unequal(key, getattr(source, key, None), getattr(target, key, None))
     ]
+
+
+def _unequal(key: str, source: Any, target: Any) -> Iterator[tuple[str, Any, Any]]:
+    """What differs under a config key: of two dictionaries only the entries that do, for a RoPE table is long."""
+    if isinstance(source, dict) and isinstance(target, dict):
+        for part in sorted(source.keys() | target.keys()):
+            yield from _unequal(f"{key}.{part}", source.get(part), target.get(part))
+    elif source != target:
+        yield key, source, target

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from transplant_ray.errors import CheckpointError
-from transplant_ray.models.checkpoint import DTYPES, Checkpoint, TensorInfo
+from transplant_ray.models.checkpoint import DTYPES, Checkpoint, TensorInfo, read_header
 from transplant_ray.models.convert import COMPANIONS
 
 MakeTensor = Callable[[], torch.Tensor]
@@ -26,9 +26,10 @@ def write_checkpoint(base: Checkpoint, replaced: Mapping[str, MakeTensor], out: 
     folder = base.fetch()
     for file in base.weight_files():
         shutil.copyfile(folder / file, out / file)
+        layout = read_header(out / file)  # where a hub checkpoint's tensors are, only the file itself says
         for name, make in replaced.items():
             if base.tensors[name].file == file:
-                overwrite_tensor(out / file, name, base.tensors[name], make())
+                overwrite_tensor(out / file, name, layout[name], make())
 
 
 def copy_companions(base: Checkpoint, out: Path) -> None:
@@ -50,7 +51,7 @@ def overwrite_tensor(path: Path, name: str, info: TensorInfo, tensor: torch.Tens
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a tensor as safetensors stores them: row-major, little-endian."""
-    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data.cast("B")
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def write_safetensors(path: Path, layout: Mapping[str, TensorInfo], make: Mapping[str, MakeTensor]) -> None:

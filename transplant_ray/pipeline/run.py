@@ -56,13 +56,13 @@ class Run:
 
 
 def begin(recipe: Recipe, watch: Watch | None) -> Run:
-    """Refuse what can be refused before anything starts, and claim the run folder."""
+    """Refuse what can be refused before anything starts; nothing is written yet."""
     refuse_vanishing_paths(recipe)
     stopwatch = Stopwatch(watch or Silent())
     with stopwatch.stage("prepare"):
         job = prepare(recipe)
         folder = RunFolder.of(recipe.storage, recipe.name)
-        folder.claim(recipe.identity(), recipe.to_yaml())
+        folder.check_owner(recipe.identity())
     for warning in job.comparison.warnings:
         stopwatch.watch.note(f"warning: {warning}")
     return Run(job, folder, stopwatch)

@@ -33,6 +33,7 @@ def rank(recipe: Recipe, watch: Watch | None = None) -> list[Ranking]:
     """Rank the modules of a pair and write rankings.parquet; nothing is grafted."""
     run = begin(recipe, watch)
     with plain_errors(), connect(recipe.resources) as capacity:
+        run.folder.claim(recipe.identity(), recipe.to_yaml())
         return _probe(run, capacity, baselines={}).rankings
 
 
@@ -40,6 +41,7 @@ def sweep(recipe: Recipe, watch: Watch | None = None) -> SweepResult:
     """The main job, end to end. Raises before anything is started where the recipe cannot work; variants that fail are rows."""
     run = begin(recipe, watch)
     with plain_errors(), tracked(recipe) as tracker, connect(recipe.resources) as capacity:
+        run.folder.claim(recipe.identity(), recipe.to_yaml())
         probed = _probe(run, capacity, {split: run.job.examples[split] for split in MEASURED})
         for split, shard in probed.source.items():
             run.answers.add(split, shard)
