@@ -6,7 +6,7 @@ Both models at once where the cluster holds two actors, one after the other wher
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -51,58 +51,52 @@ class ProbeResult:
 
 
 def run_probe(comparison: Comparison, plan: ProbePlan, workload: Workload, capacity: Capacity, advance: Advance) -> ProbeResult:
-    """Load, measure, rank, and release the actors again. `advance` is told how many examples were measured or answered."""
+    """Load, measure, rank, and release the actors again. `advance` is told how many examples were measured."""
     stage = _Stage(comparison, plan, workload, capacity, advance)
-    return stage.side_by_side() if capacity.num_actors >= 2 else stage.in_turn()
+    roles = _needed_models(plan)
+    for group in [roles] if capacity.num_actors >= len(roles) else [[role] for role in roles]:
+        stage.measure(group)
+    return ProbeResult(stage.rank(), stage.answers, stage.places)
 
 
-@dataclass(frozen=True)
+def _needed_models(plan: ProbePlan) -> list[Role]:
+    """The source first, for its texts may lead both."""
+    needed: dict[Role, bool] = {"source": plan.activations or bool(plan.baselines), "target": plan.activations}
+    return [role for role, need in needed.items() if need]
+
+
 class _Stage:
-    comparison: Comparison
-    plan: ProbePlan
-    workload: Workload
-    capacity: Capacity
-    advance: Advance
+    """What was measured so far."""
 
-    def side_by_side(self) -> ProbeResult:
-        with self._actor("source") as source, self._maybe_target() as target:
-            places: dict[str, dict[str, Any]] = {"source": ray.get(source.where.remote())}
-            texts = self._texts(source)
-            streams = {"source": self._collect(source, texts)}
-            if target is not None:
-                places["target"] = ray.get(target.where.remote())
-                streams["target"] = self._collect(target, texts)
-            answers = {split: source.answer.remote(examples) for split, examples in self.plan.baselines.items()}
-            statistics = self._follow(streams)
-            return ProbeResult(self._rank(statistics), {s: ray.get(ref) for s, ref in answers.items()}, places)
+    def __init__(self, comparison: Comparison, plan: ProbePlan, workload: Workload, capacity: Capacity, advance: Advance) -> None:
+        self.comparison, self.plan, self.workload = comparison, plan, workload
+        self.capacity, self.advance = capacity, advance
+        self.statistics: dict[Role, ActivationStats] = {}
+        self.answers: dict[Split, VariantShard] = {}
+        self.places: dict[str, dict[str, Any]] = {}
+        self.texts: Continuations | None = None
 
-    def in_turn(self) -> ProbeResult:
-        statistics: dict[str, ActivationStats] = {}
-        places: dict[str, dict[str, Any]] = {}
-        with self._actor("source") as source:
-            places["source"] = ray.get(source.where.remote())
-            texts = self._texts(source)
-            statistics |= self._follow({"source": self._collect(source, texts)})
-            answers = {split: ray.get(source.answer.remote(examples)) for split, examples in self.plan.baselines.items()}
-        with self._maybe_target() as target:
-            if target is not None:
-                places["target"] = ray.get(target.where.remote())
-                statistics |= self._follow({"target": self._collect(target, texts)})
-        return ProbeResult(self._rank(statistics), answers, places)
+    def measure(self, roles: Sequence[Role]) -> None:
+        """Everything that these models are needed for, side by side; then they are gone."""
+        with ExitStack() as stack:
+            actors = {role: stack.enter_context(released(self._start(role))) for role in roles}
+            self.places |= dict(zip(actors, ray.get([actor.where.remote() for actor in actors.values()]), strict=True))
+            source = actors.get("source")
+            answers = {}
+            if source is not None:
+                self.texts = self._texts(source)
+                answers = {split: source.answer.remote(examples) for split, examples in self.plan.baselines.items()}
+            if self.plan.activations:
+                self._follow({role: self._collect(actor) for role, actor in actors.items()})
+            self.answers |= {split: ray.get(ref) for split, ref in answers.items()}
 
-    @contextmanager
-    def _actor(self, role: Role) -> Iterator[ActorHandle]:
-        checkpoint: Checkpoint = getattr(self.comparison, role)
-        with released(self.capacity.start(ModelActor, checkpoint, role, self.workload)) as actor:
-            yield actor
+    def rank(self) -> list[Ranking]:
+        source, target = (self.statistics.get(role) for role in ("source", "target"))
+        evidence = ray.put(Evidence(self.comparison.modules, self.plan.seed, source, target))
+        return list(ray.get([rank_modules.remote(ranker, evidence) for ranker in self.plan.rankers]))
 
-    @contextmanager
-    def _maybe_target(self) -> Iterator[ActorHandle | None]:
-        if not self.plan.activations:
-            yield None
-            return
-        with self._actor("target") as actor:
-            yield actor
+    def _start(self, role: Role) -> ActorHandle:
+        return self.capacity.start(ModelActor, getattr(self.comparison, role), role, self.workload)
 
     def _texts(self, source: ActorHandle) -> Continuations | None:
         """The texts that activations are measured along; None where every model follows its own."""
@@ -114,33 +108,22 @@ class _Stage:
         texts: Continuations = ray.get(source.continuations.remote(plan.probe, plan.settings))
         return texts
 
-    def _collect(self, actor: ActorHandle, texts: Continuations | None) -> Any:
+    def _collect(self, actor: ActorHandle) -> Any:
         """A stream of counts that ends in the statistics of one model."""
-        if not self.plan.activations:
-            return iter(())
         modules = tuple(self.comparison.pairs)
-        return collect.remote(actor, self.plan.probe, modules, self.plan.settings, texts)
+        return collect.remote(actor, self.plan.probe, modules, self.plan.settings, self.texts)
 
-    def _follow(self, streams: Mapping[str, Any]) -> dict[str, ActivationStats]:
+    def _follow(self, streams: Mapping[Role, Any]) -> None:
         """Read the streams in turn, so that none runs far ahead, until each has given its statistics."""
-        statistics: dict[str, ActivationStats] = {}
         waiting = dict(streams)
         while waiting:
             for role, stream in list(waiting.items()):
-                ref = next(stream, None)
-                item = None if ref is None else ray.get(ref)
+                item = ray.get(next(stream))
                 if isinstance(item, int):
                     self.advance(item)
-                    continue
-                del waiting[role]
-                if item is not None:
-                    statistics[role] = item
-        return statistics
-
-    def _rank(self, statistics: Mapping[str, ActivationStats]) -> list[Ranking]:
-        modules = self.comparison.modules
-        evidence = ray.put(Evidence(modules, self.plan.seed, statistics.get("source"), statistics.get("target")))
-        return list(ray.get([rank_modules.remote(ranker, evidence) for ranker in self.plan.rankers]))
+                else:
+                    self.statistics[role] = item
+                    del waiting[role]
 
 
 @ray.remote(num_cpus=0, max_retries=-1)

@@ -33,6 +33,7 @@ from transplant_ray.models.convert import COMPANIONS, converted, is_pickle_only
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+GENERATION = "generation_config.json"
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors format."""
 
@@ -145,13 +146,23 @@ def read_config(model: str, revision: str | None, remote_code: bool) -> Pretrain
 
 
 def read_generation_ends(checkpoint: Checkpoint) -> int | list[int] | None:
-    """End tokens of a model's generation config, or of its config where it has none."""
+    """End tokens of a model's generation config, or of its config where that names none."""
     place = checkpoint.folder or checkpoint.model
+    ends: int | list[int] | None = None
     try:
-        config = GenerationConfig.from_pretrained(place, revision=checkpoint.revision)
-    except OSError:  # not every checkpoint has a generation config
-        config = checkpoint.config
-    ends: int | list[int] | None = getattr(config, "eos_token_id", None)
+        ends = GenerationConfig.from_pretrained(place, revision=checkpoint.revision).eos_token_id
+    except CONFIG_ERRORS as error:
+        there = checkpoint.folder is not None and (checkpoint.folder / GENERATION).exists()
+        if there or not isinstance(error, OSError):  # not every checkpoint has a generation config
+            raise CheckpointError(
+                f"{checkpoint.model}: {GENERATION} cannot be read ({brief(error)}). Mend or remove it."
+            ) from error
+    if ends is None:
+        ends = getattr(checkpoint.config, "eos_token_id", None)
+    if not all(type(token) is int for token in (ends if isinstance(ends, list) else [ends or 0])):
+        raise CheckpointError(
+            f"{checkpoint.model}: {GENERATION}: `eos_token_id` is {ends!r}, expected a token id or a list of them."
+        )
     return ends
 
 
