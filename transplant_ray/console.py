@@ -130,7 +130,7 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
         summary["baselines"]["test"]["source"],
     )
     agrees = winner["exported_agrees"]
-    return [
+    lines = [
         f"winner: {winner['label']} (variant {winner['variant']}, {winner['num_modules']} modules), chosen on select",
         f"on test, the exported checkpoint reloaded: {_interval(test)}; "
         f"the target {_interval(target)}, the source {_interval(source)}",
@@ -138,6 +138,11 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
         f"of what swapping everything reaches {_percent(test['reachable_recovery'])}",
         f"exported = resident: the same completion on {agrees['equal']} of {agrees['n']} select examples",
     ]
+    if winner["same_as"]:
+        lines.append(f"the ranking made no difference here: {', '.join(winner['same_as'])} hold the same modules")
+    if winner["best_control"] is not None:
+        lines.append(f"best control on select: {winner['best_control']['label']}, {_interval(winner['best_control'])}")
+    return lines
 
 
 def print_plan(console: Console, report: PlanReport) -> None:

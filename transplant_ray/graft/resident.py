@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transplant_ray.errors import VariantError
 from transplant_ray.graft.variant import ORIGIN, Coefficient, Variant, blend, check_variant
 from transplant_ray.models.catalogue import Module
+from transplant_ray.models.checkpoint import DTYPES
 from transplant_ray.models.compare import Comparison
 from transplant_ray.models.loading import load_model, load_tensors
 
@@ -51,12 +52,19 @@ class ResidentPair:
         return self._variant
 
     def apply(self, variant: Variant) -> None:
-        """Make the model `variant`, touching only modules whose coefficient changes. VariantError before anything is touched."""
+        """Make the model `variant`, touching only modules whose coefficient changes. VariantError before anything is touched.
+
+        A failure on the way (a blend finds no memory) leaves the target, never half a variant.
+        """
         check_variant(variant, self.modules)
         now, then = self._variant.coefficients, variant.coefficients
-        for name in now.keys() | then.keys():
-            if now.get(name, 0) != then.get(name, 0):
-                self._point(name, then.get(name, 0))
+        try:
+            for name in now.keys() | then.keys():
+                if now.get(name, 0) != then.get(name, 0):
+                    self._point(name, then.get(name, 0))
+        except BaseException:
+            self.undo()
+            raise
         self._variant = variant
 
     def undo(self) -> None:
@@ -89,14 +97,15 @@ def load_resident_pair(
     model = load_model(comparison.target, dtype, device_map)
     wanted = {name: pair for name, pair in comparison.pairs.items() if names is None or name in names}
     disk = [name for pair in wanted.values() for name in (pair.source.disk_weight, pair.source.disk_bias) if name]
-    tensors = load_tensors(comparison.source, disk, getattr(torch, dtype))
+    tensors = load_tensors(comparison.source, disk)
     source = {}
     for name, pair in wanted.items():
         device = model.get_submodule(name).weight.device
+        stored = DTYPES[pair.target.dtype]  # a finer source is rounded here as an export rounds it
         bias = pair.source.disk_bias
         source[name] = Weights(
-            _parameter(tensors.pop(pair.source.disk_weight).to(device)),
-            _parameter(tensors.pop(bias).to(device)) if bias else None,
+            _parameter(tensors.pop(pair.source.disk_weight).to(stored).to(device, getattr(torch, dtype))),
+            _parameter(tensors.pop(bias).to(stored).to(device, getattr(torch, dtype))) if bias else None,
         )
     return ResidentPair(model, source, {name: pair.target for name, pair in wanted.items()})
 

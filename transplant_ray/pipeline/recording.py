@@ -102,6 +102,10 @@ def _describe_winner(run: Run, results: Sequence[Result], winner: Sequence[Resul
         if row.accuracy is not None and target is not None and all_swapped is not None:
             reachable = reachable_recovery(row.accuracy, target=target, all_swapped=all_swapped)
         described[row.split] = {**_numbers(row), "reachable_recovery": reachable}
+    controls = [row for row in results if row.role == "control" and row.split == "select" and row.accuracy is not None]
+    best = max(controls, key=lambda row: row.accuracy or 0, default=None)
+    described["best_control"] = None if best is None else {"label": best.label, **_numbers(best)}
+    described["same_as"] = [row.label for row in controls if row.variant == first.variant]
     described["exported_agrees"] = _agreement(run, first.variant)
     return described
 
