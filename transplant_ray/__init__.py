@@ -16,12 +16,13 @@ _HOMES = {
     "load_recipe": "recipe",
     "Variant": "graft.variant",
     "ResidentPair": "graft.resident",
-    "prepare": "pipeline.job",
-    "make_plan": "pipeline.planning",
+    "demo": "pipeline.sweeping",
+    "plan": "pipeline.planning",
     "rank": "pipeline.sweeping",
     "sweep": "pipeline.sweeping",
     "export": "pipeline.exporting",
     "apply": "pipeline.exporting",
+    "show": "pipeline.exporting",
     "TransplantError": "errors",
 }
 

@@ -105,11 +105,9 @@ def apply(
 @app.command()
 def show(run: RunPath, every: Annotated[bool, typer.Option("--all", help="Every row of every split.")] = False) -> None:
     """Print the results of a finished sweep again."""
-    from transplant_ray.pipeline.exporting import read_results
-    from transplant_ray.storage import RunFolder
+    from transplant_ray.pipeline.exporting import show as run_show
 
-    folder = RunFolder.open(run)
-    _print_results(read_results(folder), folder.read_summary(), every=every)
+    _print_results(*run_show(run), every=every)
 
 
 def main() -> None:

@@ -165,6 +165,8 @@ class TrackingSpec(Part):
 
 
 class Recipe(Part):
+    """Everything a user decides about a sweep; `load_recipe` reads one."""
+
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
     source: ModelSpec
     target: ModelSpec

@@ -9,6 +9,7 @@ Both appear whole or not at all. No model is loaded: tensors are read, blended a
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from transplant_ray.storage import sha256_file, whole_folder, write_json, write_
 
 FORMAT = 1
 DELTA, UNDO, MANIFEST = "delta.safetensors", "undo.safetensors", "delta.json"
+TOLD = ("README.md", "variant.json")
+"""What an exported checkpoint and its delta tell of the variant, beside the weights."""
 
 
 def export_checkpoint(comparison: Comparison, variant: Variant, out: Path, card: str, *, replace: bool = False) -> Path:
@@ -55,8 +58,8 @@ def export_delta(comparison: Comparison, variant: Variant, checkpoint: Path, out
             "delta": {name: sha256_file(folder / name) for name in (DELTA, UNDO)},
         }
         write_json(folder / MANIFEST, manifest)
-        for name in ("README.md", "variant.json"):
-            write_text(folder / name, (checkpoint / name).read_text())
+        for name in TOLD:
+            shutil.copyfile(checkpoint / name, folder / name)
     return out
 
 
@@ -72,13 +75,18 @@ def apply_delta(delta: Path, target: str, out: Path, *, undo: bool = False, revi
     before, after = (manifest["result"], manifest["target"]) if undo else (manifest["target"], manifest["result"])
     _check_same_files(base, before["files"], undo=undo)
     tensors = read_header(changes)
+    if strangers := sorted(tensors.keys() - base.tensors.keys()):
+        raise CheckpointError(f"{changes}: {strangers[0]} is not in the target. Make the delta again.")
     patch = Checkpoint(str(changes), None, delta, base.config, tensors)
     with whole_folder(out) as folder:
         write_checkpoint(base, {name: _stored(patch, name) for name in tensors}, folder)
         if file_hashes(folder, base) != after["files"]:
             raise CheckpointError(f"{delta}: the result is not what the delta promises. Make the delta again.")
-        for name in () if undo else ("README.md", "variant.json"):
-            write_text(folder / name, (delta / name).read_text())
+        for name in TOLD:  # they tell of the variant: the target has none of them
+            if undo:
+                (folder / name).unlink(missing_ok=True)
+            else:
+                shutil.copyfile(delta / name, folder / name)
     return out
 
 
@@ -127,14 +135,17 @@ def _stored(checkpoint: Checkpoint, name: str) -> MakeTensor:
 def _read_manifest(delta: Path) -> dict[str, Any]:
     path = delta / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        complete = all(isinstance(manifest[part], dict) for part in ("target", "result", "delta"))
-        complete = complete and all(isinstance(manifest[part]["files"], dict) for part in ("target", "result"))
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        hashes = [manifest["target"]["files"], manifest["result"]["files"], manifest["delta"]]
+        if not all(isinstance(part, dict) for part in hashes):
+            raise TypeError("its hashes are not by file")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not the manifest of a delta ({error}). Expected a folder that `export` wrote.") from error
-    if manifest.get("format") != FORMAT or not complete:
+    if manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path}: format {manifest.get('format')!r}, expected {FORMAT}. Use the version that wrote it.")
-    return manifest  # type: ignore[no-any-return]
+    if lost := [name for name in TOLD if not (delta / name).is_file()]:
+        raise CheckpointError(f"{delta}: {lost[0]} is missing. Copy the delta again.")
+    return manifest
 
 
 def _check_hash(path: Path, expected: str | None) -> None:

@@ -154,12 +154,20 @@ def _entry(
     if prefix is None:
         return Exclusion(name, "missing: its weight is not in the checkpoint under any known name")
     disk = f"{prefix}.{layer}.{path}"
+    for what, parameter in linear.named_parameters(recurse=False):
+        if reason := _misfit(what, parameter, tensors.get(f"{disk}.{what}")):
+            return Exclusion(name, reason)
     info = tensors[f"{disk}.weight"]
-    if info.dtype not in FLOATS:
-        return Exclusion(name, f"quantised: stored as {info.dtype}")
-    if info.shape != tuple(linear.weight.shape):  # type: ignore[arg-type]
-        return Exclusion(name, f"stored as {info.shape}, the config says {tuple(linear.weight.shape)}")  # type: ignore[arg-type]
     bias = f"{disk}.bias" if linear.bias is not None else None
-    if bias is not None and bias not in tensors:
-        return Exclusion(name, "missing: its bias is not in the checkpoint")
     return Module(name, layer, path, role, info.shape, isinstance(linear, Conv1D), info.dtype, f"{disk}.weight", bias)
+
+
+def _misfit(what: str, parameter: nn.Parameter, stored: TensorInfo | None) -> str | None:
+    """Why a stored weight or bias cannot be copied, None where it can."""
+    if stored is None:
+        return f"missing: its {what} is not in the checkpoint"
+    if stored.dtype not in FLOATS:
+        return f"quantised: {what} stored as {stored.dtype}"
+    if stored.shape != tuple(parameter.shape):
+        return f"{what} stored as {stored.shape}, the config says {tuple(parameter.shape)}"
+    return None

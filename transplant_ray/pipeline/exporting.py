@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from transplant_ray.errors import RunError
 from transplant_ray.evaluate.results import Result
@@ -37,6 +38,12 @@ def export(run: str | Path, variant: str | None = None, out: str | Path | None =
 def apply(delta: str | Path, target: str, out: str | Path, *, undo: bool = False, revision: str | None = None) -> Path:
     """Turn `target` into the variant of a delta folder, or with `undo` turn that variant back into the target, byte for byte."""
     return apply_delta(Path(delta), target, Path(out), undo=undo, revision=revision)
+
+
+def show(run: str | Path) -> tuple[list[Result], dict[str, Any]]:
+    """Rows of results.parquet and the summary of a finished run. RunError where it is not there."""
+    folder = RunFolder.open(str(run))
+    return read_results(folder), folder.read_summary()
 
 
 def export_winner(recipe: Recipe, comparison: Comparison, planned: Planned, rows: Sequence[Result], folder: RunFolder) -> None:

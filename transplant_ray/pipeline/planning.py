@@ -14,7 +14,8 @@ from transplant_ray.evaluate.generate import GenerationSettings, generate
 from transplant_ray.graft.resident import load_resident_pair
 from transplant_ray.models.catalogue import Exclusion
 from transplant_ray.models.loading import load_tokenizer, placement
-from transplant_ray.pipeline.job import Job
+from transplant_ray.pipeline.job import Job, prepare
+from transplant_ray.recipe import Recipe
 
 CALIBRATION_TOKENS = 16
 
@@ -59,6 +60,11 @@ class PlanReport:
     examples: dict[str, int]
     memory: dict[str, Memory]
     placement: tuple[str, ...]
+
+
+def plan(recipe: Recipe) -> PlanReport:
+    """What a sweep of this recipe would do and take. Raises whatever the sweep itself would refuse before it starts."""
+    return make_plan(prepare(recipe))
 
 
 def make_plan(job: Job) -> PlanReport:

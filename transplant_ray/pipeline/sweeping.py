@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from transplant_ray import zoo
 from transplant_ray.distributed.cluster import Capacity, connect, plain_errors
 from transplant_ray.distributed.pool import evaluator_pool, feeding, plan_work
 from transplant_ray.distributed.probing import ProbePlan, ProbeResult, answer_alone, num_probe_steps, run_probe
@@ -22,11 +23,16 @@ from transplant_ray.pipeline.run import Run, begin
 from transplant_ray.pipeline.watch import Watch
 from transplant_ray.probe.rankers import SCHEMA as RANKING_SCHEMA
 from transplant_ray.probe.rankers import Ranking, ranking_rows
-from transplant_ray.recipe import Recipe
+from transplant_ray.recipe import Recipe, load_recipe
 from transplant_ray.storage import write_rows
 from transplant_ray.tracking.tracker import Tracker, tracked
 
 MEASURED: tuple[Split, ...] = ("select", "test")
+
+
+def demo(pair: str = zoo.PAIRS[0], overrides: Sequence[str] = (), watch: Watch | None = None) -> SweepResult:
+    """Sweep a pair of the zoo by its own recipe."""
+    return sweep(load_recipe(zoo.recipe_path(pair), overrides), watch)
 
 
 def rank(recipe: Recipe, watch: Watch | None = None) -> list[Ranking]:

@@ -1,0 +1,39 @@
+"""The public Python API: these names, and no Ray, MLflow or torch before one of them is used."""
+
+import subprocess
+import sys
+
+import pytest
+
+import transplant_ray
+
+PUBLIC = {
+    "Recipe", "ResidentPair", "TransplantError", "Variant", "load_recipe",
+    "apply", "demo", "export", "plan", "rank", "show", "sweep",
+}  # fmt: skip
+
+
+def test_the_public_names_are_these() -> None:
+    assert set(transplant_ray.__all__) == PUBLIC == set(dir(transplant_ray))
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_every_public_name_is_there_and_documented(name: str) -> None:
+    assert getattr(transplant_ray, name).__doc__
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'sweeep'"):
+        _ = transplant_ray.sweeep
+
+
+@pytest.mark.parametrize("module", ["transplant_ray", "transplant_ray.cli"])
+def test_importing_it_loads_nothing_heavy(module: str) -> None:
+    code = f"import sys, {module}; print([name for name in ('ray', 'mlflow', 'torch', 'transformers') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_trial_processes_load_no_torch() -> None:
+    """Four of them start beside the evaluator on a small machine; see docs/decisions/0003."""
+    code = "import sys, transplant_ray.distributed.mailbox; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False False"
