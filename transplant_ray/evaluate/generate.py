@@ -124,7 +124,16 @@ def _generate_batch(
 
 def _completion(row: list[int], tokenizer: PreTrainedTokenizerBase, settings: GenerationSettings) -> Completion:
     end = next((i for i, token in enumerate(row) if token in settings.end_ids), None)
-    tokens = row if end is None else row[: end + 1]
-    text = tokenizer.decode(tokens if end is None else tokens[:-1], skip_special_tokens=True)
+    tokens = _without_padding(row, tokenizer.pad_token_id) if end is None else row[: end + 1]
+    shown = tokens if end is None else tokens[:-1]
+    text = tokenizer.decode(shown, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     cuts = [place for stop in settings.stop if (place := text.find(stop)) >= 0]
     return Completion(tuple(tokens), text[: min(cuts)] if cuts else text, finished=end is not None or bool(cuts))
+
+
+def _without_padding(row: list[int], pad_id: int) -> list[int]:
+    """A row that a stop string ended early is filled up with padding."""
+    length = len(row)
+    while length and row[length - 1] == pad_id:
+        length -= 1
+    return row[:length]
