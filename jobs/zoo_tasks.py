@@ -1,5 +1,6 @@
-"""The abilities that the zoo's models learn: small string tasks, each a function from a random
-generator to an example.
+"""What the zoo's models learn, as text and as tokens.
+
+Abilities are small string tasks, each a function from a random generator to an example.
 
 Every ability has a prefix of its own, so a prompt says which ability it asks for. Prompt spaces are large enough to
 draw evaluation rows first and to train on the rest: a prompt of a task file never occurs in training.
@@ -9,6 +10,20 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from random import Random
 from string import ascii_lowercase
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+PAD, BOS, EOS, UNK, USER, ASSISTANT = SPECIALS = ["<pad>", "<s>", "</s>", "<unk>", "<|user|>", "<|assistant|>"]
+CHARACTERS = ["\n", *map(chr, range(32, 127))]
+VOCABULARY = {token: index for index, token in enumerate([*SPECIALS, *CHARACTERS])}
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ '<|user|>' + message['content'] }}"
+    "{% elif message['role'] == 'assistant' %}{{ '<|assistant|>' + message['content'] + eos_token }}"
+    "{% else %}{{ raise_exception('Only the roles user and assistant are supported') }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
 
 
 @dataclass(frozen=True)
@@ -83,3 +98,30 @@ def training_rows(mixture: Mapping[str, float], excluded: frozenset[str], seed: 
         example = ABILITIES[rng.choices(names, weights)[0]](rng)
         if example.prompt not in excluded:
             yield example
+
+
+def make_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
+    """One token per printable ASCII character; a text begins with `<s>`, padding goes to the left."""
+    tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token=UNK))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    begins = [(BOS, VOCABULARY[BOS])]
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=begins)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        unk_token=UNK,
+        additional_special_tokens=[USER, ASSISTANT],
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_max_length=256,
+    )
+    fast.chat_template = chat_template
+    return fast
+
+
+def render(example: Example, as_chat: bool) -> str:
+    """The prompt as text, with the opening `<s>`, for a plain row or a chat row."""
+    return f"{BOS}{USER}{example.prompt}{ASSISTANT}" if as_chat else f"{BOS}{example.prompt}"
