@@ -23,9 +23,10 @@ MEGABYTE = 1_000_000
 
 @pytest.mark.parametrize("pair", zoo.PAIRS)
 def test_weights_are_those_that_were_recorded(pair: str) -> None:
-    for role, recorded in RECORD[pair]["sha256"].items():
-        file = zoo.HOME / pair / role / "model.safetensors"
-        assert hashlib.sha256(file.read_bytes()).hexdigest() == recorded
+    recorded = RECORD[pair]["sha256"]
+    assert set(recorded) == {"source/model.safetensors", "target/model.safetensors"}
+    for file, digest in recorded.items():
+        assert hashlib.sha256((zoo.HOME / pair / file).read_bytes()).hexdigest() == digest
 
 
 def test_all_of_it_is_small() -> None:
