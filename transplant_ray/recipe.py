@@ -11,12 +11,13 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from transplant_ray import zoo
 from transplant_ray.errors import RecipeError
@@ -32,7 +33,16 @@ SCORERS = ("exact",)
 
 
 class Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads `yes` and `on` as true, which would count as 1."""
+        expected = cls.model_fields[str(info.field_name)].annotation
+        if expected is not bool and any(isinstance(v, bool) for v in (value if isinstance(value, list) else [value])):
+            raise ValueError("true and false are not expected here")
+        return value
 
 
 class ModelSpec(Part):
@@ -67,7 +77,7 @@ class TaskSpec(Part):
     """Template of the reference answer."""
     scorer: str = "exact"
     max_new_tokens: int = Field(ge=1)
-    stop: tuple[str, ...] = ()
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Strings that end a completion; they are not part of it."""
     chat_template: bool = False
     """Render the prompt as a user message through the target's chat template."""
@@ -103,7 +113,8 @@ class RankSpec(Part):
 
     @model_validator(mode="after")
     def _settings_have_effect(self) -> RankSpec:
-        idle = sorted({"trajectory", "max_new_tokens"} & self.model_fields_set)
+        defaults = {"trajectory": "own", "max_new_tokens": None}
+        idle = [name for name, default in defaults.items() if getattr(self, name) != default]
         if idle and not ACTIVATION_RANKERS & set(self.by):
             raise ValueError(f"{idle} has no effect: none of {list(self.by)} measures activations")
         return self
@@ -117,6 +128,11 @@ class ControlSpec(Part):
     alpha: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.25, 0.5, 0.75)
     """Uniform coefficients over all modules, a linear merge."""
 
+    @field_validator("alpha")
+    @classmethod
+    def _some(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        return _grid_axis(value)
+
 
 class SweepSpec(Part):
     """The grid: ranker × kind × K × alpha."""
@@ -129,10 +145,8 @@ class SweepSpec(Part):
 
     @field_validator("k", "kind", "alpha")
     @classmethod
-    def _grid_axis(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
-        if not value:
-            raise ValueError("a grid axis needs at least one value")
-        return _distinct(value)
+    def _some(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        return _grid_axis(value)
 
 
 class ResourceSpec(Part):
@@ -187,7 +201,18 @@ class Recipe(Part):
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        """For the record: addresses come without the user and password in them."""
+        content = self.model_dump(mode="json")
+        content["storage"], content["tracking"]["uri"] = redact(self.storage), redact(self.tracking.uri)
+        text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+        if "\x85" in text:  # PyYAML writes this line end as it is, and reads it back as another
+            text = yaml.safe_dump(content, sort_keys=False)
+        return text
+
+
+def redact(address: str) -> str:
+    """An address without the user and password in it."""
+    return re.sub(r"//[^/\s]*@", "//", address)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -222,7 +247,11 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def _yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_UniqueKeyLoader)
+    try:
+        return yaml.load(text, Loader=_UniqueKeyLoader)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        # PyYAML lets these out where a value does not fit its tag (`!!int x`, the date 2024-13-45), or nests too deep
+        raise yaml.YAMLError(f"a value cannot be read ({type(error).__name__}: {error})") from error
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
@@ -230,7 +259,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         mapping = _yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read ({error}). Give the path of a YAML recipe.") from error
-    except (yaml.YAMLError, RecursionError) as error:
+    except yaml.YAMLError as error:
         raise RecipeError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(mapping, dict):
         raise RecipeError(f"{path}: found {type(mapping).__name__}, expected a mapping with the keys of a recipe.")
@@ -272,15 +301,20 @@ def _absolute_inputs(mapping: dict[str, Any], base: Path) -> None:
 def _absolute(text: str, base: Path, *, is_file: bool) -> str:
     if text.startswith(zoo.PREFIX):
         return text
-    path = base / Path(text).expanduser()
-    if is_file or path.exists() or text.startswith((".", "/", "~")):
-        return str(path)
-    return text
+    try:
+        path = base / Path(text).expanduser()
+        return str(path) if is_file or text.startswith((".", "/", "~")) or path.exists() else text
+    except (OSError, RuntimeError) as error:  # a name that is too long, the home of a user who is not there
+        raise RecipeError(f"{text[:100]!r} cannot be a path ({error}).") from error
+
+
+_UNION = ("str", "HubData")
+"""What pydantic calls the alternatives of `task.data`; users never wrote them."""
 
 
 def _explain(problem: Any) -> str:
     """One pydantic problem in our words: place, finding, expectation."""
-    place = ".".join(str(part) for part in problem["loc"]) or "the recipe"
+    place = ".".join(str(part) for part in problem["loc"] if part not in _UNION) or "the recipe"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
         return f"`{place}` is not a key of a recipe.{_nearest(place)}"
@@ -306,6 +340,12 @@ def _one_of(value: str, known: Sequence[str], what: str) -> str:
         near = difflib.get_close_matches(value, known, n=1)
         raise ValueError(f"unknown {what} {value!r}; expected one of {list(known)}{f' (nearest: {near[0]})' if near else ''}")
     return value
+
+
+def _grid_axis(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not values:
+        raise ValueError("at least one value is needed")
+    return _distinct(values)
 
 
 def _distinct(values: Sequence[Any]) -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ class RunFolder:
     @classmethod
     def of(cls, storage: str, name: str) -> RunFolder:
         if "://" not in storage:
-            return cls(Path(storage).expanduser() / name)
+            return cls(_expanded(storage) / name)
         parts = urlsplit(storage)
         address = urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
         return cls(_local_copy(address), address)
@@ -44,7 +44,7 @@ class RunFolder:
     def open(cls, run: str) -> RunFolder:
         """A finished run by its folder or address; of a remote one, the tables are fetched and the checkpoint is not."""
         if "://" not in run:
-            return cls(Path(run).expanduser())
+            return cls(_expanded(run))
         folder = cls(_local_copy(run), run)
         writable_folder(folder.path)
         for path in (folder.recipe, folder.rankings, folder.results, folder.summary):
@@ -61,6 +61,7 @@ class RunFolder:
         """Copy everything to `address`; nothing to do for a local folder."""
         if self.address is not None:
             with _remote(self.address) as (system, root):
+                system.create_dir(root)  # copy_files makes only the folders inside
                 pa.fs.copy_files(str(self.path), root, destination_filesystem=system)
 
     @property
@@ -113,8 +114,8 @@ class RunFolder:
     def claim(self, identity: str, recipe_text: str) -> None:
         """Make the folder this recipe's."""
         writable_folder(self.path)
+        write_text(self.path / ".identity", identity)  # first: a recipe without its mark would be taken for another's
         write_text(self.recipe, recipe_text)
-        write_text(self.path / ".identity", identity)
 
     def require(self, path: Path) -> Path:
         if not path.exists():
@@ -122,8 +123,19 @@ class RunFolder:
         return path
 
     def read_summary(self) -> dict[str, Any]:
-        summary: dict[str, Any] = json.loads(self.require(self.summary).read_text())
+        path = self.require(self.summary)
+        try:
+            summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RunError(f"{path}: not a readable summary ({error}). Run the sweep again.") from error
         return summary
+
+
+def _expanded(text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # the home of a user who is not there
+        raise RunError(f"{text}: {error} Give another folder.") from error
 
 
 def _local_copy(address: str) -> Path:
@@ -198,7 +210,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise RunError(f"{path}: cannot be written ({error.strerror or error}). Free space or choose another place.") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from transplant_ray.recipe import Recipe, ResourceSpec
 
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it in the process of a submitted job."""
+REACH_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -93,16 +95,24 @@ def _sqlite_path(uri: str) -> tuple[str, str]:
 def _start(address: str | None) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # actors without GPUs leave CUDA_VISIBLE_DEVICES alone
     try:
+        _reach(address or os.environ.get("RAY_ADDRESS", ""))
         ray.init(
             address=address,
             log_to_driver=False,
             logging_level=logging.ERROR,
             include_dashboard=None if address else False,
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, OverflowError, RuntimeError, ValueError) as error:
         raise ResourceError(
             f"`resources.address`: no Ray cluster at {address!r} ({error}). Start one with `ray start --head`."
         ) from error
+
+
+def _reach(address: str) -> None:
+    """Ask briefly before Ray does: for a head that is not there it waits minutes, and then ends the process."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), REACH_SECONDS).close()
 
 
 def _fit(node: dict[str, float], resources: ResourceSpec) -> int:

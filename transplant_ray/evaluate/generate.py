@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
 )
 
 from transplant_ray.errors import NumericsError
@@ -87,6 +90,19 @@ class _FiniteLogits(LogitsProcessor):
         return scores
 
 
+class _StopStrings(StoppingCriteria):
+    """Ends a row when its new text holds a stop string. The one of transformers lets a stop string begin in the prompt."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], prompt_width: int) -> None:
+        self.tokenizer, self.stop, self.prompt_width = tokenizer, stop, prompt_width
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:  # noqa: ARG002
+        if not self.stop:
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        rows = input_ids[:, self.prompt_width :].tolist()
+        return torch.tensor([_holds_stop(row, self.tokenizer, self.stop) for row in rows], device=input_ids.device)
+
+
 @torch.inference_mode()
 def _generate_batch(
     model: PreTrainedModel,
@@ -102,7 +118,6 @@ def _generate_batch(
         max_new_tokens=settings.max_new_tokens,
         eos_token_id=list(settings.end_ids) or None,
         pad_token_id=tokenizer.pad_token_id,
-        stop_strings=list(settings.stop) or None,
     )
     guard = _FiniteLogits(model.device)
     own, model.generation_config = model.generation_config, config  # unset fields would be taken from the model's own
@@ -112,7 +127,7 @@ def _generate_batch(
             attention_mask=mask_BP,
             generation_config=config,
             logits_processor=LogitsProcessorList([guard]),
-            tokenizer=tokenizer if settings.stop else None,
+            stopping_criteria=StoppingCriteriaList([_StopStrings(tokenizer, settings.stop, ids_BP.shape[1])]),
         )
     finally:
         model.generation_config = own
@@ -123,17 +138,26 @@ def _generate_batch(
 
 
 def _completion(row: list[int], tokenizer: PreTrainedTokenizerBase, settings: GenerationSettings) -> Completion:
-    end = next((i for i, token in enumerate(row) if token in settings.end_ids), None)
-    tokens = _without_padding(row, tokenizer.pad_token_id) if end is None else row[: end + 1]
-    shown = tokens if end is None else tokens[:-1]
+    """A row is longer than its completion where others of its batch went on; what fills it up is not part of it."""
+    length = _first_end(row, tokenizer, settings)
+    tokens = row[:length]
+    shown = tokens[:-1] if tokens[-1] in settings.end_ids else tokens
     text = tokenizer.decode(shown, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     cuts = [place for stop in settings.stop if (place := text.find(stop)) >= 0]
-    return Completion(tuple(tokens), text[: min(cuts)] if cuts else text, finished=end is not None or bool(cuts))
+    return Completion(tuple(tokens), text[: min(cuts)] if cuts else text, finished=length is not None)
 
 
-def _without_padding(row: list[int], pad_id: int) -> list[int]:
-    """A row that a stop string ended early is filled up with padding."""
-    length = len(row)
-    while length and row[length - 1] == pad_id:
-        length -= 1
-    return row[:length]
+def _first_end(row: list[int], tokenizer: PreTrainedTokenizerBase, settings: GenerationSettings) -> int | None:
+    """Number of tokens up to the first end token or the first stop string, whichever comes first; None where neither is there."""
+    end = next((i + 1 for i, token in enumerate(row) if token in settings.end_ids), None)
+    if not _holds_stop(row[:end], tokenizer, settings.stop):
+        return end
+    return bisect_left(range(len(row)), True, key=lambda length: _holds_stop(row[:length], tokenizer, settings.stop))
+
+
+def _holds_stop(tokens: list[int], tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> bool:
+    """Whether the text holds a stop string, which may be a special token."""
+    if not stop:
+        return False
+    text = tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+    return any(string in text for string in stop)

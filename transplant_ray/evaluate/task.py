@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from transplant_ray import zoo
@@ -64,18 +65,20 @@ def load_task(spec: TaskSpec) -> Task:
 
 
 def read_data(data: str | HubData) -> list[Row]:
-    if isinstance(data, HubData):
-        return _read_hub(data)
+    rows = _read_hub(data) if isinstance(data, HubData) else _read_file(data)
+    if not rows:
+        raise DataError(f"{data if isinstance(data, str) else data.path}: holds no rows.")
+    return rows
+
+
+def _read_file(data: str) -> list[Row]:
     path = Path(zoo.resolve(data))
     if not path.is_file():
         raise DataError(f"{data}: no such file. Give a .jsonl or .parquet file, or a hub dataset {{path, split}}.")
     reader = _READERS.get(path.suffix)
     if reader is None:
         raise DataError(f"{data}: {path.suffix or 'no suffix'} is not read; expected one of {', '.join(_READERS)}.")
-    rows = reader(path)
-    if not rows:
-        raise DataError(f"{data}: holds no rows.")
-    return rows
+    return reader(path)
 
 
 def make_example(row: Row, spec: TaskSpec, where: str) -> Example:
@@ -89,10 +92,16 @@ def make_example(row: Row, spec: TaskSpec, where: str) -> Example:
 def render(template: str, row: Row, where: str) -> str:
     """Fill `{column}` fields; `{{` is a brace. DataError for a field that is no column, or empty in this row."""
     try:
-        fields = [(text, field) for text, field, _, _ in string.Formatter().parse(template)]
+        fields = [(text, _plain_field(*parts)) for text, *parts in string.Formatter().parse(template)]
     except ValueError as error:
         raise DataError(f"{where}: the template {template!r} is malformed ({error}). Write {{{{ for a brace.") from error
     return "".join(text + ("" if field is None else _column(row, field, where)) for text, field in fields)
+
+
+def _plain_field(field: str | None, layout: str | None, conversion: str | None) -> str | None:
+    if layout or conversion:
+        raise ValueError(f"{field!r} has a format of its own, and columns are filled in as they are")
+    return field
 
 
 def check_distinct(examples: Iterable[Example], where: str) -> None:
@@ -135,7 +144,10 @@ def prompt_encoder(spec: TaskSpec, tokenizer: PreTrainedTokenizerBase) -> Callab
 
     def encode(prompt: str) -> list[int]:
         messages = [*system, {"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        try:
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except TemplateError as error:  # e.g. a template that knows no system message
+            raise DataError(f"`task.chat_template: true`: the target's chat template refuses the messages ({error}).") from error
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     return encode
@@ -173,7 +185,7 @@ def _column(row: Row, field: str, where: str) -> str:
 def _read_jsonl(path: Path) -> list[Row]:
     rows: list[Row] = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would cut at U+2028, which JSON strings may hold
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as UTF-8 text ({error}).") from error
     for number, line in enumerate(lines, start=1):
@@ -199,10 +211,11 @@ def _read_parquet(path: Path) -> list[Row]:
 
 def _read_hub(data: HubData) -> list[Row]:
     from datasets import load_dataset  # two seconds of import that only hub data needs
+    from datasets.exceptions import DatasetsError
 
     try:
         return list(load_dataset(data.path, data.name, split=data.split, revision=data.revision))
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise DataError(f"{data.path}: the hub dataset cannot be loaded ({error}). Check path, name, split and network.") from error
 
 

@@ -43,7 +43,7 @@ class Planned:
 def describe_point(role: str, ranker: str | None, kind: str | None, k: int | None, alpha: float | None, seed: int | None) -> str:
     """A point of the grid for people, e.g. `lae ffn k=8`; a baseline by its role."""
     named = {"k": k, "alpha": None if alpha == 1 else alpha, "seed": seed}
-    parts = [ranker, kind, *(f"{name}={value:g}" for name, value in named.items() if value is not None)]
+    parts = [ranker, kind, *(f"{name}={value}" for name, value in named.items() if value is not None)]
     return " ".join(part for part in parts if part) or ROLE_NAMES[role]
 
 
@@ -54,7 +54,7 @@ ROLE_NAMES = {"target": "target", "source": "source", "all": "all swapped"}
 class SweepPlan:
     entries: tuple[Planned, ...]
     notes: tuple[str, ...]
-    """What was clipped or merged, in words."""
+    """What was clipped, in words."""
 
     @property
     def variants(self) -> tuple[Variant, ...]:

@@ -85,7 +85,11 @@ class Checkpoint:
         if self.folder is not None:
             return self.folder
         code = ("*.py",) if self.remote_code else ()
-        return _download(self.model, self.revision, (*COMPANIONS, *code, "*.safetensors"))
+        folder = _download(self.model, self.revision, (*COMPANIONS, *code, "*.safetensors"))
+        if lost := [file for file in self.weight_files() if not (folder / file).is_file()]:
+            # where the hub does not answer, its client hands over whatever is in its cache
+            raise CheckpointError(f"{self.model}: the hub did not give {lost[0]}. Try again, or download it by hand.")
+        return folder
 
     def weight_files(self) -> tuple[str, ...]:
         return tuple(sorted({info.file for info in self.tensors.values()}))
@@ -214,16 +218,16 @@ def _read_index(path: Path) -> dict[str, str]:
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a shard index ({brief(error)}). Download it again.") from error
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    return _checked_weight_map(str(path), weight_map)
+
+
+def _checked_weight_map(place: str, weight_map: Any) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path}: no `weight_map`. Expected the index of a sharded safetensors checkpoint.")
-    _check_shard_names(str(path), weight_map)
-    return weight_map
-
-
-def _check_shard_names(place: str, weight_map: Mapping[str, Any]) -> None:
+        raise CheckpointError(f"{place}: no `weight_map`. Expected the index of a sharded safetensors checkpoint.")
     for name, file in weight_map.items():
         if not isinstance(file, str) or file != Path(file).name or not file.endswith(".safetensors"):
             raise CheckpointError(f"{place}: {name} points to {file!r}; a shard is a .safetensors file in the same folder.")
+    return weight_map
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -286,7 +290,7 @@ def _hub_tensors(model: str, revision: str | None) -> tuple[str, dict[str, Tenso
         raise CheckpointError(
             f"{model}: the shard index or a safetensors header on the hub is corrupt ({brief(error)}). Choose another revision."
         ) from error
-    _check_shard_names(f"{model}: {INDEX}", metadata.weight_map)
+    weight_map = _checked_weight_map(f"{model}: {INDEX}", metadata.weight_map)
     headers = {
         file: {
             name: TensorInfo(file, info.dtype, tuple(info.shape), -1, info.data_offsets[1] - info.data_offsets[0])
@@ -294,7 +298,7 @@ def _hub_tensors(model: str, revision: str | None) -> tuple[str, dict[str, Tenso
         }
         for file, header in metadata.files_metadata.items()
     }
-    return str(commit), _pick(f"{model}: {INDEX}", metadata.weight_map, headers)
+    return str(commit), _pick(f"{model}: {INDEX}", weight_map, headers)
 
 
 def brief(error: BaseException) -> str:

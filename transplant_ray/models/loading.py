@@ -51,7 +51,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     place = checkpoint.folder or checkpoint.model  # of a hub checkpoint, the tokenizer comes alone
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, revision=checkpoint.revision, trust_remote_code=checkpoint.remote_code)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+    except Exception as error:  # what the tokenizers library raises is nothing narrower
         raise CheckpointError(f"{checkpoint.model}: its tokenizer cannot be loaded: {error}") from error
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
@@ -71,9 +71,12 @@ def load_tensors(
         by_file[checkpoint.tensors[name].file].append(name)
     tensors: dict[str, torch.Tensor] = {}
     for file, wanted in by_file.items():
-        with safe_open(folder / file, framework="pt") as shard:
-            for name in wanted:
-                tensors[name] = shard.get_tensor(name).to(device=device, dtype=dtype)
+        try:
+            with safe_open(folder / file, framework="pt") as shard:
+                for name in wanted:
+                    tensors[name] = shard.get_tensor(name).to(device=device, dtype=dtype)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{checkpoint.model}: {file} has gone or changed since it was compared ({error}).") from error
     check_finite(checkpoint.model, tensors)
     return tensors
 
@@ -81,7 +84,8 @@ def load_tensors(
 def check_finite(model: str, tensors: Mapping[str, Any]) -> None:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            count = int((~torch.isfinite(tensor)).sum())
+            count, dtype = int((~torch.isfinite(tensor)).sum()), str(tensor.dtype).removeprefix("torch.")
             raise NumericsError(
-                f"{model}: {name} holds {count} NaN or infinite values. The checkpoint is broken; download it again."
+                f"{model}: {name} holds {count} NaN or infinite values as {dtype}. The checkpoint is broken (download it again), "
+                "or its numbers do not fit this dtype (choose another `resources.dtype`)."
             )

@@ -42,11 +42,16 @@ def copy_companions(base: Checkpoint, out: Path) -> None:
 
 def overwrite_tensor(path: Path, name: str, info: TensorInfo, tensor: torch.Tensor) -> None:
     """Write a tensor over the bytes of another of the same dtype and shape."""
-    if tuple(tensor.shape) != info.shape or tensor.dtype != DTYPES[info.dtype]:
-        raise CheckpointError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} cannot replace {info.dtype} {info.shape}.")
+    content = _fitting_bytes(name, info, tensor)
     with path.open("r+b") as file:
         file.seek(info.start)
-        file.write(tensor_bytes(tensor))
+        file.write(content)
+
+
+def _fitting_bytes(name: str, info: TensorInfo, tensor: torch.Tensor) -> memoryview:
+    if tuple(tensor.shape) != info.shape or tensor.dtype != DTYPES[info.dtype]:
+        raise CheckpointError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} cannot replace {info.dtype} {info.shape}.")
+    return tensor_bytes(tensor)
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
@@ -69,5 +74,5 @@ def write_safetensors(path: Path, layout: Mapping[str, TensorInfo], make: Mappin
     text += b" " * (-len(text) % 8)  # the format aligns tensors to 8 bytes
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for make_tensor in make.values():
-            file.write(tensor_bytes(make_tensor()))
+        for name, make_tensor in make.items():
+            file.write(_fitting_bytes(name, layout[name], make_tensor()))

@@ -6,10 +6,10 @@ import importlib.metadata
 import logging
 import os
 import platform
-import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
@@ -22,7 +22,7 @@ from mlflow.exceptions import MlflowException
 
 from transplant_ray.errors import TrackingError
 from transplant_ray.evaluate.results import Result
-from transplant_ray.recipe import Recipe, TrackingSpec
+from transplant_ray.recipe import Recipe, TrackingSpec, redact
 from transplant_ray.storage import RunFolder
 
 METRICS = (
@@ -61,7 +61,9 @@ class Tracker:
             logging.getLogger("alembic").setLevel(logging.ERROR)
             client = MlflowClient(tracking_uri=spec.uri, registry_uri=spec.uri)
             experiment = client.get_experiment_by_name(spec.experiment)
-            experiment_id = experiment.experiment_id if experiment else client.create_experiment(spec.experiment)
+            experiment_id = (
+                experiment.experiment_id if experiment else client.create_experiment(spec.experiment, _artifacts_beside(spec.uri))
+            )
             run = client.create_run(experiment_id, run_name=recipe.name, tags={"transplant_ray.recipe": recipe.identity()})
             tracker = cls(client, experiment_id, run.info.run_id, recipe)
             client.log_batch(tracker.run_id, params=[Param(key, value) for key, value in _flat(recipe)])
@@ -157,9 +159,11 @@ def environment() -> dict[str, Any]:
     return {"python": platform.python_version(), "platform": platform.platform(), "cpus": os.cpu_count(), **versions}
 
 
-def redact(uri: str) -> str:
-    """An address without the user and password in it."""
-    return re.sub(r"//[^/@]*@", "//", uri)
+def _artifacts_beside(uri: str) -> str | None:
+    """Where artifacts of a sqlite database go: MLflow itself would choose the working directory, which a submitted job loses."""
+    if not uri.startswith("sqlite:///"):
+        return None
+    return str(Path(uri.removeprefix("sqlite:///").partition("?")[0]).resolve().parent / "mlartifacts")
 
 
 def _reach(spec: TrackingSpec) -> None:

@@ -1,0 +1,518 @@
+"""The recipe: what is misspelt, out of range or without effect is refused by its place; whatever is read can be written again."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from transplant_ray.errors import RecipeError
+from transplant_ray.recipe import HubData, Recipe, load_recipe, parse_recipe
+
+WHOLE: dict[str, Any] = {
+    "name": "cross-generation",
+    "source": {"model": "org/new", "revision": None},
+    "target": {"model": "org/old", "revision": "main"},
+    "task": {
+        "data": "/data/arithmetic.jsonl",
+        "prompt": "{prompt}",
+        "answer": "{answer}",
+        "scorer": "exact",
+        "max_new_tokens": 8,
+        "stop": ["\n"],
+        "chat_template": True,
+        "system": "be short",
+        "split": {"probe": 128, "select": 300, "test": 300, "seed": 42},
+    },
+    "rank": {"by": ["lae", "depth"], "trajectory": "source", "max_new_tokens": 4},
+    "sweep": {
+        "k": [1, 2, 24],
+        "kind": ["attn", "ffn", "all"],
+        "alpha": [0.5, 1.0],
+        "controls": {"random": 4, "alpha": [0.25, 0.5]},
+    },
+    "resources": {
+        "address": None,
+        "gpus_per_model": 0.5,
+        "cpus_per_model": 2,
+        "evaluators": 2,
+        "dtype": "bfloat16",
+        "batch_size": 8,
+        "shard_size": 50,
+    },
+    "tracking": {"uri": "sqlite:///mlflow.db", "experiment": "transplant", "upload": "delta"},
+    "storage": "runs",
+    "accept": ["segmentation"],
+}
+LEAST = {
+    "name": "least",
+    "source": {"model": "org/new"},
+    "target": {"model": "org/old"},
+    "task": {"data": "/d.jsonl", "prompt": "{prompt}", "answer": "{answer}", "max_new_tokens": 8},
+    "sweep": {"k": [1]},
+}
+
+
+def write(path: Path, recipe: Any) -> Path:
+    path.write_text(yaml.dump(recipe, Dumper=yaml.CSafeDumper, sort_keys=False), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Path:
+    return write(tmp_path / "recipe.yaml", WHOLE)
+
+
+def changed(mapping: dict[str, Any], place: str, value: Any) -> dict[str, Any]:
+    made = copy.deepcopy(mapping)
+    *parts, last = place.split(".")
+    inner = made
+    for part in parts:
+        inner = inner.setdefault(part, {})
+    inner[last] = value
+    return made
+
+
+def test_every_field_is_read_as_it_is_written(whole: Path) -> None:
+    assert load_recipe(whole).model_dump(mode="json") == WHOLE
+
+
+def test_defaults_are_those_of_the_method(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path / "least.yaml", LEAST))
+    assert recipe.task.split.model_dump() == {"probe": 128, "select": 300, "test": 300, "seed": 42}
+    assert (recipe.rank.by, recipe.rank.trajectory, recipe.rank.max_new_tokens) == (("lae",), "own", None)
+    assert (recipe.sweep.kind, recipe.sweep.alpha) == (("all",), (1.0,))
+    assert (recipe.sweep.controls.random, recipe.sweep.controls.alpha) == (3, (0.25, 0.5, 0.75))
+    assert (recipe.resources.dtype, recipe.resources.gpus_per_model) == ("float32", 0)
+    assert recipe.tracking.upload == "checkpoint"
+    assert recipe.accept == ()
+
+
+def test_a_recipe_cannot_be_changed(whole: Path) -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        load_recipe(whole).name = "other"  # type: ignore[misc]
+
+
+# Keys and values.
+
+
+@pytest.mark.parametrize(
+    ("place", "near"),
+    [
+        ("nam", "`name`"),
+        ("sweeep", "`sweep`"),
+        ("task.max_new_token", "`task.max_new_tokens`"),
+        ("task.split.selct", "`task.split.select`"),
+        ("sweep.controls.rnd", "`sweep.controls.random`"),
+        ("rank.trajectry", "`rank.trajectory`"),
+        ("max_new_tokens", r"`task.max_new_tokens`"),
+        ("resources.gpus_per_modell", "`resources.gpus_per_model`"),
+        ("source.modle", "`source.model`"),
+        ("zzz", "plan --help"),
+    ],
+)
+def test_a_key_that_is_none_is_named_with_the_nearest(place: str, near: str) -> None:
+    with pytest.raises(RecipeError, match=rf"here: `{place}` is not a key of a recipe\..*{near}"):
+        parse_recipe(changed(WHOLE, place, 1), "here")
+
+
+@pytest.mark.parametrize(
+    "place", ["name", "source", "target", "task", "sweep", "source.model", "task.data", "task.prompt", "sweep.k"]
+)
+def test_what_has_no_default_must_be_there(place: str) -> None:
+    made = copy.deepcopy(LEAST)
+    *parts, last = place.split(".")
+    del (made[parts[0]] if parts else made)[last]  # type: ignore[attr-defined]
+    with pytest.raises(RecipeError, match=f"`{place}` is missing; it has no default"):
+        parse_recipe(made)
+
+
+def test_all_problems_are_told_at_once() -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(changed(changed(WHOLE, "sweep.k", [0]), "nam", "x"), "here")
+    assert [line.split(" is ")[0] for line in str(caught.value).splitlines()] == ["here: `sweep.k.0`", "here: `nam`"]
+
+
+INF, NAN = float("inf"), float("nan")
+OUT_OF_RANGE: list[tuple[str, Sequence[Any]]] = [
+    ("name", ["", "../up", "a/b", "..", ".hidden", "-x", "a b", "x\n", "x\0", "a" * 101, 7, None]),
+    ("source", ["org/new", None, []]),
+    ("source.model", [None, 3, ["a"]]),
+    ("target.revision", [3, ["a"]]),
+    ("task.data", [None, 3, ["a"], {}, {"path": "x"}, {"path": "x", "split": "y", "splt": "z"}]),
+    ("task.prompt", [None, 3]),
+    ("task.answer", [None, ["{answer}"]]),
+    ("task.scorer", ["exakt", "", None]),
+    ("task.max_new_tokens", [0, -1, 1.5, INF, NAN, True, None, "many"]),
+    ("task.stop", ["\n", [""], [3], None]),
+    ("task.chat_template", [None, "perhaps", 2]),
+    ("task.split.probe", [0, -5, 2.5, True, None]),
+    ("task.split.select", [0, "half"]),
+    ("task.split.test", [0]),
+    ("task.split.seed", [1.5, None, "x", False]),
+    ("rank.by", [[], "lae", ["lae", "lae"], ["leo"], [3], None]),
+    ("rank.trajectory", ["mine", None]),
+    ("rank.max_new_tokens", [0, -1, 2.5]),
+    ("sweep.k", [[], 3, [0], [-1], [1, 1], [1.5], [True], [None], None]),
+    ("sweep.kind", [[], "attn", ["attn", "attn"], [3]]),
+    ("sweep.alpha", [[], [0], [0.0], [1.01], [-0.5], [NAN], [INF], [0.5, 0.5], [True]]),
+    ("sweep.controls.random", [0, 2, 2.5]),
+    ("sweep.controls.alpha", [[], [0.0], [1.0], [0.5, 0.5], [NAN]]),
+    ("resources.gpus_per_model", [-1, 1.5, INF, NAN, True, "all"]),
+    ("resources.cpus_per_model", [0, -1, INF, NAN]),
+    ("resources.evaluators", [0, 1.5]),
+    ("resources.dtype", ["float64", "fp32", None]),
+    ("resources.batch_size", [0]),
+    ("resources.shard_size", [0]),
+    ("tracking.upload", ["all", None, False]),
+    ("tracking.uri", [None]),
+    ("storage", [None, 3]),
+    ("accept", ["pickle", ["anything"], None]),
+]
+
+
+@pytest.mark.parametrize(("place", "value"), [(place, value) for place, values in OUT_OF_RANGE for value in values])
+def test_a_value_out_of_range_is_named_with_its_place(place: str, value: Any) -> None:
+    with pytest.raises(RecipeError, match=f"here: `{place}"):
+        parse_recipe(changed(WHOLE, place, value), "here")
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "words"),
+    [
+        ("sweep.k", [1, 0], r"`sweep\.k\.1` is 0: Input should be greater than or equal to 1"),
+        ("rank.by", ["lea"], r"unknown ranker 'lea'; expected one of \['lae', 'depth', 'random'\] \(nearest: lae\)"),
+        ("task.scorer", "exakt", r"unknown scorer 'exakt'.*nearest: exact"),
+        ("resources.gpus_per_model", 1.5, "Ray shares fractions of one GPU, or gives whole ones"),
+        ("sweep.kind", ["ffn", "ffn"], r"\['ffn', 'ffn'\] has a value twice"),
+        ("task.data", {"path": "x"}, r"`task\.data\.split` is missing"),
+        ("sweep.k", [True], r"`sweep\.k` is \[True\]: true and false are not expected here"),
+    ],
+)
+def test_the_message_says_what_was_found_and_expected(place: str, value: Any, words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        parse_recipe(changed(WHOLE, place, value))
+
+
+@pytest.mark.parametrize("name", ["a", "A-1_b.c", "a..b", "7", "x" * 100])
+def test_a_plain_name_is_good(name: str) -> None:
+    assert parse_recipe(changed(WHOLE, "name", name)).name == name
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"task.chat_template": False}, "`system` has no effect without `chat_template: true`"),
+        ({"rank.by": ["depth"], "rank.max_new_tokens": None}, r"\['trajectory'\] has no effect: none of \['depth'\] measures"),
+        ({"rank.by": ["depth", "random"], "rank.trajectory": "own"}, r"\['max_new_tokens'\] has no effect"),
+    ],
+)
+def test_a_setting_without_effect_is_refused(change: dict[str, Any], words: str) -> None:
+    made = WHOLE
+    for place, value in change.items():
+        made = changed(made, place, value)
+    with pytest.raises(RecipeError, match=words):
+        parse_recipe(made)
+
+
+# YAML.
+
+
+@pytest.mark.parametrize(
+    "text", ["name: a\nname: b\n", "name: a\nsweep: {k: [1], k: [2]}\n", "name: a\ntask:\n  prompt: x\n  prompt: y\n"]
+)
+def test_a_key_given_twice_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=r"recipe\.yaml: not valid YAML: key '(name|k|prompt)' is given twice"):
+        load_recipe(tmp_path / "recipe.yaml")
+
+
+@pytest.mark.parametrize(
+    "tag", ["!!python/object/apply:os.mkdir", "!!python/name:os.getcwd", "!!python/object/new:os.mkdir", "!mine"]
+)
+def test_tags_that_build_objects_are_refused_and_build_nothing(whole: Path, tag: str) -> None:
+    made = whole.parent / "made"
+    evil = whole.with_name("evil.yaml")
+    evil.write_text(f"name: {tag} ['{made}']\n")
+    for path, overrides in ((evil, []), (whole, [f"name={tag} ['{made}']"])):
+        with pytest.raises(RecipeError, match="could not determine a constructor for the tag"):
+            load_recipe(path, overrides)
+    assert not made.exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "name: !!int x", "name: 2024-13-45", "name: !!map x", "name: !!bool x", "name: !!timestamp x", "name: !!float x",
+        "name: !!int ''",
+        "name: [1", "? [1, 2]\n: 3", "<<: [1]", "name: *nothing", "a: b: c", "\tname: x", "name: \x07", "[" * 400,
+    ],
+)  # fmt: skip
+def test_text_that_is_not_yaml_is_refused(tmp_path: Path, text: str, whole: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=r"broken\.yaml: not valid YAML"):
+        load_recipe(path)
+    with pytest.raises(RecipeError, match=r"override .*: the value is not valid YAML"):
+        load_recipe(whole, [f"name={{{text}}}"])
+
+
+@pytest.mark.parametrize(("content", "found"), [(b"", "NoneType"), (b"- a\n- b\n", "list"), (b"text", "str"), (b"3", "int")])
+def test_a_recipe_is_a_mapping(tmp_path: Path, content: bytes, found: str) -> None:
+    (tmp_path / "recipe.yaml").write_bytes(content)
+    with pytest.raises(RecipeError, match=f"found {found}, expected a mapping with the keys of a recipe"):
+        load_recipe(tmp_path / "recipe.yaml")
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "binary.yaml").write_bytes(b"name: \xff\xfe")
+    for path in (tmp_path / "binary.yaml", tmp_path / "none.yaml", tmp_path):
+        with pytest.raises(RecipeError, match=f"{path}: cannot be read .*Give the path of a YAML recipe"):
+            load_recipe(path)
+
+
+# Overrides.
+
+
+def test_overrides_replace_single_values_and_keep_the_rest(whole: Path) -> None:
+    overrides = [
+        "sweep.k=[5, 6]",
+        "task.split.seed=7",
+        "resources.gpus_per_model=0",
+        "rank.max_new_tokens=",
+        "name=other",
+        "sweep.k=[9]",
+    ]
+    expected = changed(changed(changed(WHOLE, "sweep.k", [9]), "task.split.seed", 7), "resources.gpus_per_model", 0)
+    expected = changed(changed(expected, "rank.max_new_tokens", None), "name", "other")
+    assert load_recipe(whole, overrides).model_dump(mode="json") == expected
+
+
+def test_an_override_may_hold_an_equals_sign(whole: Path) -> None:
+    assert load_recipe(whole, ["task.prompt='{prompt} = '"]).task.prompt == "{prompt} = "
+
+
+def test_an_override_may_put_a_mapping_in_the_place_of_a_path_and_back(whole: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(whole, ["task.data={path: org/data, split: test}"])
+    assert recipe.task.data == HubData(path="org/data", split="test")
+    write(whole, changed(WHOLE, "task.data", {"path": "org/data", "split": "test"}))
+    assert load_recipe(whole, [f"task.data={tmp_path}/x.jsonl"]).task.data == f"{tmp_path}/x.jsonl"
+    assert load_recipe(whole, ["task.data.split=train"]).task.data == HubData(path="org/data", split="train")
+
+
+@pytest.mark.parametrize("override", ["sweep.k", "=1", "sweep..k=[1]", ".k=1", "k.=1", ""])
+def test_an_override_that_is_no_assignment_is_refused(whole: Path, override: str) -> None:
+    with pytest.raises(RecipeError, match=r"override '.*': expected key=value, for example sweep\.k=\[1,2\]"):
+        load_recipe(whole, [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("sweep.kk=[1]", r"`sweep\.kk` is not a key.*`sweep\.k`"),
+        ("sweep.k=[0]", r"`sweep\.k\.0` is 0"),
+        ("name.x=1", "`name` is"),
+        ("sweep={k: [1], k: [2]}", "key 'k' is given twice"),
+    ],
+)
+def test_an_override_is_checked_like_the_recipe(whole: Path, override: str, words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        load_recipe(whole, [override])
+
+
+# Paths.
+
+
+@pytest.fixture
+def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A recipe in one folder, the working directory in another; both have a folder `here` with models."""
+    for folder in ("recipes", "work"):
+        for model in ("old", "new"):
+            (tmp_path / folder / "here" / model).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "work")
+    made = {
+        **LEAST,
+        "source": {"model": "here/new"},
+        "target": {"model": "./not/there"},
+        "task": {**LEAST["task"], "data": "d.jsonl"},
+    }  # type: ignore[dict-item]
+    write(tmp_path / "recipes" / "recipe.yaml", made)
+    return tmp_path
+
+
+def test_inputs_are_relative_to_the_recipe_and_results_to_the_working_directory(apart: Path) -> None:
+    recipe = load_recipe("../recipes/recipe.yaml")
+    assert recipe.source.model == str(apart / "recipes" / "here" / "new")
+    assert Path(recipe.target.model) == apart / "recipes" / "not" / "there"
+    assert recipe.task.data == str(apart / "recipes" / "d.jsonl")
+    assert (recipe.storage, recipe.tracking.uri) == ("runs", "sqlite:///mlflow.db")
+
+
+def test_inputs_in_overrides_are_relative_to_the_working_directory(apart: Path) -> None:
+    recipe = load_recipe("../recipes/recipe.yaml", ["source.model=here/new", "task.data=d.jsonl", "target={model: ./x}"])
+    assert recipe.source.model == str(apart / "work" / "here" / "new")
+    assert recipe.task.data == str(apart / "work" / "d.jsonl")
+    assert Path(recipe.target.model) == apart / "work" / "x"
+
+
+@pytest.mark.parametrize("name", ["org/model", "gpt2", "zoo:siblings/source"])
+def test_what_is_no_path_stays_as_it_is(apart: Path, name: str) -> None:
+    write(apart / "recipes" / "recipe.yaml", changed(WHOLE, "source.model", name))
+    assert load_recipe("../recipes/recipe.yaml", [f"target.model={name}"]).source.model == name
+    assert load_recipe("../recipes/recipe.yaml", [f"target.model={name}"]).target.model == name
+
+
+def test_a_home_is_expanded_and_an_absolute_path_stays(apart: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(apart))
+    recipe = load_recipe(
+        "../recipes/recipe.yaml", ["source.model=~/m", "target.model=/m", "task.data=zoo:siblings/tasks/lost.jsonl"]
+    )
+    assert (recipe.source.model, recipe.target.model) == (f"{apart}/m", "/m")
+    assert recipe.task.data == "zoo:siblings/tasks/lost.jsonl"
+
+
+@pytest.mark.parametrize("text", ["~nobody-of-this-name/model", "x" * 5000])
+def test_a_text_that_cannot_be_a_path_is_refused(whole: Path, text: str) -> None:
+    with pytest.raises(RecipeError, match="cannot be a path"):
+        load_recipe(whole, [f"source.model={text}"])
+
+
+# Identity, and writing again.
+
+
+def leaves(mapping: dict[str, Any], prefix: str = "") -> list[str]:
+    inner = [(f"{prefix}{key}", value) for key, value in mapping.items()]
+    return [leaf for place, value in inner for leaf in (leaves(value, f"{place}.") if isinstance(value, dict) else [place])]
+
+
+OTHER = {
+    "name": "other", "source.model": "org/x", "source.revision": "v1", "target.model": "org/x", "target.revision": "v1",
+    "task.data": "/x.jsonl",
+    "task.prompt": "{x}", "task.answer": "{x}", "task.max_new_tokens": 9, "task.stop": ["x"], "task.system": "x",
+    "task.split.probe": 7, "task.split.select": 7, "task.split.test": 7, "task.split.seed": 7, "rank.by": ["depth", "lae"],
+    "rank.trajectory": "own", "rank.max_new_tokens": 7, "sweep.k": [7], "sweep.kind": ["attn"], "sweep.alpha": [1.0],
+    "sweep.controls.random": 7, "sweep.controls.alpha": [0.1], "resources.dtype": "float16", "resources.batch_size": 7,
+    "resources.shard_size": 7, "accept": [],
+}  # fmt: skip
+MATTERS_NOT = {
+    "resources.address": "ray://x", "resources.gpus_per_model": 1, "resources.cpus_per_model": 1, "resources.evaluators": 1,
+    "tracking.uri": "http://x", "tracking.experiment": "x", "tracking.upload": "none", "storage": "elsewhere",
+}  # fmt: skip
+LEFT_OUT = {"task.scorer", "task.chat_template"}  # there is one scorer; the template is tried below
+
+
+def test_every_field_is_tried_below() -> None:
+    assert {*OTHER, *MATTERS_NOT, *LEFT_OUT} == set(leaves(WHOLE))
+
+
+@pytest.mark.parametrize("place", OTHER)
+def test_the_identity_changes_with_what_can_change_a_result(place: str) -> None:
+    assert parse_recipe(changed(WHOLE, place, OTHER[place])).identity() != parse_recipe(WHOLE).identity()
+
+
+def test_the_identity_changes_with_the_chat_template() -> None:
+    plain = changed(WHOLE, "task.system", None)
+    assert parse_recipe(plain).identity() != parse_recipe(changed(plain, "task.chat_template", False)).identity()
+
+
+@pytest.mark.parametrize("place", MATTERS_NOT)
+def test_the_identity_stays_with_what_cannot(place: str) -> None:
+    other = parse_recipe(changed(WHOLE, place, MATTERS_NOT[place]))
+    assert other != parse_recipe(WHOLE)
+    assert other.identity() == parse_recipe(WHOLE).identity()
+
+
+def test_spelling_a_default_out_changes_nothing(tmp_path: Path) -> None:
+    least = load_recipe(write(tmp_path / "least.yaml", LEAST))
+    spelled = load_recipe(write(tmp_path / "spelled.yaml", changed(LEAST, "rank.trajectory", "own")))
+    assert least == spelled
+    assert least.identity() == spelled.identity()
+
+
+def check_written_again(recipe: Recipe, path: Path) -> None:
+    path.write_text(recipe.to_yaml(), encoding="utf-8")
+    again = load_recipe(path)
+    assert again == recipe
+    assert again.identity() == recipe.identity()
+
+
+@pytest.mark.parametrize("by", [["lae"], ["depth"], ["random", "depth"]])
+@pytest.mark.parametrize("data", ["/d.jsonl", {"path": "org/data", "split": "test"}])
+def test_what_is_read_can_be_written_and_read_again(tmp_path: Path, by: list[str], data: Any) -> None:
+    check_written_again(parse_recipe(changed(changed(LEAST, "rank.by", by), "task.data", data)), tmp_path / "again.yaml")
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(prompt=st.text(max_size=20), stop=st.lists(st.text(min_size=1, max_size=5)), alpha=st.floats(0, 1, exclude_min=True))
+def test_any_text_and_number_survives_yaml(tmp_path: Path, prompt: str, stop: list[str], alpha: float) -> None:
+    made = changed(changed(changed(WHOLE, "task.prompt", prompt), "task.stop", stop), "sweep.alpha", [alpha])
+    check_written_again(parse_recipe(made), tmp_path / "again.yaml")
+
+
+# Whatever a file holds, the answer is a recipe or a RecipeError.
+
+ODD: tuple[Any, ...] = (
+    None, True, False, 0, -1, 1, 3, 10**30, 1.5, 0.5, INF, -INF, NAN, "", "x", "lae", "../..", "~nobody-of-this-name", "x" * 5000,
+    "\0", "é",
+    [], [None], [1, 1], ["x"], [[1]], {}, {"a": 1}, {"path": "x", "split": "y"}, {1: 2}, {None: None}, [{}], "2024-01-01", b"bytes",
+)  # fmt: skip
+
+
+def mutate(mapping: dict[Any, Any], rng: random.Random) -> None:
+    """Change, drop, rename or add a key somewhere."""
+    inner = mapping
+    while rng.random() < 0.6 and (deeper := [value for value in inner.values() if isinstance(value, dict) and value]):
+        inner = rng.choice(deeper)
+    key = rng.choice(list(inner))
+    value = copy.deepcopy(rng.choice(ODD))
+    match rng.choice(("set", "drop", "rename", "add")):
+        case "set":
+            inner[key] = value
+        case "drop" if len(inner) > 1:
+            del inner[key]
+        case "rename":
+            inner[rng.choice((f"{key}s", str(key)[1:], 3, None))] = inner.pop(key)
+        case _:
+            inner[rng.choice(("k", "model", "extra", 1, 2.5))] = value
+
+
+def read_or_refuse(path: Path, again: Path) -> Recipe | None:
+    try:
+        recipe = load_recipe(path)
+    except RecipeError:
+        return None
+    check_written_again(recipe, again)
+    return recipe
+
+
+def test_a_mutated_recipe_is_read_or_refused(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    read = 0
+    for _ in range(300):
+        mapping = copy.deepcopy(WHOLE)
+        for _ in range(rng.choice((1, 1, 2, 3))):
+            mutate(mapping, rng)
+        read += read_or_refuse(write(tmp_path / "recipe.yaml", mapping), tmp_path / "again.yaml") is not None
+    assert 10 < read < 250  # both happen
+
+
+def test_mutated_text_is_read_or_refused(tmp_path: Path) -> None:
+    rng = random.Random(1)
+    whole = yaml.safe_dump(WHOLE)
+    for _ in range(200):
+        text = list(whole)
+        for _ in range(rng.randint(1, 4)):
+            place = rng.randrange(len(text))
+            text[place : place + rng.choice((0, 1, 5))] = rng.choice(
+                ("", ":", "\n", "!", "&a ", "*a", "[", "{", "'", "!!int ", "- ", "\t", "\0")
+            )
+        (tmp_path / "recipe.yaml").write_text("".join(text))
+        read_or_refuse(tmp_path / "recipe.yaml", tmp_path / "again.yaml")

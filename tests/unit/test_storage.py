@@ -1,0 +1,265 @@
+"""Files and folders appear whole or not at all, and a run folder belongs to one recipe."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from transplant_ray import storage
+from transplant_ray.errors import RunError
+from transplant_ray.storage import (
+    RunFolder,
+    read_rows,
+    sha256_file,
+    whole_file,
+    whole_folder,
+    writable_folder,
+    write_json,
+    write_rows,
+    write_text,
+)
+
+FAILURES = (ZeroDivisionError(), KeyboardInterrupt(), OSError(28, "No space left on device"))
+
+
+@pytest.fixture
+def no_folder(tmp_path: Path) -> Path:
+    """A place below a file, which nobody can write to, root neither."""
+    (tmp_path / "file").write_text("in the way")
+    return tmp_path / "file" / "below"
+
+
+def write_and_fail(path: Path, failure: BaseException, *, folder: bool) -> None:
+    with whole_folder(path, replace=True) if folder else whole_file(path) as temporary:
+        (temporary / "part" if folder else temporary).write_text("half")
+        assert not path.exists() or path.name == "old"
+        raise failure
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: type(failure).__name__)
+@pytest.mark.parametrize("folder", [False, True])
+def test_what_fails_leaves_nothing(tmp_path: Path, failure: BaseException, folder: bool) -> None:
+    with pytest.raises(RunError if isinstance(failure, OSError) else type(failure)):
+        write_and_fail(tmp_path / "new", failure, folder=folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: type(failure).__name__)
+@pytest.mark.parametrize("folder", [False, True])
+def test_what_fails_keeps_what_was_there(tmp_path: Path, failure: BaseException, folder: bool) -> None:
+    old = tmp_path / "old"
+    if folder:
+        old.mkdir()
+    inside = old / "kept" if folder else old
+    inside.write_text("before")
+    with pytest.raises(RunError if isinstance(failure, OSError) else type(failure)):
+        write_and_fail(old, failure, folder=folder)
+    assert list(tmp_path.iterdir()) == [old]
+    assert inside.read_text() == "before"
+
+
+def test_a_file_appears_when_the_block_ends(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "er" / "file"
+    with whole_file(path) as temporary:
+        temporary.write_text("whole")
+        assert not path.exists()
+    assert path.read_text() == "whole"
+    write_text(path, "é\n")
+    assert path.read_bytes() == "é\n".encode()
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_folder_appears_when_the_block_ends(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "folder"
+    with whole_folder(path) as temporary:
+        (temporary / "a").write_text("a")
+        assert not path.exists()
+        assert temporary.parent == path.parent  # on the same disk, so that a rename is all it takes
+    assert [child.name for child in path.iterdir()] == ["a"]
+    assert list(path.parent.iterdir()) == [path]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o755  # others may read what was private while it grew
+
+
+def test_a_folder_that_is_there_is_refused_unless_it_may_be_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+    path.mkdir()
+    (path / "old").write_text("old")
+    with pytest.raises(RunError, match=f"{path}: is there already. Choose another place, or move it away"), whole_folder(path):
+        pytest.fail("the block must not run")
+    with whole_folder(path, replace=True) as temporary:
+        (temporary / "new").write_text("new")
+    assert [child.name for child in path.iterdir()] == ["new"]
+
+
+def test_a_place_that_cannot_be_written_is_named(no_folder: Path) -> None:
+    for write in (
+        lambda: writable_folder(no_folder),
+        lambda: write_text(no_folder / "x", "text"),
+        lambda: write_json(no_folder, {}),
+        lambda: write_and_fail(no_folder / "x", ZeroDivisionError(), folder=True),
+        lambda: take(RunFolder.of(str(no_folder), "run"), "identity", "recipe"),
+    ):
+        with pytest.raises(RunError, match=rf"{no_folder}.*: cannot be written \((Not a directory|File exists)\)"):
+            write()
+
+
+def test_the_home_of_nobody_is_refused() -> None:
+    for make in (lambda: RunFolder.of("~nobody-of-this-name/runs", "x"), lambda: RunFolder.open("~nobody-of-this-name/runs/x")):
+        with pytest.raises(RunError, match="~nobody-of-this-name"):
+            make()
+
+
+def test_a_writable_folder_is_made_and_left_empty(tmp_path: Path) -> None:
+    assert writable_folder(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_json_holds_only_what_json_can(tmp_path: Path) -> None:
+    write_json(tmp_path / "x.json", {"é": [1, None, 0.5]})
+    assert (tmp_path / "x.json").read_text(encoding="utf-8") == '{\n  "é": [\n    1,\n    null,\n    0.5\n  ]\n}\n'
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(tmp_path / "y.json", {"accuracy": float("nan")})
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+SCHEMA = pa.schema([("name", pa.string()), ("n", pa.int32())])
+
+
+def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
+    rows = [{"name": "é", "n": 1}, {"name": None, "n": None}]
+    write_rows(tmp_path / "rows.parquet", rows, SCHEMA)
+    assert read_rows(tmp_path / "rows.parquet") == rows
+    write_rows(tmp_path / "rows.parquet", [], SCHEMA)
+    assert read_rows(tmp_path / "rows.parquet") == []
+
+
+@pytest.mark.parametrize("content", [None, b"", b"PAR1", b"not a table"])
+def test_a_broken_table_is_named(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "rows.parquet"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(RunError, match=f"{path}: not a readable Parquet file .*Run the sweep again"):
+        read_rows(path)
+
+
+def test_a_hash_is_of_the_bytes(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"abc")
+    assert sha256_file(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+# The run folder.
+
+
+@pytest.fixture(params=["folder", "address"])
+def runs(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A storage: a folder, or an address that pyarrow reads (here a file system too, as any object store would be)."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "runs").mkdir()
+    return str(tmp_path / "runs") if request.param == "folder" else f"file://{tmp_path}/runs"
+
+
+def take(folder: RunFolder, identity: str, recipe: str) -> RunFolder:
+    folder.check_owner(identity)
+    folder.claim(identity, recipe)
+    return folder
+
+
+def test_a_run_folder_is_claimed_by_one_recipe(runs: str) -> None:
+    folder = take(RunFolder.of(runs, "name"), "identity", "name: name\n")
+    folder.publish()
+    assert folder.recipe.read_text() == "name: name\n"
+    take(RunFolder.of(runs, "name"), "identity", "name: name  # told differently\n")
+    assert folder.recipe.read_text() == "name: name  # told differently\n"
+    with pytest.raises(RunError, match=r"holds the results of another recipe of this name\. Give this one another `name`"):
+        take(RunFolder.of(runs, "name"), "other", "name: name\n")
+    take(RunFolder.of(runs, "another"), "other", "name: another\n")
+
+
+def test_a_refused_claim_changes_nothing(runs: str) -> None:
+    folder = take(RunFolder.of(runs, "name"), "identity", "mine")
+    folder.publish()
+    with pytest.raises(RunError):
+        take(RunFolder.of(runs, "name"), "other", "theirs")
+    assert folder.recipe.read_text() == "mine"
+    take(folder, "identity", "mine")
+
+
+def test_asking_for_the_owner_makes_no_folder(tmp_path: Path) -> None:
+    RunFolder.of(str(tmp_path), "name").check_owner("identity")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_results_without_a_mark_are_another_recipes(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    write_text(folder.recipe, "name: by hand\n")
+    with pytest.raises(RunError, match="another recipe"):
+        folder.check_owner("identity")
+
+
+@pytest.mark.parametrize("writes", [0, 1])
+def test_a_claim_that_was_cut_short_can_be_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int) -> None:
+    left = iter(range(writes))
+    write = storage.write_text
+
+    def write_or_die(path: Path, text: str) -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        write(path, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "write_text", write_or_die)
+        with pytest.raises(KeyboardInterrupt):
+            RunFolder(tmp_path).claim("identity", "mine")
+    take(RunFolder(tmp_path), "identity", "mine")
+    assert RunFolder(tmp_path).recipe.read_text() == "mine"
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    folder = RunFolder.open(str(tmp_path))
+    with pytest.raises(RunError, match=rf"{folder.summary}: not there\. Is {tmp_path} a run folder, and did its sweep finish"):
+        folder.read_summary()
+    write_json(folder.summary, {"winner": None})
+    assert folder.read_summary() == {"winner": None}
+    assert folder.require(folder.summary) == folder.summary
+    folder.summary.write_text("{half")
+    with pytest.raises(RunError, match=f"{folder.summary}: not a readable summary"):
+        folder.read_summary()
+
+
+def test_a_published_run_can_be_opened_by_its_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "store").mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "here"))
+    written = RunFolder.of(f"file://{tmp_path}/store/", "run")
+    written.claim("identity", "name: run\n")
+    write_rows(written.rankings, [{"name": "a", "n": 1}], SCHEMA)
+    write_rows(written.results, [], SCHEMA)
+    write_json(written.summary, {"winner": None})
+    write_text(written.checkpoint / "README.md", "card")
+    assert list((tmp_path / "store").iterdir()) == []
+    written.publish()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))  # another machine
+    opened = RunFolder.open(f"file://{tmp_path}/store/run")
+    assert opened.path != written.path
+    assert (opened.recipe.read_text(), opened.read_summary()) == ("name: run\n", {"winner": None})
+    assert read_rows(opened.rankings) == [{"name": "a", "n": 1}]
+    assert not opened.checkpoint.exists()
+    assert (tmp_path / "store" / "run" / "checkpoint" / "README.md").read_text() == "card"
+
+
+@pytest.mark.parametrize("address", ["nosuch://bucket/runs", "file:///dev/null/runs/x"])
+def test_a_storage_that_does_not_answer_is_named(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(RunError, match=f"{address}: the storage cannot be used .*Check address, credentials and bucket"):
+        RunFolder.open(address)
+
+
+def test_credentials_and_settings_are_not_part_of_the_public_address() -> None:
+    folder = RunFolder.of("s3://key:secret@bucket/runs?region=x&endpoint_override=y", "name")
+    assert folder.public_address == "s3://bucket/runs/name"
+    assert RunFolder.of("runs", "name").public_address is None
+    assert "secret" not in str(folder.path)
+    assert os.fspath(folder.path).endswith("/name")
