@@ -21,6 +21,12 @@ from ray.job_submission import JobSubmissionClient
 from transplant_ray.distributed import trials
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.timeout(900))  # whichever test comes first pays for the sweep that many look at
+
+
 @pytest.fixture(scope="session", autouse=True)
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The working directory of all tests here: MLflow puts artifacts into `./mlruns`, and the package caches under the home."""

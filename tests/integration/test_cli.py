@@ -82,8 +82,9 @@ def test_overrides_change_the_recipe(place: Place) -> None:
 
 def test_sweep_ends_in_a_table_a_person_can_read(swept: Swept) -> None:
     out = swept.finished.out
-    order = ("probe and rank", "evaluate", "confirm", "accuracy", "\ntarget", "\nsource", "\nall swapped", "\nlae ", "\nwinner: ")
-    places = [out.index(words) for words in order]
+    lines = [line.strip() for line in out.splitlines()]
+    order = ("probe and rank", "evaluate", "confirm", "what", "target", "source", "all swapped", "lae ", "depth ", "winner: ")
+    places = [next(place for place, line in enumerate(lines) if line.startswith(words)) for words in order]
     assert places == sorted(places)
     winner = swept.summary["winner"]
     assert f"winner: {winner['label']} (variant {winner['variant']}, {winner['num_modules']} modules), chosen on select" in out

@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 from transplant_ray.errors import VariantError
 from transplant_ray.graft.variant import ORIGIN, Coefficient, Variant, blend, check_variant
 from transplant_ray.models.catalogue import Module
-from transplant_ray.models.checkpoint import DTYPES
 from transplant_ray.models.compare import Comparison
+from transplant_ray.models.header import DTYPES
 from transplant_ray.models.loading import load_model, load_tensors
 
 

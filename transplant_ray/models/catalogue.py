@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from transplant_ray.errors import CheckpointError, RecipeError
-from transplant_ray.models.checkpoint import CONFIG_ERRORS, FLOATS, Checkpoint, TensorInfo, brief
+from transplant_ray.models.checkpoint import CONFIG_ERRORS, Checkpoint
 from transplant_ray.models.families import FAMILIES, Family, Role, guess_role
+from transplant_ray.models.header import FLOATS, TensorInfo, brief
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,11 @@ def _is_kind(module: Module, kind: str) -> bool:
 
 def _generic_family(checkpoint: Checkpoint, model: nn.Module) -> Family:
     """The longest list of equal children is taken for the layers; roles are guessed from the words of the names."""
-    lists = [(len(child), name) for name, child in model.named_modules() if isinstance(child, nn.ModuleList) and len(child)]
+    lists = [
+        (len(child), name)
+        for name, child in model.named_modules()
+        if isinstance(child, nn.ModuleList) and len(child) and not any(sense in name for sense in ("vision", "visual", "audio"))
+    ]
     if not lists:
         raise CheckpointError(f"{checkpoint.model}: {checkpoint.config.model_type} has no list of layers. Is it a decoder?")
     layers = max(lists, key=lambda item: (item[0], -len(item[1])))[1]

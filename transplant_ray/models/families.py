@@ -68,7 +68,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "qwen3": _LLAMA_LIKE,
         "gemma": _LLAMA_LIKE,
         "gemma2": _LLAMA_LIKE,
-        "gemma3_text": Family("model.layers", _LLAMA_ROLES, disk=("model.layers", "layers", "language_model.model.layers")),
+        "gemma3_text": _LLAMA_LIKE,
         "phi3": Family("model.layers", _PHI3_ROLES, disk=("model.layers", "layers")),
         "gpt2": Family("transformer.h", _GPT2_ROLES, disk=("transformer.h", "h")),
         "gpt_neox": Family("gpt_neox.layers", _NEOX_ROLES, disk=("gpt_neox.layers", "layers")),

@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 
 from transplant_ray.errors import CheckpointError
-from transplant_ray.models.checkpoint import DTYPES, Checkpoint, TensorInfo, read_header
+from transplant_ray.models.checkpoint import Checkpoint
 from transplant_ray.models.convert import COMPANIONS
+from transplant_ray.models.header import DTYPES, TensorInfo, read_header
 
 MakeTensor = Callable[[], torch.Tensor]
 

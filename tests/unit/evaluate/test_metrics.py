@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import sqrt
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
@@ -35,6 +35,7 @@ def test_the_papers_rows_come_out(target: float, source: float, after: float, ra
     assert (None if share is None else round(100 * share, 1)) == closed
 
 
+@settings(max_examples=30, deadline=None)
 @given(ACCURACIES, ACCURACIES)
 def test_recovery_is_0_at_the_target_and_1_at_the_source_and_undefined_without_a_gap(target: float, source: float) -> None:
     ends = (recovery(target, target=target, source=source), recovery(source, target=target, source=source))
@@ -42,6 +43,7 @@ def test_recovery_is_0_at_the_target_and_1_at_the_source_and_undefined_without_a
     assert (reachable_recovery(source, target=target, all_swapped=source) is None) == (source == target)
 
 
+@settings(max_examples=30, deadline=None)
 @given(ACCURACIES)
 def test_tir_is_undefined_at_zero_and_1_at_the_target(target: float) -> None:
     assert tir(target, target=target) == (None if target == 0 else 1.0)
@@ -62,6 +64,7 @@ def by_hand(correct: int, n: int, confidence: float) -> tuple[float, float]:
     return middle - half, middle + half
 
 
+@settings(max_examples=30, deadline=None)
 @given(st.integers(1, 1000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.sampled_from([0.8, 0.95, 0.99]))
 def test_the_interval_is_wilsons(counts: tuple[int, int], confidence: float) -> None:
     correct, n = counts

@@ -17,8 +17,9 @@ from transplant_ray.graft.export import export_checkpoint
 from transplant_ray.graft.resident import load_resident_pair
 from transplant_ray.graft.variant import ORIGIN, Variant
 from transplant_ray.models import writing
-from transplant_ray.models.checkpoint import open_checkpoint, read_header
+from transplant_ray.models.checkpoint import open_checkpoint
 from transplant_ray.models.compare import Comparison, compare
+from transplant_ray.models.header import read_header
 
 DrawVariant = Callable[[Comparison, int, str], Variant]
 

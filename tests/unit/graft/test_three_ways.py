@@ -22,7 +22,7 @@ from transplant_ray.graft.variant import Variant
 from transplant_ray.models.compare import Comparison
 
 DrawVariant = Callable[[Comparison, int, str], Variant]
-PROMPTS = ("1", "12+3=", "a: b?", "what is 4+15=", "zzz", "0.5 +1 =\n", "the first of them", "q")
+PROMPTS = ("1", "ab", "4+5", "12+3", "a: b?", "0.5 +1 =\n", "what is 4+15=", "the first of them")  # all of different lengths
 NEW_TOKENS = 8
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from sparse import sparse_checkpoint
 from tiny import CONFIGS, VOCABULARY, save_tiny, tiny_config, tiny_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, LlamaConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from transplant_ray.errors import CheckpointError, RecipeError
@@ -190,6 +190,24 @@ def test_a_module_whose_tensors_do_not_fit_is_left_out_with_its_reason(
     catalogue = _rewrite(tmp_path, change)
     assert [(e.name, reason in e.reason) for e in catalogue.excluded] == [(Q, True)], catalogue.excluded
     assert (Q in catalogue.modules, len(catalogue.modules)) == (False, 20)
+
+
+def test_a_vision_tower_is_never_taken_for_the_decoder(tmp_path: Path) -> None:
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5, "num_attention_heads": 4, "image_size": 28}
+    both = Gemma3Config(text_config=tiny_config("gemma3_text").to_dict(), vision_config=vision)
+    sparse_checkpoint(tmp_path / "both", both)
+    catalogue = read_catalogue(open_checkpoint(str(tmp_path / "both")))
+    assert (catalogue.guessed, catalogue.num_layers, len(catalogue.modules)) == (True, 3, 21)
+    assert {".".join(name.split(".")[:3]) for name in catalogue.modules} == {"model.language_model.layers"}
+
+
+def test_a_layer_without_modules_is_a_layer(tmp_path: Path) -> None:
+    def lose_the_last_layer(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if ".layers.2." in name]:
+            del tensors[name]
+
+    catalogue = _rewrite(tmp_path, lose_the_last_layer)
+    assert (len(catalogue.modules), len(catalogue.excluded), catalogue.num_layers) == (14, 7, 3)
 
 
 @pytest.mark.parametrize("other", ["model.layers.2.mlp.up_proj", "lm_head"])

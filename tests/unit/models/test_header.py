@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from transplant_ray.errors import CheckpointError
-from transplant_ray.models.checkpoint import DTYPES, read_header
+from transplant_ray.models.header import DTYPES, read_header
 
 Header = dict[str, Any]
 
@@ -76,6 +76,7 @@ CORRUPT: dict[str, bytes] = {
     "overlap": pack(A | {"b": entry([10], 2, 12)}),
     "the same bytes twice": pack({"a": entry([12], 0, 12), "b": entry([12], 0, 12)}),
     "gap": pack(A | {"b": entry([6], 6, 12)}),
+    "overlap and gap of one size": pack({"a": entry([4], 0, 4), "b": entry([4], 2, 6), "c": entry([4], 8, 12)}),
     "gap at the start": pack({"a": entry([8], 4, 12)}),
     "bytes left over": pack({"a": entry([8], 0, 8)}),
     "past the end": pack({"a": entry([16], 0, 16)}),
