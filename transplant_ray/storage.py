@@ -224,9 +224,11 @@ def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o755)
-        if path.exists():
-            shutil.rmtree(path)
+        old = path.with_name(f".{path.name}.{os.getpid()}.old")
+        if path.exists():  # aside first: a crash between the two leaves one of them
+            path.rename(old)
         temporary.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise RunError(f"{path}: cannot be written ({error.strerror or error}). Free space or choose another place.") from error
     finally:

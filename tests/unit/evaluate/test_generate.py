@@ -52,7 +52,6 @@ def argmax_tokens(model: PreTrainedModel, prompt: Sequence[int]) -> list[int]:
 
 
 def make_setup(family: str) -> Setup:
-    torch.set_num_threads(1)  # these models are too small to share
     model, tokenizer = tiny_model(family, 1), tiny_tokenizer()
     tokenizer.padding_side = "left"
     prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]

@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-import torch
 from tiny import EOS, tiny_model, tiny_tokenizer
 
 from transplant_ray.evaluate.answers import Answers, VariantShard
@@ -39,7 +38,6 @@ def test_exact_is_equal_text_but_for_white_space_at_the_ends(completion: str, an
 
 
 def test_examples_are_answered_in_order_and_scored() -> None:
-    torch.set_num_threads(1)
     model, tokenizer = tiny_model("phi3", 1), tiny_tokenizer()
     tokenizer.padding_side = "left"
     prompts = [tuple(tokenizer(text)["input_ids"]) for text in ("what is 4+15=", "1", "a: b?")]

@@ -17,11 +17,6 @@ from transplant_ray.models.compare import Comparison, compare
 DrawVariant = Callable[[Comparison, int, str], Variant]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)  # these models are too small to share
-
-
 def write_pair(folder: Path, family: str, dtype: torch.dtype) -> Comparison:
     """Source and target with biases that matter: those of a new model are zero, and a lost one would go unseen."""
     for role, seed in (("source", 1), ("target", 2)):

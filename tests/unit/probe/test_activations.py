@@ -43,7 +43,6 @@ class Models:
 
 
 def make_models(family: str) -> Models:
-    torch.set_num_threads(1)  # these models are too small to share
     tokenizer = tiny_tokenizer()
     tokenizer.padding_side = "left"
     source, target = tiny_model(family, 1), tiny_model(family, 2)
