@@ -160,7 +160,7 @@ class ResourceSpec(Part):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     batch_size: int = Field(64, ge=1)
     """Examples per forward pass."""
-    shard_size: int = Field(100, ge=1)
+    shard_size: int = Field(128, ge=1)
     """Examples per unit of work that is handed to an evaluator."""
 
     @field_validator("gpus_per_model")

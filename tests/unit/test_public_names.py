@@ -33,6 +33,6 @@ def test_importing_package_and_command_line_loads_nothing_heavy() -> None:
 
 
 def test_trial_processes_load_no_torch() -> None:
-    """Four of them start beside the evaluator on a small machine; see docs/decisions/0003."""
+    """They start beside the evaluator on a small machine; see docs/decisions/0003."""
     code = "import sys, transplant_ray.distributed.mailbox; print('torch' in sys.modules, 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False False"

