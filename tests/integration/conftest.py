@@ -98,14 +98,14 @@ def server(workplace: Path, empty_database: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def served(cluster: None, template: Place, server: str, workplace: Path) -> Swept:  # noqa: ARG001
-    """A sweep into the server, of a source that makes some variants overflow, by rankers that need no activations, over two alphas.
+    """A sweep into the server, of a source that makes some variants overflow, over three rankers and two alphas.
 
     One sweep for three sets of promises, because every sweep starts eight processes that import torch or Tune.
     """
     place = template.copy(workplace / "served", uri=server)
     overflowing_source(place.path / "source")
-    sweep = {"k": [1, 3], "kind": ["ffn"], "alpha": [0.5, 1.0]}
-    recipe = place.recipe(name="served", rank={"by": ["depth", "random"]}, sweep=sweep)
+    rank = {"by": ["lae", "random", "depth"], "trajectory": "source"}
+    recipe = place.recipe(name="served", rank=rank, sweep={"k": [1, 3], "kind": ["ffn"], "alpha": [0.5, 1.0]})
     return Swept(place.path / "runs" / "served", place, run_main("sweep", recipe))
 
 

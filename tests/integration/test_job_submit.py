@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import runpy
-import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
-from integration.helpers import REPOSITORY, Head, Job, Place, Swept, run_main
+from integration.helpers import Head, Job, Place, Swept, run_main
 from mlflow import MlflowClient
-
-from transplant_ray import cli
 
 
 def test_a_submitted_sweep_succeeds_and_leaves_its_results_in_absolute_storage(submitted: tuple[Job, Swept]) -> None:
@@ -28,20 +25,19 @@ def test_what_a_submitted_sweep_gives_to_mlflow_outlives_the_job(submitted: tupl
     assert (artifacts / "results.parquet").exists()
 
 
-@pytest.mark.parametrize("verb", ["rank", "sweep"])
-def test_a_script_is_its_verb_on_the_command_line(monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
-    seen: list[str] = []
-    monkeypatch.setattr(sys, "argv", [f"jobs/{verb}.py", "recipe.yaml", "sweep.k=[1]"])
-    monkeypatch.setattr(cli, "main", lambda: seen.extend(sys.argv[1:]))
-    runpy.run_path(str(REPOSITORY / "jobs" / f"{verb}.py"), run_name="__main__")
-    assert seen == [verb, "recipe.yaml", "sweep.k=[1]"]
+def test_a_submitted_ranking_on_halves_of_one_gpu_is_the_one_of_two_gpus(head: Head, swept: Swept, tmp_path: Path) -> None:
+    job = head.run("rank", swept.place.path / "recipe.yaml", f"storage={tmp_path}", "resources.gpus_per_model=0.5")
+    assert job.code == 0, job.log[-3000:]
+    ours, theirs = (pd.read_parquet(folder / "rankings.parquet") for folder in (tmp_path / "tiny", swept.folder))
+    pd.testing.assert_frame_equal(ours, theirs)
+    assert not (tmp_path / "tiny" / "results.parquet").exists()
 
 
 FIXES = {"storage=runs": "storage=/shared/runs", "tracking.uri=sqlite:///mlflow.db": "tracking.uri=sqlite:////shared/mlflow.db"}
 
 
 def test_a_job_with_a_relative_path_fails_and_its_log_names_the_fix(head: Head, swept: Swept) -> None:
-    job = head.run("rank", swept.place.path / "recipe.yaml", "storage=runs")
+    job = head.run("sweep", swept.place.path / "recipe.yaml", "storage=runs")
     assert job.code == 2
     assert f"Give an absolute path on shared storage, e.g. {FIXES['storage=runs']}" in job.log
 

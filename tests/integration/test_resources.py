@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -17,7 +14,7 @@ from transplant_ray.errors import ResourceError
 from transplant_ray.models.loading import load_model, load_tokenizer
 from transplant_ray.pipeline.job import prepare
 from transplant_ray.probe.rankers import Evidence, lae, read_rankings
-from transplant_ray.probe.statistics import ActivationStats, greedy_continuations, stream_stats
+from transplant_ray.probe.statistics import ActivationStats, stream_stats
 from transplant_ray.recipe import ResourceSpec, load_recipe
 
 
@@ -44,61 +41,28 @@ def test_the_same_recipe_again_gives_the_same_completions(submitted: tuple[Job, 
         pd.testing.assert_frame_equal(ours, theirs)
 
 
-@dataclass(frozen=True)
-class Sharing:
-    gpus_per_model: float
-    trajectory: str
-    rankers: tuple[str, ...]
-    taken: int
-    """GPUs of the cluster that somebody else has."""
-
-
-@pytest.mark.parametrize(
-    "sharing",
-    [Sharing(2, "reference", ("lae",), taken=0), Sharing(0.5, "source", ("lae", "random"), taken=1)],
-    ids=["each model over both GPUs, in turn", "both models on one GPU, side by side"],
-)
-def test_models_that_share_gpus_are_ranked_as_without_ray(cluster: None, place: Place, sharing: Sharing) -> None:  # noqa: ARG001
-    rank = {"by": sharing.rankers, "trajectory": sharing.trajectory}
-    path = place.recipe(rank=rank, resources={"gpus_per_model": sharing.gpus_per_model})
-    with others_hold(sharing.taken):
-        finished = run_main("rank", path)
+def test_a_model_over_two_gpus_is_ranked_along_the_reference_as_by_hand(cluster: None, place: Place) -> None:  # noqa: ARG001
+    # Both models want both GPUs, so they take turns; by hand, there is no Ray at all.
+    overrides = ["rank.trajectory=reference", "resources.gpus_per_model=2"]
+    path = place.recipe()
+    finished = run_main("rank", path, *overrides)
     assert finished.code == 0, finished.err
     rows = pd.read_parquet(place.path / "runs" / "tiny" / "rankings.parquet").to_dict("records")
-    rankings = {ranking.ranker: ranking for ranking in read_rankings(rows)}
-    assert tuple(rankings) == sharing.rankers
-    assert rankings["lae"].scores == pytest.approx(lae_by_hand(path), rel=1e-5)
-    assert all(ranking.order[0] in finished.out for ranking in rankings.values())
+    (ranking,) = read_rankings(rows)
+    assert ranking.scores == pytest.approx(scores_by_hand(path, overrides), rel=1e-5)
+    assert ranking.order[0] in finished.out
 
 
-class Holder:
-    """Takes up room."""
-
-
-@contextmanager
-def others_hold(num_gpus: int) -> Iterator[None]:
-    holder = ray.remote(Holder).options(num_gpus=num_gpus, num_cpus=0).remote()
-    ray.get(holder.__ray_ready__.remote())
-    try:
-        yield
-    finally:
-        ray.kill(holder)
-
-
-def lae_by_hand(path: Path) -> dict[str, float]:
-    """Scores of a recipe in this process, without Ray."""
-    job = prepare(load_recipe(path))
-    names = [module.name for module in job.comparison.modules]
-    probe = job.examples["probe"]
-    checkpoints = {"source": job.comparison.source, "target": job.comparison.target}
-    loaded = {role: (load_model(c, "float32"), load_tokenizer(c)) for role, c in checkpoints.items()}
-    if job.recipe.rank.trajectory == "source":
-        texts = greedy_continuations(*loaded["source"], probe, job.probe_settings)
-    else:
-        texts = {example.id: example.answer_ids for example in probe}
-    parts = {role: list(stream_stats(*pair, probe, names, job.probe_settings, texts)) for role, pair in loaded.items()}
-    source, target = (ActivationStats.merge(parts[role]) for role in ("source", "target"))
-    return dict(lae(Evidence(job.comparison.modules, 0, source, target)))
+def scores_by_hand(path: Path, overrides: list[str]) -> dict[str, float]:
+    job = prepare(load_recipe(path, overrides))
+    texts = {example.id: example.answer_ids for example in job.examples["probe"]}
+    statistics = []
+    for checkpoint in (job.comparison.source, job.comparison.target):
+        loaded = load_model(checkpoint, "float32"), load_tokenizer(checkpoint)
+        names = [module.name for module in job.comparison.modules]
+        parts = stream_stats(*loaded, job.examples["probe"], names, job.probe_settings, texts)
+        statistics.append(ActivationStats.merge(list(parts)))
+    return dict(lae(Evidence(job.comparison.modules, 0, *statistics)))
 
 
 @pytest.mark.parametrize(

@@ -201,13 +201,8 @@ def test_a_sweep_with_failed_variants_ends_with_1_and_says_which(served: Swept) 
     assert "depth ffn k=1" in served.finished.out
 
 
-def test_without_a_ranker_that_measures_activations_no_target_is_loaded_to_be_probed(served: Swept) -> None:
-    assert list(served.summary["places"]) == ["source"]
-    assert set(pd.read_parquet(served.folder / "rankings.parquet")["ranker"]) == {"depth", "random"}
-
-
 def test_trials_cover_ranker_kind_k_and_alpha(served: Swept) -> None:
     trials = served.results.query("role == 'trial' and split == 'select'")
     found = set(zip(trials["ranker"], trials["kind"], trials["k"], trials["alpha"], strict=True))
-    assert found == set(product(("depth", "random"), ("ffn",), (1, 3), (0.5, 1.0)))
+    assert found == set(product(("lae", "random", "depth"), ("ffn",), (1, 3), (0.5, 1.0)))
     assert len(trials) == len(found)
