@@ -81,9 +81,8 @@ def replay(
     ids_BS = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
     mask_BS = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=model.device)
     steps = [(b, e, s) for b, (e, text) in enumerate(zip(examples, texts, strict=True)) for s in range(len(text))]
-    row_N = torch.tensor([b for b, _, _ in steps], device=model.device)
-    position_N = torch.tensor([len(e.prompt_ids) - 1 + s for _, e, s in steps], device=model.device)
-    with mean_magnitudes(model, modules, row_N, position_N) as magnitudes:
+    place_N = torch.tensor([b * width + len(e.prompt_ids) - 1 + s for b, e, s in steps], device=model.device)
+    with mean_magnitudes(model, modules, place_N) as magnitudes:
         model.base_model(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False)
     values_NM = torch.stack([magnitudes[name].to(model.device) for name in modules], dim=1).cpu().numpy()
     _check_finite(values_NM, modules)
@@ -91,19 +90,18 @@ def replay(
 
 
 @contextmanager
-def mean_magnitudes(
-    model: nn.Module, modules: Sequence[str], row_N: torch.Tensor, position_N: torch.Tensor
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Hooks that reduce each module's output (B, S, D) to (1/D)·‖h‖₁ at the given rows and positions, on the device.
+def mean_magnitudes(model: nn.Module, modules: Sequence[str], place_N: torch.Tensor) -> Iterator[dict[str, torch.Tensor]]:
+    """Hooks that reduce each module's output (B, S, D) to (1/D)·‖h‖₁ at the given places, on the device.
 
-    Padding is never among the positions, so it never counts. Eq. 5 of arXiv:2602.16189. The hooks are gone after the block.
+    A place is row · S + position. Padding is never among them, so it never counts. Eq. 5 of arXiv:2602.16189. The hooks are gone
+    after the block.
     """
     magnitudes: dict[str, torch.Tensor] = {}
 
     def hook(name: str) -> torch.utils.hooks.RemovableHandle:
         def reduce(_module: nn.Module, _args: object, output_BSD: torch.Tensor) -> None:
-            place_N = (row_N * output_BSD.shape[1] + position_N).to(output_BSD.device)
-            chosen_ND = output_BSD.flatten(0, 1).index_select(0, place_N)  # a third of the time of indexing with two tensors
+            places = place_N.to(output_BSD.device)
+            chosen_ND = output_BSD.flatten(0, 1).index_select(0, places)  # a third of the time of indexing with two tensors
             magnitudes[name] = chosen_ND.abs_().mean(-1, dtype=torch.float32)  # in place: the selection is a copy
 
         return model.get_submodule(name).register_forward_hook(reduce)

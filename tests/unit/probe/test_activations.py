@@ -243,7 +243,7 @@ def num_hooks(model: PreTrainedModel) -> int:
 def test_hooks_are_gone_after_the_block(llama: Models, monkeypatch: pytest.MonkeyPatch, examples: tuple[Rendered, ...]) -> None:
     assert measure(llama, llama.source, examples).keys
     assert num_hooks(llama.source) == 0
-    with mean_magnitudes(llama.source, llama.modules, torch.tensor([0]), torch.tensor([0])):
+    with mean_magnitudes(llama.source, llama.modules, torch.tensor([0])):
         assert num_hooks(llama.source) == len(llama.modules)
 
     def fail(*_args: object, **_settings: object) -> None:
@@ -260,6 +260,6 @@ def test_hooks_do_not_change_what_the_model_computes(llama: Models) -> None:
     ids = torch.tensor([[1, 7, 9, 30]])
     with torch.inference_mode():
         bare = llama.source(input_ids=ids).logits
-        with mean_magnitudes(llama.source, llama.modules, torch.tensor([0, 0]), torch.tensor([3, 1])) as magnitudes:
+        with mean_magnitudes(llama.source, llama.modules, torch.tensor([3, 1])) as magnitudes:
             assert torch.equal(llama.source(input_ids=ids).logits, bare)
     assert all(magnitude.shape == (2,) for magnitude in magnitudes.values())
