@@ -115,8 +115,9 @@ def mean_magnitudes(model: nn.Module, modules: Sequence[str], place_N: torch.Ten
 
 
 def _check_finite(values_NM: NDArray[np.float32], modules: Sequence[str]) -> None:
-    broken = [name for name, column in zip(modules, values_NM.T, strict=True) if not np.isfinite(column).all()]
-    if broken:
+    finite_M = np.isfinite(values_NM).all(axis=0)
+    if not finite_M.all():
+        broken = [name for name, finite in zip(modules, finite_M, strict=True) if not finite]
         raise NumericsError(
             f"probe: the activations of {broken[0]} are not finite ({len(broken)} modules). They overflow in this dtype; try "
             "`resources.dtype: float32`, or check the checkpoint."
