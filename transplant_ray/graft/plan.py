@@ -62,6 +62,12 @@ class SweepPlan:
         return tuple({e.variant.id: e.variant for e in self.entries if e.role != "source"}.values())
 
     @property
+    def racers(self) -> tuple[Variant, ...]:
+        """Variants of trials alone: those that may be stopped early, for no baseline or control is the same."""
+        others = {entry.variant.id for entry in self.entries if entry.role not in ("trial", "source")}
+        return tuple({e.variant.id: e.variant for e in self.trials if e.variant.id not in others}.values())
+
+    @property
     def trials(self) -> tuple[Planned, ...]:
         return tuple(entry for entry in self.entries if entry.role == "trial")
 
@@ -82,7 +88,7 @@ def plan_sweep(modules: Sequence[Module], orders: Mapping[str, Sequence[str]], s
     everything = [module.name for module in modules]
     entries = [Planned("target", ORIGIN), Planned("source", ORIGIN), Planned("all", Variant.uniform(everything))]
     for ranker, order in orders.items():
-        entries += _top_k("trial", ranker, order, kinds, sweep.k, sweep.alpha)
+        entries += _top_k("trial", ranker, order, kinds, sweep.k, sweep.alpha, extrapolate=sweep.extrapolate)
     entries += _controls(modules, kinds, sweep)
     return SweepPlan(tuple(entries), tuple(_notes(kinds, sweep.k)))
 
@@ -115,12 +121,15 @@ def _top_k(
     ks: Sequence[int],
     alphas: Sequence[float],
     seed: int | None = None,
+    *,
+    extrapolate: bool = False,
 ) -> Iterator[Planned]:
     for kind, members in kinds.items():
         chosen = [name for name in order if name in members]
         for k in sorted({min(k, len(chosen)) for k in ks}):
             for alpha in alphas:
-                yield Planned(role, Variant.uniform(chosen[:k], alpha), ranker, kind, k, alpha, seed)
+                variant = Variant.uniform(chosen[:k], alpha, extrapolate=extrapolate)
+                yield Planned(role, variant, ranker, kind, k, alpha, seed)
 
 
 def _notes(kinds: Mapping[str, frozenset[str]], ks: Sequence[int]) -> Iterator[str]:

@@ -32,6 +32,26 @@ class Weights:
     bias: nn.Parameter | None
 
 
+@dataclass(frozen=True)
+class Graft:
+    """One linear map of the target's model, with both weights that it can point to."""
+
+    module: Module
+    linear: nn.Module
+    target: Weights
+    source: Weights
+
+    def point(self, coefficient: Coefficient) -> None:
+        """Make the map W(coefficient). Moves pointers only for 0 and 1."""
+        self.linear.weight = self._mixed(self.target.weight, self.source.weight, coefficient)
+        if self.target.bias is not None and self.source.bias is not None:
+            self.linear.bias = self._mixed(self.target.bias, self.source.bias, coefficient)
+
+    def _mixed(self, target: nn.Parameter, source: nn.Parameter, coefficient: Coefficient) -> nn.Parameter:
+        mixed = blend(target, source, coefficient, transposed=self.module.transposed)
+        return mixed if isinstance(mixed, nn.Parameter) else _parameter(mixed)
+
+
 class ResidentPair:
     """A target model whose modules can point to source weights. Changes pointers only for coefficients 0 and 1."""
 
@@ -39,12 +59,8 @@ class ResidentPair:
         """`source` holds the source's weights by module name, on the devices and in the dtype of the target's."""
         self.model = model
         self.modules = {name: modules[name] for name in source}
-        self._linears = {name: model.get_submodule(name) for name in source}
-        self._target = {name: _weights_of(linear) for name, linear in self._linears.items()}
-        self._source = dict(source)
+        self.grafts = {name: _graft(model, modules[name], weights) for name, weights in source.items()}
         self._variant = ORIGIN
-        for name, weights in source.items():
-            _check_same_form(name, weights, self._target[name])
 
     @property
     def variant(self) -> Variant:
@@ -61,7 +77,7 @@ class ResidentPair:
         try:
             for name in now.keys() | then.keys():
                 if now.get(name, 0) != then.get(name, 0):
-                    self._point(name, then.get(name, 0))
+                    self.grafts[name].point(then.get(name, 0))
         except BaseException:
             self.undo()
             raise
@@ -69,8 +85,8 @@ class ResidentPair:
 
     def undo(self) -> None:
         """Make the model the target again, bit for bit."""
-        for name in self._linears:
-            self._point(name, 0)
+        for graft in self.grafts.values():
+            graft.point(0)
         self._variant = ORIGIN
 
     @contextmanager
@@ -81,13 +97,6 @@ class ResidentPair:
             yield self.model
         finally:
             self.undo()
-
-    def _point(self, name: str, coefficient: Coefficient) -> None:
-        linear, target, source = self._linears[name], self._target[name], self._source[name]
-        transposed = self.modules[name].transposed
-        linear.weight = _mixed(target.weight, source.weight, coefficient, transposed)
-        if target.bias is not None and source.bias is not None:
-            linear.bias = _mixed(target.bias, source.bias, coefficient, transposed)
 
 
 def load_resident_pair(
@@ -114,13 +123,11 @@ def _parameter(tensor: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
-def _weights_of(linear: nn.Module) -> Weights:
-    return Weights(linear.weight, linear.bias)  # type: ignore[arg-type]
-
-
-def _mixed(target: nn.Parameter, source: nn.Parameter, coefficient: Coefficient, transposed: bool) -> nn.Parameter:
-    mixed = blend(target, source, coefficient, transposed=transposed)
-    return mixed if isinstance(mixed, nn.Parameter) else _parameter(mixed)
+def _graft(model: PreTrainedModel, module: Module, source: Weights) -> Graft:
+    linear = model.get_submodule(module.name)
+    target = Weights(linear.weight, linear.bias)
+    _check_same_form(module.name, source, target)
+    return Graft(module, linear, target, source)
 
 
 def _check_same_form(name: str, source: Weights, target: Weights) -> None:

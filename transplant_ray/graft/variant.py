@@ -9,7 +9,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -22,11 +22,17 @@ Coefficient = float | tuple[float, ...]
 """One number for a module, or one per output channel."""
 
 
+LARGEST = 1e3
+"""No coefficient is as large, extrapolated or not."""
+
+
 @dataclass(frozen=True)
 class Variant:
     """A mapping module name → coefficient in [0, 1]; absent modules are 0. The empty variant is the target."""
 
     coefficients: Mapping[str, Coefficient]
+    extrapolate: bool = field(default=False, compare=False)
+    """Whether coefficients outside [0, 1] are meant."""
 
     def __post_init__(self) -> None:
         plain = {name: _plain(c) for name, c in sorted(self.coefficients.items())}
@@ -49,14 +55,15 @@ class Variant:
         return cls({str(name): tuple(c) if isinstance(c, list) else c for name, c in value.items()})
 
     @classmethod
-    def uniform(cls, names: Iterable[str], coefficient: float = 1.0) -> Variant:
-        return cls(dict.fromkeys(names, coefficient))
+    def uniform(cls, names: Iterable[str], coefficient: float = 1.0, *, extrapolate: bool = False) -> Variant:
+        return cls(dict.fromkeys(names, coefficient), extrapolate)
 
     def __getstate__(self) -> dict[str, Any]:  # a mapping proxy does not pickle
-        return {"coefficients": dict(self.coefficients)}
+        return {"coefficients": dict(self.coefficients), "extrapolate": self.extrapolate}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         object.__setattr__(self, "coefficients", MappingProxyType(state["coefficients"]))
+        object.__setattr__(self, "extrapolate", state["extrapolate"])
 
     def __hash__(self) -> int:
         return hash(self.id)
@@ -67,7 +74,7 @@ def _plain(coefficient: Any) -> Any:
     if isinstance(coefficient, tuple):
         return tuple(map(_plain, coefficient))
     number = isinstance(coefficient, int | float) and not isinstance(coefficient, bool)
-    return abs(float(coefficient)) if number and 0 <= coefficient <= 1 else coefficient  # abs: −0.0 is 0.0
+    return float(coefficient) + 0.0 if number and abs(coefficient) < LARGEST else coefficient  # −0.0 + 0.0 is 0.0
 
 
 ORIGIN = Variant({})
@@ -75,16 +82,21 @@ ORIGIN = Variant({})
 
 
 def check_variant(variant: Variant, modules: Mapping[str, Module]) -> Variant:
-    """VariantError for modules that the pair lacks, coefficients outside [0, 1], or the wrong number of channels."""
+    """VariantError for modules that the pair lacks, the wrong number of channels, or coefficients outside [0, 1].
+
+    A variant that may `extrapolate` has any coefficient below 1000.
+    """
     for name, coefficient in variant.coefficients.items():
         if name not in modules:
             near = difflib.get_close_matches(name, modules, n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
             raise VariantError(f"variant: {name} is not a compatible module of this pair.{hint}")
         values = coefficient if isinstance(coefficient, tuple) else (coefficient,)
-        wrong = [c for c in values if isinstance(c, bool) or not isinstance(c, int | float) or not 0 <= c <= 1]
+        low, high = (-LARGEST, LARGEST) if variant.extrapolate else (0, 1)
+        wrong = [c for c in values if isinstance(c, bool) or not isinstance(c, int | float) or not low <= c <= high]
         if wrong:
-            raise VariantError(f"variant: {name} has coefficient {wrong[0]!r}; expected a number in [0, 1].")
+            hint = "" if variant.extrapolate else " (or `sweep.extrapolate: true`)"
+            raise VariantError(f"variant: {name} has coefficient {wrong[0]!r}; expected a number in [{low:g}, {high:g}]{hint}.")
         channels = modules[name].num_channels
         if isinstance(coefficient, tuple) and len(coefficient) != channels:
             raise VariantError(f"variant: {name} has {len(coefficient)} coefficients, expected 1 or its {channels} channels.")

@@ -1,0 +1,240 @@
+"""The routed forward: coefficients in the forward pass, so that the rows of one batch belong to different variants.
+
+Shapes: B rows of a batch, S positions, I and O a module's inputs and outputs.
+
+    y = x·Wtᵀ + c ∘ (x·Wsᵀ − x·Wtᵀ)        c of a row is a number, or one per output channel
+
+    with Router(pair, variants) as router:
+        router.assign([0, 0, 1])           # rows 0 and 1 of the batches that follow are variants[0], row 2 is variants[1]
+        pair.model(...)
+
+Rows with c = 0 or 1 pay for one matrix product, as they would alone; only rows in between pay for two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+from transformers import PreTrainedModel
+
+from transplant_ray.errors import VariantError
+from transplant_ray.graft.resident import Graft, ResidentPair, Weights
+from transplant_ray.graft.variant import Coefficient, Variant, check_variant
+
+Forward = Callable[[torch.Tensor], torch.Tensor]
+Run = tuple[int, int, int]
+"""(variant, first row, end of rows)."""
+
+MAX_SPANS = 3
+"""Up to so many spans of rows are computed as slices; more are gathered, one product a side."""
+
+
+def nested_order(variants: Sequence[Variant]) -> list[int]:
+    """Indices of `variants` such that neighbours differ in few modules: then the rows of nested top-K sets are slices.
+
+    Nearest neighbour after nearest neighbour, from the target on; ties in the given order.
+    """
+    points = [frozenset(variant.coefficients.items()) for variant in variants]
+    left, order, here = dict.fromkeys(range(len(points))), [], frozenset[tuple[str, Coefficient]]()
+    while left:
+        nearest = min(left, key=lambda index: len(points[index] ^ here))
+        del left[nearest]
+        order.append(nearest)
+        here = points[nearest]
+    return order
+
+
+class Router:
+    """Gives every row of a batch its variant. Inside the block the pair's model is routed; after it, it is the target again."""
+
+    def __init__(self, pair: ResidentPair, variants: Sequence[Variant]) -> None:
+        """VariantError where a variant does not fit the pair; nothing is touched then."""
+        for variant in variants:
+            check_variant(variant, pair.modules)
+        self.pair = pair
+        names = dict.fromkeys(name for variant in variants for name in variant.coefficients)
+        self._modules = [_RoutedModule(pair.grafts[name], [v.coefficients.get(name, 0.0) for v in variants]) for name in names]
+
+    def __enter__(self) -> Router:
+        self.pair.undo()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Make the model the target again."""
+        for module in self._modules:
+            module.release()
+
+    def assign(self, rows: Sequence[int]) -> None:
+        """rows[b] is the index of the variant of row b. Rows of one variant should be neighbours."""
+        runs: list[Run] = []
+        for variant, members in groupby(rows):
+            start = runs[-1][2] if runs else 0
+            runs.append((variant, start, start + sum(1 for _ in members)))
+        for module in self._modules:
+            module.assign(runs)
+
+
+@torch.inference_mode()
+def takes_rows(pair: ResidentPair, names: Collection[str]) -> bool:
+    """Whether all these modules see a batch row by row, so that they can be routed. Experts and OPT's flat layers do not."""
+    batch, counts = 3, []
+    handles = [
+        pair.grafts[name].linear.register_forward_pre_hook(lambda _module, inputs: counts.append(inputs[0].shape[0]))
+        for name in names
+    ]
+    try:
+        pair.model.base_model(input_ids=torch.zeros(batch, 2, dtype=torch.long, device=pair.model.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return counts == [batch] * len(names)
+
+
+@contextmanager
+def routed_by(pair: ResidentPair, coefficients: Mapping[str, torch.Tensor]) -> Iterator[PreTrainedModel]:
+    """The model with these coefficients, differentiable in them: gradients flow to them and never to a weight.
+
+    A tensor is a number, or one number per output channel (O,), per row (B, 1), or per row and channel (B, O).
+    """
+    changed = [(pair.grafts[name], coefficient) for name, coefficient in coefficients.items()]
+    pair.undo()
+    try:
+        for graft, coefficient in changed:
+            _override(graft.linear, _Mix(graft, coefficient.unsqueeze(-2) if coefficient.dim() == 2 else coefficient))
+        yield pair.model
+    finally:
+        for graft, _ in changed:
+            _give_back(graft.linear)
+
+
+class _RoutedModule:
+    """One linear map: a pointer where all rows agree, a forward of its own where they do not."""
+
+    def __init__(self, graft: Graft, coefficients: Sequence[Coefficient]) -> None:
+        """`coefficients` by variant."""
+        self.graft = graft
+        self.coefficients = coefficients
+
+    def assign(self, runs: Sequence[Run]) -> None:
+        spans: list[_Span] = []
+        for coefficient, group in groupby(runs, key=lambda run: self.coefficients[run[0]]):
+            members = list(group)
+            spans.append(_Span(members[0][1], members[-1][2], coefficient))
+        self.release()
+        if len(spans) == 1 and spans[0].coefficient in (0, 1):
+            self.graft.point(spans[0].coefficient)
+        elif spans:
+            _override(self.graft.linear, _routed(self.graft, spans))
+
+    def release(self) -> None:
+        _give_back(self.graft.linear)
+        self.graft.point(0)
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Neighbouring rows with the same coefficient of a module."""
+
+    start: int
+    stop: int
+    coefficient: Coefficient
+
+
+def _routed(graft: Graft, spans: Sequence[_Span]) -> Forward:
+    """A forward for these rows, made anew whenever they change, so that a step only multiplies."""
+    if len(spans) == 1:
+        return _side(graft, spans[0].coefficient)
+    num_rows = spans[-1].stop
+    by_rows = _sliced(graft, spans) if len(spans) <= MAX_SPANS else _gathered(graft, spans)
+
+    def forward(x_BSI: torch.Tensor) -> torch.Tensor:
+        if x_BSI.shape[0] != num_rows:
+            raise VariantError(
+                f"{graft.module.name} is given {x_BSI.shape[0]} rows for a batch of {num_rows}: this module cannot be routed. "
+                "Evaluate its variants one at a time."
+            )
+        return by_rows(x_BSI)
+
+    return forward
+
+
+def _sliced(graft: Graft, spans: Sequence[_Span]) -> Forward:
+    pieces = [(span.start, span.stop, _side(graft, span.coefficient)) for span in spans]
+    return lambda x_BSI: torch.cat([side(x_BSI[start:stop]) for start, stop, side in pieces])
+
+
+def _gathered(graft: Graft, spans: Sequence[_Span]) -> Forward:
+    rows: dict[Coefficient, list[int]] = {}
+    for span in spans:
+        rows.setdefault(span.coefficient, []).extend(range(span.start, span.stop))
+    device = graft.target.weight.device
+    sides = [(torch.tensor(members, device=device), _side(graft, coefficient)) for coefficient, members in rows.items()]
+
+    def forward(x_BSI: torch.Tensor) -> torch.Tensor:
+        y_BSO = x_BSI.new_empty(*x_BSI.shape[:-1], graft.module.num_channels)
+        for rows_N, side in sides:
+            y_BSO.index_copy_(0, rows_N, side(x_BSI.index_select(0, rows_N)))
+        return y_BSO
+
+    return forward
+
+
+def _side(graft: Graft, coefficient: Coefficient) -> Forward:
+    if coefficient == 0:
+        return _Product(graft.target, graft.module.transposed)
+    if coefficient == 1:
+        return _Product(graft.source, graft.module.transposed)
+    weight = graft.target.weight
+    return _Mix(graft, torch.tensor(coefficient, dtype=weight.dtype, device=weight.device))
+
+
+class _Product:
+    """x·Wᵀ + b."""
+
+    def __init__(self, weights: Weights, transposed: bool) -> None:
+        self.weight_OI = weights.weight.T if transposed else weights.weight
+        self.bias_O = weights.bias
+
+    def __call__(self, x_BSI: torch.Tensor) -> torch.Tensor:
+        return linear(x_BSI, self.weight_OI, self.bias_O)
+
+
+class _Mix:
+    """Both products, and between them by coefficient: the one way that also has a gradient."""
+
+    def __init__(self, graft: Graft, coefficient: torch.Tensor) -> None:
+        self.target, self.source = (_Product(weights, graft.module.transposed) for weights in (graft.target, graft.source))
+        self.coefficient = coefficient
+
+    def __call__(self, x_BSI: torch.Tensor) -> torch.Tensor:
+        return torch.lerp(self.target(x_BSI), self.source(x_BSI), self.coefficient)
+
+
+def _override(module: nn.Module, forward: Forward) -> None:
+    """Another forward for this object alone; one that somebody put there before (accelerate) is kept for later."""
+    own = module.__dict__
+    own.setdefault(_KEPT, own.get("forward"))
+    own["forward"] = forward
+
+
+def _give_back(module: nn.Module) -> None:
+    own = module.__dict__
+    if _KEPT not in own:
+        return
+    kept = own.pop(_KEPT)
+    if kept is None:
+        del own["forward"]
+    else:
+        own["forward"] = kept
+
+
+_KEPT = "_transplant_ray_kept_forward"
