@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 from transplant_ray.evaluate.outcome import Outcome, Tally
@@ -16,6 +17,8 @@ class VariantShard:
     outcomes: tuple[Outcome, ...]
     seconds: float
     error: str | None = None
+    notes: tuple[str, ...] = ()
+    """What a user should know of how it went."""
 
 
 @dataclass
@@ -28,10 +31,13 @@ class Answers:
         tallies = self.tallies.setdefault(split, {})
         tallies[shard.variant] = add_shard(tallies.get(shard.variant), shard)
 
-    def baseline(self, split: Split, variant: str) -> Tally | None:
-        """The tally of a variant; None where it failed or was not evaluated."""
+    def baseline(self, split: Split, variant: str, examples: Collection[str]) -> Tally | None:
+        """The tally of a variant on these examples; None where it failed or has not answered all of them."""
         tally = self.tallies.get(split, {}).get(variant)
-        return None if tally is None or tally.error else tally
+        if tally is None or tally.error:
+            return None
+        mine = [o for o in self.outcomes[split] if o.variant == variant and o.example in examples]
+        return Tally.of(mine, tally.seconds) if len(mine) == len(examples) else None
 
     def completions(self, split: Split, variant: str) -> dict[str, str]:
         """Example → completion."""

@@ -18,8 +18,10 @@ from transformers import (
 )
 
 from transplant_ray.errors import NumericsError
+from transplant_ray.models.rope import forget_longest, rope_boundary
 
 TokenIds = Sequence[int]
+NAN_LOGITS = "generation: NaN logits. The variant's numbers overflow in this dtype; try `resources.dtype: float32`."
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Completion:
     """Without special tokens, up to the first stop string."""
     finished: bool
     """False where the limit cut it off."""
+    num_close: int = 0
+    """Steps at which the two best logits were so close that the shape of a batch may decide between them; 0 where not counted."""
 
 
 def end_ids(model_config_ids: int | Sequence[int] | None, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -58,17 +62,26 @@ def generate(
     Batches hold prompts of similar length, so that little is padding; which ones follows from the prompts alone.
     """
     completions: dict[int, Completion] = {}
-    for batch in length_batches(prompts, settings.batch_size):
+    lengths = [len(prompt) for prompt in prompts]
+    boundary = rope_boundary(model.config)
+    for batch in length_batches(lengths, settings.batch_size, settings.max_new_tokens, boundary):
+        if boundary is not None:
+            forget_longest(model)
         new_BT = _generate_batch(model, tokenizer, [prompts[i] for i in batch], settings)
         for index, row in zip(batch, new_BT.tolist(), strict=True):
-            completions[index] = _completion(row, tokenizer, settings)
+            completions[index] = complete(row, tokenizer, settings)
     return [completions[index] for index in range(len(prompts))]
 
 
-def length_batches(prompts: Sequence[TokenIds], size: int) -> Iterator[list[int]]:
-    """Indices of `prompts` in batches of at most `size`, shortest first, ties in the given order."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    return (order[start : start + size] for start in range(0, len(order), size))
+def length_batches(lengths: Sequence[int], size: int, limit: int = 0, boundary: int | None = None) -> Iterator[list[int]]:
+    """Indices of prompts in batches of at most `size`, shortest first, ties in the given order.
+
+    A prompt that reaches past `boundary` with `limit` new tokens is alone: a longer neighbour would change its numbers.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    together = [i for i in order if boundary is None or lengths[i] + limit <= boundary]
+    yield from (together[start : start + size] for start in range(0, len(together), size))
+    yield from ([i] for i in order[len(together) :])
 
 
 def left_padded(rows: Sequence[TokenIds], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,7 +113,7 @@ class _StopStrings(StoppingCriteria):
         if not self.stop:
             return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         rows = input_ids[:, self.prompt_width :].tolist()
-        return torch.tensor([_holds_stop(row, self.tokenizer, self.stop) for row in rows], device=input_ids.device)
+        return torch.tensor([holds_stop(row, self.tokenizer, self.stop) for row in rows], device=input_ids.device)
 
 
 @torch.inference_mode()
@@ -132,30 +145,30 @@ def _generate_batch(
     finally:
         model.generation_config = own
     if guard.broken:
-        raise NumericsError("generation: NaN logits. The variant's numbers overflow in this dtype; try `resources.dtype: float32`.")
+        raise NumericsError(NAN_LOGITS)
     new_BT: torch.Tensor = out[:, ids_BP.shape[1] :]
     return new_BT
 
 
-def _completion(row: list[int], tokenizer: PreTrainedTokenizerBase, settings: GenerationSettings) -> Completion:
+def complete(row: list[int], tokenizer: PreTrainedTokenizerBase, settings: GenerationSettings, num_close: int = 0) -> Completion:
     """A row is longer than its completion where others of its batch went on; what fills it up is not part of it."""
     length = _first_end(row, tokenizer, settings)
     tokens = row[:length]
     shown = tokens[:-1] if tokens[-1] in settings.end_ids else tokens
     text = tokenizer.decode(shown, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     cuts = [place for stop in settings.stop if (place := text.find(stop)) >= 0]
-    return Completion(tuple(tokens), text[: min(cuts)] if cuts else text, finished=length is not None)
+    return Completion(tuple(tokens), text[: min(cuts)] if cuts else text, length is not None, num_close)
 
 
 def _first_end(row: list[int], tokenizer: PreTrainedTokenizerBase, settings: GenerationSettings) -> int | None:
     """Number of tokens up to the first end token or the first stop string, whichever comes first; None where neither is there."""
     end = next((i + 1 for i, token in enumerate(row) if token in settings.end_ids), None)
-    if not _holds_stop(row[:end], tokenizer, settings.stop):
+    if not holds_stop(row[:end], tokenizer, settings.stop):
         return end
-    return bisect_left(range(len(row)), True, key=lambda length: _holds_stop(row[:length], tokenizer, settings.stop))
+    return bisect_left(range(len(row)), True, key=lambda length: holds_stop(row[:length], tokenizer, settings.stop))
 
 
-def _holds_stop(tokens: list[int], tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> bool:
+def holds_stop(tokens: list[int], tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> bool:
     """Whether the text holds a stop string, which may be a special token."""
     if not stop:
         return False

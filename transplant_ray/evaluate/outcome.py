@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import pyarrow as pa
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from transplant_ray.evaluate.generate import GenerationSettings, generate
-from transplant_ray.evaluate.scorers import SCORERS
+from transplant_ray.errors import NumericsError
+from transplant_ray.evaluate.generate import NAN_LOGITS, Completion, GenerationSettings, generate
+from transplant_ray.evaluate.read import Reading, read
+from transplant_ray.evaluate.scorers import FORCED, SCORERS
 from transplant_ray.evaluate.task import Rendered
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,8 @@ class Outcome:
     """New tokens, the end token included."""
     finished: bool
     """False where the limit cut the completion off."""
+    num_close: int = 0
+    """Steps at which rounding may decide, for the two best logits were closer than 1e-3."""
 
 
 SCHEMA = pa.schema(
@@ -33,6 +40,7 @@ SCHEMA = pa.schema(
         ("correct", pa.bool_()),
         ("num_tokens", pa.int32()),
         ("finished", pa.bool_()),
+        ("num_close", pa.int32()),
     ]
 )
 
@@ -64,10 +72,31 @@ def answer_examples(
     settings: GenerationSettings,
     scorer: str,
 ) -> tuple[Outcome, ...]:
-    """Generate and score, in the order of `examples`."""
+    """A model by itself, through plain `transformers`: generate, or read the references, and score, in the order of `examples`.
+
+    NumericsError where a logit is NaN.
+    """
+    if scorer == FORCED:
+        readings = read(model, tokenizer, examples, settings, lambda _: None, settings.batch_size)
+        return tuple(read_outcome(variant, examples[i], found(reading), tokenizer) for i, reading in readings)
     completions = generate(model, tokenizer, [example.prompt_ids for example in examples], settings)
-    score = SCORERS[scorer]
-    return tuple(
-        Outcome(variant, e.id, c.text, score(c.text, e.answer), len(c.token_ids), c.finished)
-        for e, c in zip(examples, completions, strict=True)
-    )
+    return tuple(score(variant, e, c, scorer) for e, c in zip(examples, completions, strict=True))
+
+
+def score(variant: str, example: Rendered, completion: Completion, scorer: str) -> Outcome:
+    right = SCORERS[scorer](completion.text, example.answer)
+    tokens = len(completion.token_ids)
+    return Outcome(variant, example.id, completion.text, right, tokens, completion.finished, completion.num_close)
+
+
+def read_outcome(variant: str, example: Rendered, reading: Reading, tokenizer: PreTrainedTokenizerBase) -> Outcome:
+    """What is known of a completion that was not decoded: it is the reference, or begins like this and goes another way."""
+    text = tokenizer.decode(reading.token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return Outcome(variant, example.id, text, reading.matches, len(reading.token_ids), reading.matches, reading.num_close)
+
+
+def found(value: T | None) -> T:
+    """NumericsError in place of what NaN logits left."""
+    if value is None:
+        raise NumericsError(NAN_LOGITS)
+    return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import pyarrow as pa
 
@@ -12,6 +13,8 @@ from transplant_ray.evaluate.outcome import Tally
 from transplant_ray.evaluate.task import Split
 from transplant_ray.graft.plan import Planned, PlanRole, describe_point, num_parameters
 from transplant_ray.models.catalogue import Module
+
+Stopped = Literal["screened", "raced"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,10 @@ class Result:
     seconds: float | None
     winner: bool
     error: str | None
+    loss: float | None = None
+    """Mean token loss of the reference answers, where it was measured."""
+    stopped: Stopped | None = None
+    """Why it was not evaluated on all examples; None where it was, or failed."""
 
     @property
     def label(self) -> str:
@@ -66,6 +73,8 @@ SCHEMA = pa.schema(
         ("seconds", pa.float64()),
         ("winner", pa.bool_()),
         ("error", pa.string()),
+        ("loss", pa.float64()),
+        ("stopped", pa.string()),
     ]
 )
 
@@ -103,9 +112,11 @@ def make_result(
 def choose_winner(results: Sequence[Result]) -> Result | None:
     """The smallest K within one standard error of the best trial, then the fewest parameters; None without a trial.
 
+    A trial that was stopped early has seen fewer examples than the others and cannot win.
+
     Only trials can win: a full swap is nearly the source and always wins on accuracy alone (method.md, "Transplant and sweep").
     """
-    trials = [r for r in results if r.role == "trial" and r.accuracy is not None]
+    trials = [r for r in results if r.role == "trial" and r.accuracy is not None and r.stopped is None]
     if not trials:
         return None
     best = max(r.accuracy for r in trials if r.accuracy is not None)

@@ -13,4 +13,7 @@ def exact(completion: str, answer: str) -> bool:
     return completion.strip() == answer.strip()
 
 
+FORCED = "forced"
+"""Right if and only if greedy decoding would emit exactly the reference's tokens; decided without decoding (`read`)."""
+
 SCORERS: Mapping[str, Scorer] = MappingProxyType({"exact": exact})

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transplant_ray.errors import NumericsError
 from transplant_ray.evaluate.generate import GenerationSettings, generate, length_batches
 from transplant_ray.evaluate.task import Rendered
+from transplant_ray.models.rope import rope_boundary
 
 Continuations = Mapping[str, tuple[int, ...]]
 """Example id → the tokens that follow its prompt, the end token included."""
@@ -55,7 +56,8 @@ def stream_stats(
 
     Deterministic, so that a stream that is started again gives the same items. NumericsError where a statistic is not finite.
     """
-    for batch in length_batches([example.prompt_ids for example in examples], settings.batch_size):
+    lengths = [len(example.prompt_ids) for example in examples]
+    for batch in length_batches(lengths, settings.batch_size, settings.max_new_tokens, rope_boundary(model.config)):
         chosen = [examples[index] for index in batch]
         texts = greedy_continuations(model, tokenizer, chosen, settings) if continuations is None else continuations
         yield replay(model, chosen, [texts[e.id][: settings.max_new_tokens] for e in chosen], modules)
@@ -117,7 +119,7 @@ def mean_magnitudes(model: nn.Module, modules: Sequence[str], place_N: torch.Ten
 def _check_finite(values_NM: NDArray[np.float32], modules: Sequence[str]) -> None:
     finite_M = np.isfinite(values_NM).all(axis=0)
     if not finite_M.all():
-        broken = [name for name, finite in zip(modules, finite_M, strict=True) if not finite]
+        broken = [modules[index] for index in np.flatnonzero(~finite_M).tolist()]
         raise NumericsError(
             f"probe: the activations of {broken[0]} are not finite ({len(broken)} modules). They overflow in this dtype; try "
             "`resources.dtype: float32`, or check the checkpoint."

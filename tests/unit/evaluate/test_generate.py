@@ -238,13 +238,17 @@ def test_nan_in_later_steps_is_seen_too() -> None:
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(1, 9).map(lambda n: [0] * n), max_size=12), st.integers(1, 5))
-def test_batches_hold_every_prompt_once_shortest_first(prompts: list[list[int]], size: int) -> None:
-    batches = list(length_batches(prompts, size))
+@given(st.lists(st.integers(1, 9), max_size=12), st.integers(1, 5))
+def test_batches_hold_every_prompt_once_shortest_first(lengths: list[int], size: int) -> None:
+    batches = list(length_batches(lengths, size))
     order = [index for batch in batches for index in batch]
-    assert order == sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
+    assert order == sorted(range(len(lengths)), key=lambda index: (lengths[index], index))
     assert all(len(batch) == size for batch in batches[:-1])
     assert all(0 < len(batch) <= size for batch in batches)
+
+
+def test_prompts_that_can_reach_past_a_rope_boundary_are_alone() -> None:
+    assert list(length_batches([9, 4, 3, 8], 5, limit=2, boundary=6)) == [[2, 1], [3], [0]]
 
 
 def test_padding_is_on_the_left_and_masked() -> None:

@@ -71,7 +71,7 @@ def test_shards_add_up_by_split_and_variant() -> None:
     answers.add("select", VariantShard("v", outcomes("v", True), 2.0))
     answers.add("test", VariantShard("v", outcomes("v", False), 8.0))
     assert answers.tallies == {"select": {"v": Tally(3, 2, 3.0), "w": Tally(1, 0, 4.0)}, "test": {"v": Tally(1, 0, 8.0)}}
-    assert answers.baseline("select", "v") == Tally(3, 2, 3.0)
+    assert answers.baseline("select", "w", {"e0"}) == Tally(1, 0, 4.0)
     assert answers.completions("select", "w") == {"e0": "w said 0"}
     assert len(answers.outcomes["select"]) == 4
 
@@ -81,6 +81,13 @@ def test_the_first_error_stays_and_a_failed_variant_is_no_baseline() -> None:
     for error in (None, "first", None, "second"):
         answers.add("select", VariantShard("v", () if error else outcomes("v", True), 1.0, error))
     assert answers.tallies["select"]["v"] == Tally(2, 2, 4.0, "first")
-    assert answers.baseline("select", "v") is None
-    assert answers.baseline("select", "never evaluated") is None
-    assert answers.baseline("test", "v") is None
+    assert answers.baseline("select", "v", {"e0"}) is None
+    assert answers.baseline("select", "never evaluated", {"e0"}) is None
+    assert answers.baseline("test", "v", {"e0"}) is None
+
+
+def test_a_baseline_is_counted_on_the_examples_that_are_asked_for() -> None:
+    answers = Answers()
+    answers.add("select", VariantShard("v", outcomes("v", True, False, True), 1.0))
+    assert answers.baseline("select", "v", {"e0", "e1"}) == Tally(2, 1, 1.0)
+    assert answers.baseline("select", "v", {"e0", "e9"}) is None

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from transplant_ray.evaluate.metrics import standard_error, wilson_interval
 from transplant_ray.evaluate.outcome import Tally
-from transplant_ray.evaluate.results import SCHEMA, Result, choose_winner, make_result
+from transplant_ray.evaluate.results import SCHEMA, Result, Stopped, choose_winner, make_result
 from transplant_ray.graft.plan import Planned
 from transplant_ray.graft.variant import ORIGIN, Variant
 from transplant_ray.models.catalogue import Module
@@ -42,8 +42,16 @@ def test_a_row_holds_the_point_and_its_metrics() -> None:
         "variant": TRIAL.variant.id, "role": "trial", "ranker": "lae", "kind": "ffn", "k": 2, "alpha": 1.0, "seed": None,
         "split": "select", "n": 40, "correct": 20, "accuracy": 0.5, "ci_low": low, "ci_high": high, "tir": 2.0, "recovery": 0.5,
         "num_modules": 2, "num_parameters": 48, "seconds": 1.5, "winner": False, "error": None,
+        "loss": None, "stopped": None,
     }  # fmt: skip
     assert row().label == "lae ffn k=2" == TRIAL.label
+
+
+@pytest.mark.parametrize("why", ["raced", "screened"])
+def test_a_trial_that_was_stopped_early_cannot_win(why: Stopped) -> None:
+    lucky = replace(row(), correct=5, n=5, accuracy=1.0, stopped=why)
+    assert choose_winner([lucky, row()]) == row()
+    assert choose_winner([lucky]) is None
 
 
 METRICS = ("correct", "accuracy", "ci_low", "ci_high", "tir", "recovery")

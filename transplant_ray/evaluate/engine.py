@@ -1,0 +1,258 @@
+"""The evaluation engine: many variants of one pair answer many examples, in batches that are kept full.
+
+A pack is the rows of all variants on a shard of examples, variants ordered so that nested sets of modules are neighbours. It is
+worked off at most `rows` at a time (`measure_rows`), which changes how fast it goes and not what comes out.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from math import isfinite
+from typing import TypeVar
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from transplant_ray.errors import NumericsError, ResourceError, TransplantError
+from transplant_ray.evaluate.answers import VariantShard
+from transplant_ray.evaluate.decode import can_decode, decode
+from transplant_ray.evaluate.generate import NAN_LOGITS, Completion, GenerationSettings, generate
+from transplant_ray.evaluate.outcome import Outcome, read_outcome, score
+from transplant_ray.evaluate.read import Reading, read
+from transplant_ray.evaluate.scorers import FORCED
+from transplant_ray.evaluate.task import Rendered
+from transplant_ray.graft.resident import ResidentPair
+from transplant_ray.graft.routed import Router, nested_order, takes_rows
+from transplant_ray.graft.variant import Variant, check_variant
+from transplant_ray.models.rope import rope_boundary
+
+OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator: can't allocate memory")
+"""What torch says of it on GPUs and on CPU."""
+
+Note = Callable[[str], None]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One row: a variant, by its place in the pack, on an example."""
+
+    variant: int
+    example: Rendered
+
+
+Values = Iterator[tuple[int, T | None]]
+"""(index of a request, what came of it); None where a logit was NaN."""
+
+
+class Engine:
+    """A resident pair that answers for many variants at once."""
+
+    def __init__(
+        self,
+        pair: ResidentPair,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: GenerationSettings,
+        scorer: str,
+        note: Note = lambda _: None,
+    ) -> None:
+        """At most `settings.batch_size` rows are in flight. `note` is told, once, what a user should know."""
+        self.pair = pair
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.scorer = scorer
+        self.rows = settings.batch_size
+        self.note = note
+
+    def answer(self, variants: Sequence[Variant], examples: Sequence[Rendered]) -> Iterator[VariantShard]:
+        """One result per variant, as they are done. A variant that fails is a result with its reason; the others go on."""
+        fitting = []
+        for variant in variants:
+            try:
+                fitting.append(check_variant(variant, self.pair.modules))
+            except TransplantError as error:
+                yield _failed(variant, error)
+        for pack in self._packs(fitting):
+            yield from self._answer_pack(pack, examples)
+
+    def losses(self, variants: Sequence[Variant], examples: Sequence[Rendered]) -> dict[str, float | None]:
+        """Variant id → mean token loss of the reference answers, every example counted once; None where it is not a number."""
+        means: dict[str, float | None] = {}
+        for pack in self._packs(variants):
+            found: dict[int, list[float | None]] = defaultdict(list)
+            with _Routed(self.pair, pack) as routed:
+                for request, reading in self._retry(_requests(pack, examples), self._reader(routed)):
+                    found[request.variant].append(None if reading is None else reading.loss)
+            means |= {pack[place].id: _mean(losses) for place, losses in found.items()}
+        return means
+
+    def _packs(self, variants: Sequence[Variant]) -> list[list[Variant]]:
+        """All together in their best order, or each alone where a module mixes the rows of a batch."""
+        ordered = [variants[place] for place in nested_order(variants)]
+        names = {name for variant in variants for name in variant.coefficients}
+        return [ordered] if ordered and takes_rows(self.pair, names) else [[variant] for variant in ordered]
+
+    def _answer_pack(self, pack: Sequence[Variant], examples: Sequence[Rendered]) -> Iterator[VariantShard]:
+        done: dict[int, dict[str, Outcome | None]] = {place: {} for place in range(len(pack))}
+        with _Routed(self.pair, pack) as routed:
+            try:
+                for request, outcome in self._outcomes(_requests(pack, examples), pack, routed):
+                    mine = done[request.variant]
+                    mine[request.example.id] = outcome
+                    if len(mine) == len(examples):
+                        outcomes = [mine[example.id] for example in examples]
+                        yield _shard(pack[request.variant].id, outcomes, routed.seconds(request.variant))
+            except (TransplantError, RuntimeError) as failure:  # torch reports what a device cannot do as RuntimeError
+                yield from (_failed(pack[place], failure) for place, mine in done.items() if len(mine) < len(examples))
+
+    def _outcomes(
+        self, requests: Sequence[Request], pack: Sequence[Variant], routed: _Routed
+    ) -> Iterator[tuple[Request, Outcome | None]]:
+        if self.scorer == FORCED:
+            for request, reading in self._retry(requests, self._reader(routed)):
+                name = pack[request.variant].id
+                yield request, read_outcome(name, request.example, reading, self.tokenizer) if reading else None
+            return
+        together = [request for request in requests if not self._is_apart(request)]
+        apart = [request for request in requests if self._is_apart(request)]
+        for some, work in ((together, self._decoder(routed)), (apart, self._generator(routed))):
+            for request, completion in self._retry(some, work):
+                name = pack[request.variant].id
+                yield request, score(name, request.example, completion, self.scorer) if completion else None
+
+    def _is_apart(self, request: Request) -> bool:
+        """Whether a row has to be decoded by `transformers` itself, for its numbers depend on the whole batch."""
+        boundary = rope_boundary(self.pair.model.config)
+        longest = len(request.example.prompt_ids) + self.settings.max_new_tokens
+        return not can_decode(self.pair.model) or (boundary is not None and longest > boundary)
+
+    def _decoder(self, routed: _Routed) -> Callable[[Sequence[Request], int], Values[Completion]]:
+        def work(requests: Sequence[Request], rows: int) -> Values[Completion]:
+            prompts = [request.example.prompt_ids for request in requests]
+            return decode(self.pair.model, self.tokenizer, prompts, self.settings, routed.by(requests), rows)
+
+        return work
+
+    def _reader(self, routed: _Routed) -> Callable[[Sequence[Request], int], Values[Reading]]:
+        def work(requests: Sequence[Request], rows: int) -> Values[Reading]:
+            examples = [request.example for request in requests]
+            return read(self.pair.model, self.tokenizer, examples, self.settings, routed.by(requests), rows)
+
+        return work
+
+    def _generator(self, routed: _Routed) -> Callable[[Sequence[Request], int], Values[Completion]]:
+        """One variant after another."""
+
+        def work(requests: Sequence[Request], rows: int) -> Values[Completion]:
+            settings = replace(self.settings, batch_size=rows)
+            for _, group in groupby(enumerate(requests), key=lambda numbered: numbered[1].variant):
+                indices = [index for index, _ in group]
+                routed.by(requests)(indices[:1])
+                prompts = [requests[index].example.prompt_ids for index in indices]
+                completions: Sequence[Completion | None]
+                try:
+                    completions = generate(self.pair.model, self.tokenizer, prompts, settings)
+                except NumericsError:
+                    completions = [None] * len(indices)
+                yield from zip(indices, completions, strict=True)
+
+        return work
+
+    def _retry(
+        self, requests: Sequence[Request], work: Callable[[Sequence[Request], int], Values[T]]
+    ) -> Iterator[tuple[Request, T | None]]:
+        """Do the work; where memory runs out, do what is left with half of the rows."""
+        left = list(requests)
+        while left:
+            done: set[int] = set()
+            try:
+                for index, value in work(left, self.rows):
+                    done.add(index)
+                    yield left[index], value
+            except RuntimeError as error:
+                self._halve(error)
+            left = [request for index, request in enumerate(left) if index not in done]
+            gc.collect()
+            torch.cuda.empty_cache()
+
+    def _halve(self, error: RuntimeError) -> None:
+        """From now on. Raises the error again where it is another one, ResourceError where one row is too many."""
+        if not any(sign in str(error) for sign in OUT_OF_MEMORY):
+            raise error
+        if self.rows == 1:
+            raise ResourceError(
+                "evaluation: out of memory with a single row. Lower `task.max_new_tokens`, drop long prompts, choose a smaller "
+                "`resources.dtype`, or give each model more with `resources.gpus_per_model`."
+            ) from error
+        self.rows //= 2
+        self.note(f"out of memory: {self.rows} rows at a time from here on; `resources.batch_size: {self.rows}` starts there")
+
+
+class _Routed:
+    """The router of a pack, and whose rows the seconds went to."""
+
+    def __init__(self, pair: ResidentPair, pack: Sequence[Variant]) -> None:
+        self.router = Router(pair, pack)
+        self.in_flight: Counter[int] = Counter()
+        self.spent: dict[int, float] = defaultdict(float)
+        self.since = time.perf_counter()
+
+    def __enter__(self) -> _Routed:
+        self.router.__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.router.release()
+
+    def by(self, requests: Sequence[Request]) -> Callable[[Sequence[int]], None]:
+        """Routes rows that are given as indices of `requests`."""
+
+        def assign(indices: Sequence[int]) -> None:
+            self._settle()
+            variants = [requests[index].variant for index in indices]
+            self.in_flight = Counter(variants)
+            self.router.assign(variants)
+
+        return assign
+
+    def seconds(self, variant: int) -> float:
+        self._settle()
+        return self.spent[variant]
+
+    def _settle(self) -> None:
+        """Share the time since the last call among the rows in flight."""
+        now = time.perf_counter()
+        for variant, rows in self.in_flight.items():
+            self.spent[variant] += (now - self.since) * rows / self.in_flight.total()
+        self.since = now
+
+
+def _requests(pack: Sequence[Variant], examples: Sequence[Rendered]) -> list[Request]:
+    """Variant by variant, so that few are in flight at a time; short prompts first, so that little is padding."""
+    by_length = sorted(examples, key=lambda example: len(example.prompt_ids))
+    return [Request(place, example) for place in range(len(pack)) for example in by_length]
+
+
+def _shard(variant: str, outcomes: Sequence[Outcome | None], seconds: float) -> VariantShard:
+    known = tuple(outcome for outcome in outcomes if outcome is not None)
+    if len(known) < len(outcomes):
+        return VariantShard(variant, (), seconds, _reason(NumericsError(NAN_LOGITS)))
+    return VariantShard(variant, known, seconds)
+
+
+def _failed(variant: Variant, error: Exception) -> VariantShard:
+    return VariantShard(variant.id, (), 0.0, _reason(error))
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _mean(losses: Sequence[float | None]) -> float | None:
+    known = [loss for loss in losses if loss is not None and isfinite(loss)]
+    return sum(known) / len(known) if len(known) == len(losses) else None
