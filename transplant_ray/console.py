@@ -76,7 +76,7 @@ def results_table(results: Sequence[Result], split: str = "select", top: int | N
         _top(trials, top),
         _top(controls, top),
     ]
-    n = rows[0].n if rows else 0
+    n = max((row.n for row in rows), default=0)
     table = Table(
         title=f"{split}, n = {n}; controls are dim",
         title_justify="left",
@@ -100,7 +100,11 @@ def results_table(results: Sequence[Result], split: str = "select", top: int | N
 
 
 def _best_first(rows: Sequence[Result]) -> list[Result]:
-    return sorted(rows, key=lambda row: (row.accuracy is None, -(row.accuracy or 0), row.k or 0, row.label))
+    """Those that were stopped come after those that were not, for they have seen fewer examples."""
+    return sorted(
+        rows,
+        key=lambda row: (row.stopped is not None, row.accuracy is None, -(row.accuracy or 0), row.loss or 0, row.k or 0, row.label),
+    )
 
 
 def _top(rows: Sequence[Result], top: int | None) -> list[Result]:
@@ -177,10 +181,12 @@ def print_calibration(console: Console, calibration: Calibration, *, gpu: bool) 
 
 
 def _cells(row: Result) -> tuple[str, ...]:
+    if row.stopped == "screened" and row.error is None:
+        return row.label, "screened", "–" if row.loss is None else f"loss {row.loss:.3f}", "–", "–", row.variant
     if row.error is not None or row.accuracy is None:
         reason = (row.error or "no examples").splitlines()[0]
         return row.label, "failed", reason[:60], "–", "–", row.variant
-    mark = " *" if row.winner else ""
+    mark = " *" if row.winner else f" (raced, n = {row.n})" if row.stopped else ""
     interval = f"{row.ci_low:.3f}–{row.ci_high:.3f}"
     return (
         row.label + mark, f"{row.accuracy:.3f}", interval, _number(row.tir), _percent(row.recovery),

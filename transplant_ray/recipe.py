@@ -29,7 +29,7 @@ Acceptance = Literal["vocabulary", "segmentation", "pickle", "remote_code"]
 
 ACTIVATION_RANKERS = frozenset({"lae"})
 RANKERS = ("lae", "depth", "random")
-SCORERS = ("exact",)
+SCORERS = ("exact", "forced")
 
 
 class Part(BaseModel):
@@ -91,9 +91,11 @@ class TaskSpec(Part):
         return _one_of(value, SCORERS, "scorer")
 
     @model_validator(mode="after")
-    def _system_has_effect(self) -> TaskSpec:
+    def _settings_have_effect(self) -> TaskSpec:
         if self.system is not None and not self.chat_template:
             raise ValueError("`system` has no effect without `chat_template: true`")
+        if self.stop and self.scorer == "forced":
+            raise ValueError("`stop` has no effect with `scorer: forced`, which compares tokens up to the end token")
         return self
 
 
@@ -134,19 +136,57 @@ class ControlSpec(Part):
         return _grid_axis(value)
 
 
+class ScreenSpec(Part):
+    """Generate only for the trials that read the reference answers best; a loss costs one forward pass."""
+
+    keep: float = Field(gt=0, lt=1)
+    """Share of the trials that goes on, rounded up."""
+    by: Literal["loss"] = "loss"
+
+
+class RaceSpec(Part):
+    """Synchronous halving on the select split: at every rung only the best trials go on."""
+
+    rungs: tuple[Annotated[int, Field(ge=1)], ...]
+    """Numbers of select examples, ascending."""
+    keep: float = Field(0.5, gt=0, lt=1)
+    """Share of the trials that goes on at each rung, rounded up."""
+
+    @field_validator("rungs")
+    @classmethod
+    def _ascending(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if not value or list(value) != sorted(set(value)):
+            raise ValueError("expected numbers of examples in ascending order, each once")
+        return value
+
+
 class SweepSpec(Part):
     """The grid: ranker × kind × K × alpha."""
 
     k: tuple[Annotated[int, Field(ge=1)], ...]
     kind: tuple[Kind, ...] = ("all",)
-    alpha: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (1.0,)
-    """Coefficient of the chosen modules; 1 is the hard transplant."""
+    extrapolate: bool = False
+    """Allow coefficients outside [0, 1]."""
+    alpha: tuple[float, ...] = Field((1.0,), validate_default=True)
+    """Coefficient of the chosen modules, in (0, 1]; 1 is the hard transplant."""
+    screen: ScreenSpec | None = None
+    race: RaceSpec | None = None
     controls: ControlSpec = ControlSpec()
 
     @field_validator("k", "kind", "alpha")
     @classmethod
     def _some(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
         return _grid_axis(value)
+
+    @field_validator("alpha")
+    @classmethod
+    def _in_range(cls, value: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
+        outside = [alpha for alpha in value if not 0 < alpha <= 1]
+        if 0 in value:
+            raise ValueError("0 is the target itself, which is in every sweep")
+        if outside and not info.data.get("extrapolate"):
+            raise ValueError(f"{outside[0]:g} is outside (0, 1]; add `sweep.extrapolate: true` if that is meant")
+        return value
 
 
 class ResourceSpec(Part):
@@ -158,10 +198,17 @@ class ResourceSpec(Part):
     evaluators: int = Field(1, ge=1)
     """Resident pairs that evaluate side by side."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    batch_size: int = Field(64, ge=1)
-    """Examples per forward pass."""
+    batch_size: int | Literal["auto"] = "auto"
+    """Rows per forward pass; `auto` measures at the start how many the device likes. A number makes runs repeat bit for bit."""
     shard_size: int = Field(128, ge=1)
     """Examples per unit of work that is handed to an evaluator."""
+
+    @field_validator("batch_size", mode="before")
+    @classmethod
+    def _rows(cls, value: Any) -> Any:
+        if value != "auto" and (not isinstance(value, int) or value < 1):
+            raise ValueError("expected a number of rows, 1 or more, or `auto`")
+        return value
 
     @field_validator("gpus_per_model")
     @classmethod
@@ -193,6 +240,13 @@ class Recipe(Part):
     """Results go to `<storage>/<name>/`: a folder, or an object store such as `s3://bucket/runs`."""
     accept: tuple[Acceptance, ...] = ()
     """What is otherwise refused: other vocabularies, other segmentation, pickle checkpoints, code of a model repository."""
+
+    @model_validator(mode="after")
+    def _rungs_have_effect(self) -> Recipe:
+        race, select = self.sweep.race, self.task.split.select
+        if race is not None and race.rungs[-1] >= select:
+            raise ValueError(f"`sweep.race`: rung {race.rungs[-1]} has no effect, for there are {select} select examples")
+        return self
 
     def identity(self) -> str:
         """Content hash of all that can change a result: where and how fast it runs, and who is told, cannot."""
@@ -320,6 +374,8 @@ def _explain(problem: Any) -> str:
         return f"`{place}` is not a key of a recipe.{_nearest(place)}"
     if problem["type"] == "missing":
         return f"`{place}` is missing; it has no default."
+    if isinstance(problem["input"], dict) and problem["type"] == "value_error":  # about several keys: the message names them
+        return f"{place}: {message}."
     return f"`{place}` is {problem['input']!r}: {message}."
 
 

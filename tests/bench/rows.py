@@ -107,7 +107,7 @@ def hooks(options: Namespace) -> Iterator[Row]:
     """All that the probe does for its statistics, the hooks and what is around them, against the forward pass alone."""
     probe = _zoo_job().examples["probe"]
     for (name, comparison), batch, rounds in zip(_pairs(), (64, 16), (101, 15), strict=True):
-        examples = [probe[i] for i in next(length_batches([e.prompt_ids for e in probe], batch))]
+        examples = [probe[i] for i in next(length_batches([len(e.prompt_ids) for e in probe], batch))]
         texts, modules = [example.answer_ids for example in examples], tuple(comparison.pairs)
         model = load_model(comparison.target, "float32")
         hooked = partial(replay, model, examples, texts, modules)

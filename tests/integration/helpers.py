@@ -34,8 +34,8 @@ SPLIT = {"probe": 8, "select": 40, "test": 30, "seed": 1}
 RESULT_COLUMNS = [
     "variant", "role", "ranker", "kind", "k", "alpha", "seed", "split", "n", "correct", "accuracy", "ci_low", "ci_high", "tir",
     "recovery", "num_modules", "num_parameters", "seconds", "winner", "error",
+    "loss", "stopped",
 ]  # fmt: skip
-"""As the issue lists them."""
 
 
 @dataclass(frozen=True)

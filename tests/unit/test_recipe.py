@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +37,10 @@ WHOLE: dict[str, Any] = {
     "sweep": {
         "k": [1, 2, 24],
         "kind": ["attn", "ffn", "all"],
+        "extrapolate": False,
         "alpha": [0.5, 1.0],
+        "screen": {"keep": 0.25, "by": "loss"},
+        "race": {"rungs": [50, 100], "keep": 0.4},
         "controls": {"random": 4, "alpha": [0.25, 0.5]},
     },
     "resources": {
@@ -164,6 +168,10 @@ OUT_OF_RANGE: list[tuple[str, Sequence[Any]]] = [
     ("sweep.k", [[], 3, [0], [-1], [1, 1], [1.5], [True], [None], None]),
     ("sweep.kind", [[], "attn", ["attn", "attn"], [3]]),
     ("sweep.alpha", [[], [0], [0.0], [1.01], [-0.5], [NAN], [INF], [0.5, 0.5], [True]]),
+    ("sweep.screen.keep", [0, 1, -1, "x"]),
+    ("sweep.screen.by", ["accuracy"]),
+    ("sweep.race.rungs", [[], [0], [50, 20], [50, 50], 50]),
+    ("sweep.race.keep", [0, 1]),
     ("sweep.controls.random", [0, 2, 2.5]),
     ("sweep.controls.alpha", [[], [0.0], [1.0], [0.5, 0.5], [NAN]]),
     ("resources.gpus_per_model", [-1, 1.5, INF, NAN, True, "all"]),
@@ -308,6 +316,30 @@ def test_an_override_may_put_a_mapping_in_the_place_of_a_path_and_back(whole: Pa
     assert load_recipe(whole, ["task.data.split=train"]).task.data == HubData(path="org/data", split="train")
 
 
+@pytest.mark.parametrize("alpha", [1.5, -0.5])
+def test_coefficients_outside_the_range_have_to_be_meant(alpha: float) -> None:
+    with pytest.raises(RecipeError, match=r"`sweep\.alpha` .* is outside \(0, 1\]; add `sweep\.extrapolate: true`"):
+        parse_recipe(changed(WHOLE, "sweep.alpha", [alpha]))
+    meant = changed(changed(WHOLE, "sweep.alpha", [alpha]), "sweep.extrapolate", True)
+    assert parse_recipe(meant).sweep.alpha == (alpha,)
+    with pytest.raises(RecipeError, match="0 is the target itself"):
+        parse_recipe(changed(meant, "sweep.alpha", [0]))
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "words"),
+    [
+        ("sweep.race.rungs", [50, 300], "`sweep.race`: rung 300 has no effect, for there are 300 select examples"),
+        ("task.scorer", "forced", "`stop` has no effect with `scorer: forced`"),
+        ("resources.batch_size", 0, "expected a number of rows, 1 or more, or `auto`"),
+        ("resources.batch_size", "fast", "expected a number of rows, 1 or more, or `auto`"),
+    ],
+)
+def test_a_setting_of_the_engine_without_effect_is_refused(place: str, value: Any, words: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(words)):
+        parse_recipe(changed(WHOLE, place, value))
+
+
 @pytest.mark.parametrize("override", ["sweep.k", "=1", "sweep..k=[1]", ".k=1", "k.=1", ""])
 def test_an_override_that_is_no_assignment_is_refused(whole: Path, override: str) -> None:
     with pytest.raises(RecipeError, match=r"override '.*': expected key=value, for example sweep\.k=\[1,2\]"):
@@ -397,8 +429,9 @@ OTHER = {
     "name": "other", "source.model": "org/x", "source.revision": "v1", "target.model": "org/x", "target.revision": "v1",
     "task.data": "/x.jsonl",
     "task.prompt": "{x}", "task.answer": "{x}", "task.max_new_tokens": 9, "task.stop": ["x"], "task.system": "x",
-    "task.split.probe": 7, "task.split.select": 7, "task.split.test": 7, "task.split.seed": 7, "rank.by": ["depth", "lae"],
+    "task.split.probe": 7, "task.split.select": 270, "task.split.test": 7, "task.split.seed": 7, "rank.by": ["depth", "lae"],
     "rank.trajectory": "own", "rank.max_new_tokens": 7, "sweep.k": [7], "sweep.kind": ["attn"], "sweep.alpha": [1.0],
+    "sweep.extrapolate": True, "sweep.screen.keep": 0.5, "sweep.race.rungs": [50], "sweep.race.keep": 0.5,
     "sweep.controls.random": 7, "sweep.controls.alpha": [0.1], "resources.dtype": "float16", "resources.batch_size": 7,
     "resources.shard_size": 7, "accept": [],
 }  # fmt: skip
@@ -406,7 +439,7 @@ MATTERS_NOT = {
     "resources.address": "ray://x", "resources.gpus_per_model": 1, "resources.cpus_per_model": 1, "resources.evaluators": 1,
     "tracking.uri": "http://x", "tracking.experiment": "x", "tracking.upload": "none", "storage": "elsewhere",
 }  # fmt: skip
-LEFT_OUT = {"task.scorer", "task.chat_template"}  # there is one scorer; the template is tried below
+LEFT_OUT = {"task.scorer", "task.chat_template", "sweep.screen.by"}  # tried below; one screen
 
 
 def test_every_field_is_tried_below() -> None:
@@ -416,6 +449,11 @@ def test_every_field_is_tried_below() -> None:
 @pytest.mark.parametrize("place", OTHER)
 def test_the_identity_changes_with_what_can_change_a_result(place: str) -> None:
     assert parse_recipe(changed(WHOLE, place, OTHER[place])).identity() != parse_recipe(WHOLE).identity()
+
+
+def test_the_identity_changes_with_the_scorer() -> None:
+    plain = changed(WHOLE, "task.stop", [])
+    assert parse_recipe(changed(plain, "task.scorer", "forced")).identity() != parse_recipe(plain).identity()
 
 
 def test_the_identity_changes_with_the_chat_template() -> None:

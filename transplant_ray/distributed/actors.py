@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -13,10 +13,11 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from transplant_ray.errors import TransplantError
 from transplant_ray.evaluate.answers import VariantShard
+from transplant_ray.evaluate.engine import Engine
 from transplant_ray.evaluate.generate import GenerationSettings
-from transplant_ray.evaluate.outcome import Outcome, answer_examples
+from transplant_ray.evaluate.measure_rows import measure_rows
+from transplant_ray.evaluate.outcome import answer_examples
 from transplant_ray.evaluate.task import Rendered
 from transplant_ray.graft.resident import ResidentPair, load_resident_pair
 from transplant_ray.graft.variant import Variant
@@ -82,7 +83,7 @@ class ModelActor:
 
 @ray.remote
 class Evaluator:
-    """A resident pair that answers as one variant after another."""
+    """A resident pair that answers as many variants at a time."""
 
     def __init__(self, comparison: Comparison, names: frozenset[str], workload: Workload) -> None:
         _settle(workload)
@@ -91,6 +92,8 @@ class Evaluator:
         self.workload = workload
 
         self._loaded: tuple[ResidentPair, PreTrainedTokenizerBase] | None = None
+        self.engine: Engine | None = None
+        self.notes: list[str] = []
 
     def _load(self) -> tuple[ResidentPair, PreTrainedTokenizerBase]:
         if self._loaded is None:
@@ -102,21 +105,32 @@ class Evaluator:
     def where(self) -> dict[str, Any]:
         return _where(str(self._load()[0].model.device))
 
-    def evaluate(self, variants: Sequence[Variant], examples: Sequence[Rendered]) -> Iterator[VariantShard]:
-        """One result per variant, in order. A variant that fails is a result with its reason; the others go on."""
-        pair, tokenizer = self._load()
-        for variant in variants:
-            start = time.perf_counter()
-            outcomes: tuple[Outcome, ...] = ()
-            error = None
-            try:
-                pair.apply(variant)
-                outcomes = answer_examples(
-                    variant.id, pair.model, tokenizer, examples, self.workload.generation, self.workload.scorer
-                )
-            except (TransplantError, RuntimeError) as failure:  # torch reports what a device cannot do as RuntimeError
-                error = f"{type(failure).__name__}: {failure}"
-            yield VariantShard(variant.id, outcomes, time.perf_counter() - start, error)
+    def measure_rows(self, examples: Sequence[Rendered], most: int) -> int:
+        """How many rows at a time this device likes, for these examples."""
+        pair, _ = self._load()
+        longest = max(len(example.prompt_ids) for example in examples) + self.workload.generation.max_new_tokens
+        return measure_rows(pair.model, longest, most)
+
+    def evaluate(self, variants: Sequence[Variant], examples: Sequence[Rendered], rows: int) -> Iterator[VariantShard]:
+        """One result per variant. A variant that fails is a result with its reason; the others go on."""
+        for shard in self._engine(rows).answer(variants, examples):
+            yield replace(shard, notes=self._new_notes())
+
+    def losses(self, variants: Sequence[Variant], examples: Sequence[Rendered], rows: int) -> dict[str, float | None]:
+        """Variant id → mean token loss of the reference answers."""
+        return self._engine(rows).losses(variants, examples)
+
+    def _engine(self, rows: int) -> Engine:
+        """At most `rows`; fewer where memory once ran out."""
+        if self.engine is None:
+            settings = replace(self.workload.generation, batch_size=rows)
+            self.engine = Engine(*self._load(), settings, self.workload.scorer, self.notes.append)
+        self.engine.rows = min(self.engine.rows, rows)
+        return self.engine
+
+    def _new_notes(self) -> tuple[str, ...]:
+        told, self.notes[:] = tuple(self.notes), []
+        return told
 
 
 def _settle(workload: Workload) -> None:

@@ -6,7 +6,7 @@ What a unit of work holds follows from the recipe alone; who does it, and when, 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.util import ActorPool
 
 from transplant_ray.distributed.actors import Evaluator, Workload
 from transplant_ray.distributed.cluster import Capacity
@@ -27,6 +28,8 @@ VARIANTS_PER_CALL = 16
 """Variants in one unit of work: what is lost, and done again, when an evaluator dies."""
 
 OnResult = Callable[[VariantShard], None]
+Losses = dict[str, float | None]
+"""Variant id → mean token loss; None where it is not a number."""
 
 
 @dataclass(frozen=True)
@@ -46,16 +49,15 @@ def plan_work(variants: Sequence[Variant], examples: Sequence[Rendered], shard_s
 @dataclass(frozen=True)
 class Pool:
     evaluators: tuple[ActorHandle, ...]
+    rows: int
+    """Rows in flight on each evaluator, at most."""
 
-    def places(self) -> list[dict[str, Any]]:
-        return list(ray.get([evaluator.where.remote() for evaluator in self.evaluators]))
-
-    def run(self, work: Sequence[Work], on_result: OnResult) -> None:
+    def run(self, work: Iterable[Work], on_result: OnResult) -> None:
         """Hand out the work in order; `on_result` is called here for every variant and shard, as they come."""
         waiting = deque(work)
         running: list[tuple[Any, ActorHandle]] = []
         for evaluator in self.evaluators:
-            _hand_out(waiting, running, evaluator)
+            self._hand_out(waiting, running, evaluator)
         while running:
             ready, _ = ray.wait([stream for stream, _ in running], num_returns=1)
             index = next(i for i, (stream, _) in enumerate(running) if stream is ready[0])
@@ -65,34 +67,56 @@ class Pool:
                 on_result(ray.get(ref))
             else:
                 del running[index]
-                _hand_out(waiting, running, evaluator)
+                self._hand_out(waiting, running, evaluator)
+
+    def losses(self, variants: Sequence[Variant], examples: Sequence[Rendered], on_done: Callable[[int], None]) -> Losses:
+        """Mean token loss of every variant; `on_done` is told how many variants were read."""
+        parts = [variants[first : first + VARIANTS_PER_CALL] for first in range(0, len(variants), VARIANTS_PER_CALL)]
+        actors = ActorPool(list(self.evaluators))
+        losses: dict[str, float | None] = {}
+        for read in actors.map(lambda actor, part: actor.losses.remote(part, examples, self.rows), parts):
+            losses |= read
+            on_done(len(read))
+        return losses
+
+    def _hand_out(self, waiting: deque[Work], running: list[tuple[Any, ActorHandle]], evaluator: ActorHandle) -> None:
+        if waiting:
+            work = waiting.popleft()
+            stream = evaluator.evaluate.options(num_returns="streaming").remote(work.variants, work.examples, self.rows)
+            running.append((stream, evaluator))
 
 
 @contextmanager
 def evaluator_pool(
-    comparison: Comparison, names: frozenset[str], workload: Workload, capacity: Capacity, size: int
+    comparison: Comparison,
+    names: frozenset[str],
+    workload: Workload,
+    capacity: Capacity,
+    size: int,
+    examples: Sequence[Rendered],
+    rows: int | None,
 ) -> Iterator[Pool]:
-    """`size` evaluators that hold the target and, of the source, the modules in `names`."""
+    """`size` evaluators that hold the target and, of the source, the modules in `names`.
+
+    `rows` is how many rows each has in flight; None lets the first of them measure it, for `examples`.
+    """
     with ExitStack() as stack:
         actors = [capacity.start(Evaluator, comparison, names, workload) for _ in range(size)]
-        yield Pool(tuple(stack.enter_context(released(actor)) for actor in actors))
-
-
-def _hand_out(waiting: deque[Work], running: list[tuple[Any, ActorHandle]], evaluator: ActorHandle) -> None:
-    if waiting:
-        work = waiting.popleft()
-        stream = evaluator.evaluate.options(num_returns="streaming").remote(work.variants, work.examples)
-        running.append((stream, evaluator))
+        evaluators = tuple(stack.enter_context(released(actor)) for actor in actors)
+        if rows is None:
+            most = VARIANTS_PER_CALL * len(examples)
+            rows = int(ray.get(evaluators[0].measure_rows.remote(examples, most)))
+        yield Pool(evaluators, rows)
 
 
 @contextmanager
-def feeding(pool: Pool, work: Sequence[Work], on_result: OnResult, on_failure: Callable[[str], None]) -> Iterator[None]:
-    """The pool works in a thread while the block runs; after the block all work is done, or the pool's error is raised.
+def working(work: Callable[[], None], on_failure: Callable[[str], None]) -> Iterator[None]:
+    """`work` is done in a thread while the block runs; after the block it is finished, or its error is raised.
 
     `on_failure` is told at once, so that whoever waits for outcomes in the block does not wait for ever.
     """
     executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="evaluator-pool")
-    future = executor.submit(pool.run, work, on_result)
+    future = executor.submit(work)
     future.add_done_callback(lambda done: on_failure(repr(error)) if (error := done.exception()) else None)
     try:
         yield

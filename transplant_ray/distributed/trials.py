@@ -26,14 +26,14 @@ OnTrial = Callable[[Result], None]
 
 
 class Trials:
-    """The grid points of a sweep. `post` gives a trial its result, from any thread; `run` returns when all have reported."""
+    """The grid points of a sweep. `post` gives a trial a result, from any thread; `run` returns when all have had their last."""
 
     def __init__(self, planned: Sequence[Planned]) -> None:
         self.planned = planned
         self.mailbox = Mailbox.remote()  # type: ignore[attr-defined] # what the decorator adds
 
-    def post(self, result: Result) -> None:
-        self.mailbox.post.remote(result.label, asdict(result))
+    def post(self, result: Result, *, last: bool) -> None:
+        self.mailbox.post.remote(result.label, {"result": asdict(result), "n": result.n, "accuracy": result.accuracy, "last": last})
 
     def fail(self, reason: str) -> None:
         self.mailbox.fail.remote(reason)
@@ -66,10 +66,14 @@ class _TrialCallback(Callback):
     def __init__(self, on_trial: OnTrial) -> None:
         self.on_trial = on_trial
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune saves its callbacks so that a sweep could be restored by it; ours never is, and what it calls cannot be pickled."""
+        return {}
+
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
-        row = (trial.last_result or {}).get("result")
-        if row is not None:  # a trial that died without a word reports nothing, and its row says so
-            self.on_trial(Result(**row))
+        reported = trial.last_result or {}
+        if reported.get("last"):  # a trial that died before its last word has reported nothing, and its row says so
+            self.on_trial(Result(**reported["result"]))
 
 
 def _point(planned: Planned) -> dict[str, Any]:

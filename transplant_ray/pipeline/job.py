@@ -13,6 +13,9 @@ from transplant_ray.models.compare import Comparison, check_segmentation, check_
 from transplant_ray.models.loading import load_tokenizer
 from transplant_ray.recipe import ACTIVATION_RANKERS, Recipe
 
+DEFAULT_ROWS = 64
+"""Rows of a batch where one model answers by itself and the recipe names no number."""
+
 SPLITS: tuple[Split, ...] = ("probe", "select", "test")
 
 
@@ -51,7 +54,8 @@ def prepare(recipe: Recipe) -> Job:
     check_segmentation(texts, lambda text: theirs(text)["input_ids"], lambda text: ours(text)["input_ids"], recipe.accept)
     examples = {split: tokenize(task[split], recipe.task, ours) for split in SPLITS}
     ends = end_ids(read_generation_ends(target), ours)
-    generation = GenerationSettings(recipe.task.max_new_tokens, ends, recipe.task.stop, recipe.resources.batch_size)
+    rows = DEFAULT_ROWS if recipe.resources.batch_size == "auto" else recipe.resources.batch_size
+    generation = GenerationSettings(recipe.task.max_new_tokens, ends, recipe.task.stop, rows)
     job = Job(recipe, comparison, examples, generation)
     limit = max(recipe.task.max_new_tokens, recipe.rank.max_new_tokens or 0)
     check_lengths([e for split in SPLITS for e in examples[split]], limit, max_positions(job))

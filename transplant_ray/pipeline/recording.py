@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from transplant_ray.evaluate.outcome import SCHEMA as OUTCOME_SCHEMA
 from transplant_ray.evaluate.results import SCHEMA as RESULT_SCHEMA
 from transplant_ray.evaluate.results import Result
 from transplant_ray.evaluate.task import Split
-from transplant_ray.graft.plan import SweepPlan
+from transplant_ray.pipeline.evaluating import Evaluation
 from transplant_ray.pipeline.exporting import write_winner_card
 from transplant_ray.pipeline.run import Run
 from transplant_ray.storage import RunFolder, write_json, write_rows
@@ -22,14 +23,6 @@ from transplant_ray.tracking.tracker import Tracker, environment
 
 EXPORTED = "exported"
 """The name under which the exported checkpoint's outcomes are kept."""
-
-
-@dataclass(frozen=True)
-class Trial:
-    """What Tune reported of one grid point, and its run in MLflow."""
-
-    result: Result
-    run_id: str
 
 
 @dataclass(frozen=True)
@@ -48,9 +41,7 @@ class SweepResult:
         return [row for row in self.results if row.error is not None]
 
 
-def record(
-    run: Run, plan: SweepPlan, results: list[Result], probed: ProbeResult, trials: Mapping[str, Trial], tracker: Tracker
-) -> SweepResult:
+def record(run: Run, evaluation: Evaluation, results: list[Result], probed: ProbeResult, tracker: Tracker) -> SweepResult:
     """Write tables, summary and the winner's card, then tell MLflow; returns what was recorded."""
     folder = run.folder
     with run.stopwatch.stage("record"):
@@ -59,15 +50,15 @@ def record(
         write_rows(folder.results, [asdict(row) for row in results], RESULT_SCHEMA)
         winner = [row for row in results if row.winner]
         if winner:
-            write_winner_card(run.job.recipe, run.job.comparison, plan.trial(winner[0].label), winner, folder)
-        summary = summarise(run, results, probed, tracker.run_id)
+            write_winner_card(run.job.recipe, run.job.comparison, evaluation.plan.trial(winner[0].label), winner, folder)
+        summary = summarise(run, results, probed, tracker.run_id) | {"rows_per_step": evaluation.rows_per_step}
         write_json(folder.summary, summary)
         figures = {"k_curves": k_curves(results)}
         figures |= {f"scores_{r.ranker}": heat_map(r, run.job.comparison.modules) for r in probed.rankings}
         folder.publish()
         tracker.log_summary(folder, _headline(results), figures)
         if winner:
-            summary["model_version"] = tracker.log_winner(trials[winner[0].label].run_id, winner[-1], folder)
+            summary["model_version"] = tracker.log_winner(evaluation.reported[winner[0].label].run_id, winner[-1], folder)
     summary["seconds"] = run.stopwatch.seconds
     write_json(folder.summary, summary)
     shutil.rmtree(folder.path / ".tune", ignore_errors=True)  # Tune's own state: all of it is in the tables
@@ -84,6 +75,8 @@ def summarise(run: Run, results: Sequence[Result], probed: ProbeResult, run_id: 
         "baselines": by_split,
         "winner": _describe_winner(run, results, winner) if winner else None,
         "failed": [{"variant": row.variant, "label": row.label, "error": row.error} for row in results if row.error],
+        "stopped": dict(Counter(row.stopped for row in results if row.stopped)),
+        "close": _close(run),
         "warnings": list(run.job.comparison.warnings),
         "excluded": [asdict(exclusion) for exclusion in run.job.comparison.excluded],
         "places": probed.places,
@@ -114,6 +107,12 @@ def _agreement(run: Run, variant: str) -> dict[str, int]:
     """On how many select examples the reloaded checkpoint gave the very completion of the resident variant."""
     resident, exported = (run.answers.completions("select", name) for name in (variant, EXPORTED))
     return {"n": len(resident), "equal": sum(exported.get(example) == text for example, text in resident.items())}
+
+
+def _close(run: Run) -> dict[str, int]:
+    """Of the answers on select, those with a step at which rounding may have decided."""
+    outcomes = run.answers.outcomes["select"]
+    return {"n": len(outcomes), "close": sum(outcome.num_close > 0 for outcome in outcomes)}
 
 
 def _baselines(results: Sequence[Result], split: Split) -> dict[str, Any]:

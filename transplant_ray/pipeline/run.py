@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from transplant_ray.distributed.actors import Workload
 from transplant_ray.distributed.cluster import refuse_vanishing_paths
-from transplant_ray.evaluate.answers import Answers
+from transplant_ray.evaluate.answers import Answers, VariantShard
 from transplant_ray.evaluate.outcome import Tally
 from transplant_ray.evaluate.results import Result, make_result
 from transplant_ray.evaluate.task import Split
@@ -49,9 +49,17 @@ class Run:
         tally = self.answers.tallies["select"].get(variant)
         return tally is not None and (tally.n == len(self.job.examples["select"]) or tally.error is not None)
 
+    def take(self, split: Split, shard: VariantShard) -> None:
+        """Keep what an evaluator found."""
+        self.answers.add(split, shard)
+        self.stopwatch.watch.advance(len(shard.outcomes))
+        for note in shard.notes:
+            self.stopwatch.watch.note(note)
+
     def row(self, entry: Planned, split: Split, tally: Tally) -> Result:
-        """The results row of a planned variant, against the baselines on the same split."""
-        target, source = self.answers.baseline(split, ORIGIN.id), self.answers.baseline(split, "source")
+        """The results row of a planned variant, against the baselines on the examples that it has answered."""
+        examples = {example.id for example in self.job.examples[split][: tally.n]}
+        target, source = (self.answers.baseline(split, name, examples) for name in (ORIGIN.id, "source"))
         return make_result(entry, tally, split, self.modules, target=target, source=source)
 
 

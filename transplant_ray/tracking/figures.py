@@ -22,7 +22,7 @@ CONTROLS = {"random": ("random sets", "o"), "depth": ("depth order", "s")}
 
 def k_curves(results: Sequence[Result]) -> Figure:
     """Accuracy on select over K, one panel a kind: trials in colour with Wilson intervals, controls in grey, baselines as lines."""
-    rows = [r for r in results if r.split == "select" and r.accuracy is not None]
+    rows = [r for r in results if r.split == "select" and r.accuracy is not None and r.stopped is None]
     kinds = list(dict.fromkeys(r.kind for r in rows if r.role == "trial"))
     figure = Figure(figsize=(4.2 * max(len(kinds), 1) + 1, 4.2), layout="constrained")
     axes = figure.subplots(1, max(len(kinds), 1), sharey=True, squeeze=False)[0]

@@ -1,0 +1,148 @@
+"""The evaluation stage of a sweep: screen by loss, race over rungs, and give Tune's trials what came of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
+
+from transplant_ray.distributed.cluster import Capacity
+from transplant_ray.distributed.pool import Pool, evaluator_pool, plan_work, working
+from transplant_ray.distributed.trials import Trials
+from transplant_ray.evaluate.answers import VariantShard
+from transplant_ray.evaluate.outcome import Tally
+from transplant_ray.evaluate.race import legs, num_answers, pass_rung, pass_screen
+from transplant_ray.evaluate.results import Result, Stopped
+from transplant_ray.evaluate.task import Split
+from transplant_ray.graft.export import describe_variant
+from transplant_ray.graft.plan import Planned, SweepPlan
+from transplant_ray.graft.variant import ORIGIN, Variant
+from transplant_ray.pipeline.run import Run
+from transplant_ray.tracking.tracker import Tracker
+
+
+def evaluate(run: Run, plan: SweepPlan, capacity: Capacity, tracker: Tracker) -> Evaluation:
+    """All variants on select while Tune's trials wait for theirs, then the baselines on test."""
+    job, resources = run.job, run.job.recipe.resources
+    evaluation = Evaluation(run, plan)
+    used = frozenset(name for variant in plan.variants for name in variant.coefficients)
+    rows = None if resources.batch_size == "auto" else resources.batch_size
+    with evaluator_pool(
+        job.comparison, used, run.workload, capacity, resources.evaluators, job.examples["select"][: resources.shard_size], rows
+    ) as pool:
+        evaluation.rows_per_step = pool.rows
+        trials = Trials(plan.trials)
+        stage = _Stage(evaluation, trials, pool)
+        if job.recipe.sweep.screen is not None:
+            with run.stopwatch.stage("screen by loss", len(plan.variants)):
+                stage.screen()
+        with run.stopwatch.stage("evaluate", stage.num_answers()), working(stage.race, on_failure=trials.fail):
+            trials.run(run.folder.path / ".tune", lambda result: stage.report(result, tracker))
+        baselines = [entry.variant for entry in plan.entries if entry.role in ("target", "all")]
+        with run.stopwatch.stage("baselines on test", len(baselines) * len(job.examples["test"])):
+            work = plan_work(baselines, job.examples["test"], resources.shard_size)
+            pool.run(work, lambda shard: run.take("test", shard))
+    return evaluation
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What Tune reported of one grid point, and its run in MLflow."""
+
+    result: Result
+    run_id: str
+
+
+@dataclass
+class Evaluation:
+    """What the stage found, beside the answers."""
+
+    run: Run
+    plan: SweepPlan
+    rows_per_step: int = 0
+    losses: dict[str, float | None] = field(default_factory=dict)
+    """Variant id → mean token loss on select."""
+    stopped: dict[str, Stopped] = field(default_factory=dict)
+    """Variant id → why it was not evaluated on all of select."""
+    reported: dict[str, Trial] = field(default_factory=dict)
+    """What Tune reported, by label."""
+
+    def row(self, entry: Planned, split: Split = "select") -> Result:
+        """The row of a planned variant, as far as it has come."""
+        tally = self.run.answers.tallies[split].get(entry.id, Tally(0, 0, 0.0))
+        row = self.run.row(entry, split, tally)
+        return replace(row, loss=self.losses.get(entry.id), stopped=self.stopped.get(entry.id)) if split == "select" else row
+
+    def rows(self) -> list[Result]:
+        """One per planned variant, on select. A trial that reported nothing is a failed row, whatever the evaluator saw."""
+        return [self._reported(entry) if entry.role == "trial" else self.row(entry) for entry in self.plan.entries]
+
+    def _reported(self, entry: Planned) -> Result:
+        trial = self.reported.get(entry.label)
+        if trial is not None:
+            return trial.result
+        row = self.row(entry)
+        return replace(
+            row, accuracy=None, correct=None, ci_low=None, ci_high=None, tir=None, recovery=None,
+            error=row.error or "its trial ended without reporting",
+        )  # fmt: skip
+
+
+class _Stage:
+    """Variants on their way through select."""
+
+    def __init__(self, evaluation: Evaluation, trials: Trials, pool: Pool) -> None:
+        self.evaluation, self.trials, self.pool = evaluation, trials, pool
+        self.run, self.plan = evaluation.run, evaluation.plan
+        self.sweep = self.run.job.recipe.sweep
+        self.examples = self.run.job.examples["select"]
+        self.unposted = list(self.plan.trials)
+
+    def num_answers(self) -> int:
+        """At most: a variant that fails answers less."""
+        racers = len(self.plan.racers)
+        return num_answers(racers, len(self.plan.variants) - racers, len(self.examples), self.sweep.screen, self.sweep.race)
+
+    def screen(self) -> None:
+        """Read the reference answers with every variant; of those that may be stopped, only the best go on."""
+        assert self.sweep.screen is not None
+        losses = self.pool.losses(self.plan.variants, self.examples, self.run.stopwatch.watch.advance)
+        self.evaluation.losses |= losses
+        racers = {variant.id: losses[variant.id] for variant in self.plan.racers}
+        self._stop(racers.keys() - pass_screen(racers, self.sweep.screen), "screened")
+
+    def race(self) -> None:
+        """All who are left answer, leg by leg; at every rung the worse of those that may be stopped are."""
+        race = self.sweep.race
+        for leg in legs(len(self.examples), race):
+            live = [variant for variant in self.plan.variants if self._goes_on(variant)]
+            self.pool.run(plan_work(live, self.examples[leg], self.run.job.recipe.resources.shard_size), self._take)
+            if race is not None and leg.stop < len(self.examples):
+                tallies = self.run.answers.tallies["select"]
+                racers = {v.id: tallies[v.id].correct for v in self.plan.racers if self._goes_on(v)}
+                self._stop(racers.keys() - pass_rung(racers, race), "raced")
+                for entry in self.unposted:
+                    self.trials.post(self.evaluation.row(entry), last=False)
+
+    def report(self, result: Result, tracker: Tracker) -> None:
+        """A trial has ended in Tune: it becomes a run in MLflow."""
+        description = describe_variant(self.run.job.comparison, self.plan.trial(result.label).variant)
+        self.evaluation.reported[result.label] = Trial(result, tracker.log_trial(result, description))
+
+    def _goes_on(self, variant: Variant) -> bool:
+        tally = self.run.answers.tallies["select"].get(variant.id)
+        return variant.id not in self.evaluation.stopped and (tally is None or tally.error is None)
+
+    def _take(self, shard: VariantShard) -> None:
+        self.run.take("select", shard)
+        if self.run.is_complete(ORIGIN.id):
+            self._post(lambda entry: self.run.is_complete(entry.id))
+
+    def _stop(self, variants: Collection[str], why: Stopped) -> None:
+        self.evaluation.stopped |= dict.fromkeys(sorted(variants), why)
+        self._post(lambda entry: entry.id in variants)
+
+    def _post(self, ready: Callable[[Planned], bool]) -> None:
+        """Give these trials their last row."""
+        for entry in [entry for entry in self.unposted if ready(entry)]:
+            self.unposted.remove(entry)
+            self.trials.post(self.evaluation.row(entry), last=True)
