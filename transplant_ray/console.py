@@ -164,7 +164,8 @@ def print_plan(console: Console, report: PlanReport) -> None:
         console.print(note, style="yellow", markup=False)
     roles = ", ".join(f"{count} {role}" for role, count in report.variants.items())
     console.print(f"variants: {roles}; at most {report.num_distinct} to evaluate, equal ones once", highlight=False)
-    console.print("examples: " + ", ".join(f"{n} {split}" for split, n in report.examples.items()), highlight=False)
+    examples = ", ".join(f"{n} {split}" for split, n in report.examples.items())
+    console.print(f"examples: {examples}; at most {report.num_answers} answers on select", highlight=False)
     for actor, memory in report.memory.items():
         console.print(f"memory per {actor}: {_memory(memory)}", highlight=False)
     for line in report.placement:
@@ -174,8 +175,8 @@ def print_plan(console: Console, report: PlanReport) -> None:
 def print_calibration(console: Console, calibration: Calibration, *, gpu: bool) -> None:
     unit = "GPU-hours" if gpu else "hours of one evaluator on CPU"
     console.print(
-        f"measured on {calibration.device}: {calibration.seconds_per_example * 1000:.3g} ms an example; "
-        f"{calibration.num_answers} answers take at most {calibration.hours:.3g} {unit}",
+        f"measured on {calibration.device}: {calibration.seconds_per_example * 1000:.3g} ms an example, "
+        f"{calibration.rows} rows at a time; {calibration.num_answers} answers take at most {calibration.hours:.3g} {unit}",
         highlight=False,
     )
 

@@ -7,7 +7,6 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -16,8 +15,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from measure import TensorBytes, interleaved, peak_above_baseline, run_and_weigh, seconds_of
+from measure import TensorBytes, interleaved, peak_above_baseline, seconds_of
 from peers import HOW_TO_MAKE, Peers
+from processes import run_and_weigh
+from table import Row
 from tiny import tiny_pair
 
 from transplant_ray import zoo
@@ -35,16 +36,6 @@ from transplant_ray.probe.statistics import replay
 from transplant_ray.recipe import load_recipe
 
 PAIR = "cross-generation"
-
-
-@dataclass(frozen=True)
-class Row:
-    what: str
-    sizes: str
-    repetitions: str
-    result: str
-    bar: str = "–"
-    met: bool | None = None
 
 
 def demo(options: Namespace) -> Iterator[Row]:

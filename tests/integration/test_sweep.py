@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from transplant_ray import Variant, apply, export, load_recipe, sweep
 from transplant_ray.errors import RunError
-from transplant_ray.evaluate.task import Example, load_task
+from transplant_ray.evaluate.example import Example
+from transplant_ray.evaluate.task import load_task
 from transplant_ray.graft.export import changed_tensors
 from transplant_ray.models.checkpoint import open_checkpoint
 from transplant_ray.models.compare import compare

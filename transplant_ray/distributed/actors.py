@@ -15,10 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.engine import Engine
+from transplant_ray.evaluate.example import Rendered
 from transplant_ray.evaluate.generate import GenerationSettings
 from transplant_ray.evaluate.measure_rows import measure_rows
 from transplant_ray.evaluate.outcome import answer_examples
-from transplant_ray.evaluate.task import Rendered
 from transplant_ray.graft.resident import ResidentPair, load_resident_pair
 from transplant_ray.graft.variant import Variant
 from transplant_ray.models.checkpoint import Checkpoint

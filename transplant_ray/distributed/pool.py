@@ -20,12 +20,10 @@ from transplant_ray.distributed.actors import Evaluator, Workload
 from transplant_ray.distributed.cluster import Capacity
 from transplant_ray.distributed.probing import released
 from transplant_ray.evaluate.answers import VariantShard
-from transplant_ray.evaluate.task import Rendered
+from transplant_ray.evaluate.engine import VARIANTS_PER_PACK
+from transplant_ray.evaluate.example import Rendered
 from transplant_ray.graft.variant import Variant
 from transplant_ray.models.compare import Comparison
-
-VARIANTS_PER_CALL = 16
-"""Variants in one unit of work: what is lost, and done again, when an evaluator dies."""
 
 OnResult = Callable[[VariantShard], None]
 Losses = dict[str, float | None]
@@ -42,8 +40,8 @@ def plan_work(variants: Sequence[Variant], examples: Sequence[Rendered], shard_s
     """Shard-major: all variants answer a shard before the next shard begins; neighbours in the plan stay neighbours."""
     for start in range(0, len(examples), shard_size):
         shard = tuple(examples[start : start + shard_size])
-        for first in range(0, len(variants), VARIANTS_PER_CALL):
-            yield Work(tuple(variants[first : first + VARIANTS_PER_CALL]), shard)
+        for first in range(0, len(variants), VARIANTS_PER_PACK):
+            yield Work(tuple(variants[first : first + VARIANTS_PER_PACK]), shard)
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ class Pool:
 
     def losses(self, variants: Sequence[Variant], examples: Sequence[Rendered], on_done: Callable[[int], None]) -> Losses:
         """Mean token loss of every variant; `on_done` is told how many variants were read."""
-        parts = [variants[first : first + VARIANTS_PER_CALL] for first in range(0, len(variants), VARIANTS_PER_CALL)]
+        parts = [variants[first : first + VARIANTS_PER_PACK] for first in range(0, len(variants), VARIANTS_PER_PACK)]
         actors = ActorPool(list(self.evaluators))
         losses: dict[str, float | None] = {}
         for read in actors.map(lambda actor, part: actor.losses.remote(part, examples, self.rows), parts):
@@ -104,7 +102,7 @@ def evaluator_pool(
         actors = [capacity.start(Evaluator, comparison, names, workload) for _ in range(size)]
         evaluators = tuple(stack.enter_context(released(actor)) for actor in actors)
         if rows is None:
-            most = VARIANTS_PER_CALL * len(examples)
+            most = VARIANTS_PER_PACK * len(examples)
             rows = int(ray.get(evaluators[0].measure_rows.remote(examples, most)))
         yield Pool(evaluators, rows)
 

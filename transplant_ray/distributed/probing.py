@@ -16,8 +16,8 @@ from ray.actor import ActorHandle
 from transplant_ray.distributed.actors import ModelActor, Workload
 from transplant_ray.distributed.cluster import Capacity
 from transplant_ray.evaluate.answers import VariantShard
+from transplant_ray.evaluate.example import Rendered, Split
 from transplant_ray.evaluate.generate import GenerationSettings
-from transplant_ray.evaluate.task import Rendered, Split
 from transplant_ray.models.checkpoint import Checkpoint
 from transplant_ray.models.compare import Comparison
 from transplant_ray.probe.rankers import Evidence, Ranking, rank

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
+from transplant_ray.evaluate.example import Split
 from transplant_ray.evaluate.outcome import Outcome, Tally
-from transplant_ray.evaluate.task import Split
 
 
 @dataclass(frozen=True)

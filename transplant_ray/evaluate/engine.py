@@ -21,11 +21,11 @@ from transformers import PreTrainedTokenizerBase
 from transplant_ray.errors import NumericsError, ResourceError, TransplantError
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.decode import can_decode, decode
+from transplant_ray.evaluate.example import Rendered
 from transplant_ray.evaluate.generate import NAN_LOGITS, Completion, GenerationSettings, generate
 from transplant_ray.evaluate.outcome import Outcome, read_outcome, score
 from transplant_ray.evaluate.read import Reading, read
 from transplant_ray.evaluate.scorers import FORCED
-from transplant_ray.evaluate.task import Rendered
 from transplant_ray.graft.resident import ResidentPair
 from transplant_ray.graft.routed import Router, nested_order, takes_rows
 from transplant_ray.graft.variant import Variant, check_variant
@@ -33,6 +33,9 @@ from transplant_ray.models.rope import rope_boundary
 
 OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator: can't allocate memory")
 """What torch says of it on GPUs and on CPU."""
+
+VARIANTS_PER_PACK = 16
+"""Variants in one unit of work: what is lost, and done again, when an evaluator dies."""
 
 Note = Callable[[str], None]
 T = TypeVar("T")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
-from statistics import median
 
 import torch
 from transformers import PreTrainedModel
@@ -12,12 +12,14 @@ from transformers import PreTrainedModel
 from transplant_ray.evaluate.decode import can_decode, last_logits
 from transplant_ray.evaluate.row_cache import RowCache
 
-STEPS = 3
-WORTH = 0.9
-"""A larger batch must take less than this share of the time per row, for it costs memory."""
+STEPS = 4
+WORTH = 1.1
+"""The smallest batch is taken whose rows cost at most this much of the cheapest, for a larger one takes more memory."""
+PATIENCE = 2
+"""So many sizes in a row may bring nothing before larger ones are not tried."""
 FIRST = 16
-MEMORY_SHARE = 0.8
-"""Of the GPU memory that is free after loading."""
+MEMORY_SHARE = 0.7
+"""Of the memory that is free after loading; the rest is for what a step computes."""
 WITHOUT_DECODE = 64
 
 
@@ -32,13 +34,13 @@ def measure_rows(model: PreTrainedModel, columns: int, most: int) -> int:
     one = RowCache()
     token = torch.zeros(1, columns - 1, dtype=torch.long, device=model.device)
     last_logits(model, 1, input_ids=token, past_key_values=one, use_cache=True)
-    best, cheapest = 1, float("inf")
+    seconds: dict[int, float] = {}
     for rows in _sizes(min(most, _rows_in_memory(one, model.device))):
-        seconds = _seconds_per_row(model, one, rows)
-        if seconds > WORTH * cheapest:
+        seconds[rows] = _seconds_per_row(model, one, rows)
+        cheapest = min(seconds, key=lambda tried: seconds[tried])
+        if list(seconds).index(cheapest) < len(seconds) - PATIENCE:
             break
-        best, cheapest = rows, seconds
-    return best
+    return min(rows for rows in seconds if seconds[rows] <= WORTH * seconds[cheapest])
 
 
 def _sizes(most: int) -> Iterator[int]:
@@ -54,18 +56,19 @@ def _seconds_per_row(model: PreTrainedModel, one: RowCache, rows: int) -> float:
     cache.take(torch.zeros(rows, dtype=torch.long), first=0)
     token = torch.zeros(rows, 1, dtype=torch.long, device=model.device)
     seconds = []
-    for _ in range(STEPS + 1):
+    for _ in range(STEPS):
         start = time.perf_counter()
         last_logits(model, 1, input_ids=token, past_key_values=cache, use_cache=True)
         if model.device.type == "cuda":
             torch.cuda.synchronize(model.device)
         seconds.append(time.perf_counter() - start)
-    return median(seconds[1:]) / rows
+    return min(seconds) / rows
 
 
 def _rows_in_memory(one: RowCache, device: torch.device) -> int:
-    """On a GPU, how many such rows fit beside what is loaded. On CPU there is no telling: what runs out is halved."""
-    if device.type != "cuda":
-        return 2**30
-    free, _ = torch.cuda.mem_get_info(device)
+    """How many such rows fit beside what is loaded."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return max(1, int(free * MEMORY_SHARE) // one.num_bytes)

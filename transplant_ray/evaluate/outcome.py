@@ -6,14 +6,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import pyarrow as pa
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from transplant_ray.errors import NumericsError
+from transplant_ray.evaluate.example import Rendered
 from transplant_ray.evaluate.generate import NAN_LOGITS, Completion, GenerationSettings, generate
 from transplant_ray.evaluate.read import Reading, read
 from transplant_ray.evaluate.scorers import FORCED, SCORERS
-from transplant_ray.evaluate.task import Rendered
 
 T = TypeVar("T")
 
@@ -30,19 +29,6 @@ class Outcome:
     """False where the limit cut the completion off."""
     num_close: int = 0
     """Steps at which rounding may decide, for the two best logits were closer than 1e-3."""
-
-
-SCHEMA = pa.schema(
-    [
-        ("variant", pa.string()),
-        ("example", pa.string()),
-        ("completion", pa.string()),
-        ("correct", pa.bool_()),
-        ("num_tokens", pa.int32()),
-        ("finished", pa.bool_()),
-        ("num_close", pa.int32()),
-    ]
-)
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from transplant_ray.evaluate.decode import CLOSE_GAP, Assign, last_logits
+from transplant_ray.evaluate.example import Rendered
 from transplant_ray.evaluate.generate import GenerationSettings, generate, left_padded
-from transplant_ray.evaluate.task import Rendered
 from transplant_ray.models.rope import rope_boundary
 
 FORWARD_TOKENS = 8192

@@ -8,9 +8,9 @@ from typing import Literal
 
 import pyarrow as pa
 
+from transplant_ray.evaluate.example import Split
 from transplant_ray.evaluate.metrics import recovery, standard_error, tir, wilson_interval
 from transplant_ray.evaluate.outcome import Tally
-from transplant_ray.evaluate.task import Split
 from transplant_ray.graft.plan import Planned, PlanRole, describe_point, num_parameters
 from transplant_ray.models.catalogue import Module
 
@@ -51,7 +51,7 @@ class Result:
         return describe_point(self.role, self.ranker, self.kind, self.k, self.alpha, self.seed)
 
 
-SCHEMA = pa.schema(
+RESULT_SCHEMA = pa.schema(
     [
         ("variant", pa.string()),
         ("role", pa.string()),
@@ -75,6 +75,19 @@ SCHEMA = pa.schema(
         ("error", pa.string()),
         ("loss", pa.float64()),
         ("stopped", pa.string()),
+    ]
+)
+
+
+OUTCOME_SCHEMA = pa.schema(
+    [
+        ("variant", pa.string()),
+        ("example", pa.string()),
+        ("completion", pa.string()),
+        ("correct", pa.bool_()),
+        ("num_tokens", pa.int32()),
+        ("finished", pa.bool_()),
+        ("num_close", pa.int32()),
     ]
 )
 

@@ -56,11 +56,13 @@ class _Layer(DynamicLayer):
     def join(self, parts: Sequence[_Layer], places: Sequence[torch.Tensor]) -> None:
         """Become the rows of `parts`; row i of a part goes to its place i."""
         width, num_rows = max(part.width for part in parts), sum(map(len, places))
+        narrowest = min(part.width for part in parts)
         self.dtype, self.device = parts[0].dtype, parts[0].device
         joined = []
         for name in ("keys", "values"):
             like: torch.Tensor = getattr(parts[0], name)
-            whole = like.new_zeros(num_rows, like.shape[1], width + SPARE_COLUMNS, like.shape[3])  # padding must be finite
+            whole = like.new_empty(num_rows, like.shape[1], width + SPARE_COLUMNS, like.shape[3])
+            whole[:, :, : width - narrowest] = 0  # padding is masked, but must be finite
             for part, place in zip(parts, places, strict=True):
                 whole[place.to(like.device), :, width - part.width : width] = getattr(part, name)
             joined.append(whole)
@@ -71,7 +73,7 @@ class _Layer(DynamicLayer):
     def _fill(self, keys: torch.Tensor, values: torch.Tensor, room: int) -> None:
         buffers = []
         for part in (keys, values):
-            buffer = part.new_zeros(*part.shape[:2], part.shape[2] + room, part.shape[3])
+            buffer = part.new_empty(*part.shape[:2], part.shape[2] + room, part.shape[3])
             buffer[:, :, : part.shape[2]] = part
             buffers.append(buffer)
         self._buffers = (buffers[0], buffers[1])

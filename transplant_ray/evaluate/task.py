@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,29 +19,10 @@ from transformers import PreTrainedTokenizerBase
 
 from transplant_ray import zoo
 from transplant_ray.errors import DataError
+from transplant_ray.evaluate.example import Example, Rendered, Split
 from transplant_ray.recipe import HubData, SplitSpec, TaskSpec
 
-Split = Literal["probe", "select", "test"]
 Row = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Example:
-    id: str
-    """Content hash of prompt and answer."""
-    prompt: str
-    answer: str
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """An example as token ids, by the target's tokenizer."""
-
-    id: str
-    prompt_ids: tuple[int, ...]
-    answer_ids: tuple[int, ...]
-    """The reference answer with its end token."""
-    answer: str
 
 
 @dataclass(frozen=True)

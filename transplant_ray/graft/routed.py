@@ -168,8 +168,17 @@ def _routed(graft: Graft, spans: Sequence[_Span]) -> Forward:
 
 
 def _sliced(graft: Graft, spans: Sequence[_Span]) -> Forward:
-    pieces = [(span.start, span.stop, _side(graft, span.coefficient)) for span in spans]
-    return lambda x_BSI: torch.cat([side(x_BSI[start:stop]) for start, stop, side in pieces])
+    pieces = [(slice(span.start, span.stop), _side(graft, span.coefficient)) for span in spans]
+
+    def forward(x_BSI: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            return torch.cat([side(x_BSI[rows]) for rows, side in pieces])
+        y_BSO = x_BSI.new_empty(*x_BSI.shape[:-1], graft.module.num_channels)
+        for rows, side in pieces:
+            side.into(y_BSO[rows], x_BSI[rows])
+        return y_BSO
+
+    return forward
 
 
 def _gathered(graft: Graft, spans: Sequence[_Span]) -> Forward:
@@ -188,7 +197,7 @@ def _gathered(graft: Graft, spans: Sequence[_Span]) -> Forward:
     return forward
 
 
-def _side(graft: Graft, coefficient: Coefficient) -> Forward:
+def _side(graft: Graft, coefficient: Coefficient) -> _Product | _Mix:
     if coefficient == 0:
         return _Product(graft.target, graft.module.transposed)
     if coefficient == 1:
@@ -207,6 +216,14 @@ class _Product:
     def __call__(self, x_BSI: torch.Tensor) -> torch.Tensor:
         return linear(x_BSI, self.weight_OI, self.bias_O)
 
+    def into(self, y_BSO: torch.Tensor, x_BSI: torch.Tensor) -> None:
+        """The product, written where it belongs: nothing is copied."""
+        x_NI, y_NO = x_BSI.flatten(0, -2), y_BSO.flatten(0, -2)
+        if self.bias_O is None:
+            torch.mm(x_NI, self.weight_OI.T, out=y_NO)
+        else:
+            torch.addmm(self.bias_O, x_NI, self.weight_OI.T, out=y_NO)
+
 
 class _Mix:
     """Both products, and between them by coefficient: the one way that also has a gradient."""
@@ -217,6 +234,9 @@ class _Mix:
 
     def __call__(self, x_BSI: torch.Tensor) -> torch.Tensor:
         return torch.lerp(self.target(x_BSI), self.source(x_BSI), self.coefficient)
+
+    def into(self, y_BSO: torch.Tensor, x_BSI: torch.Tensor) -> None:
+        y_BSO.copy_(self(x_BSI))
 
 
 def _override(module: nn.Module, forward: Forward) -> None:

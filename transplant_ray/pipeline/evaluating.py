@@ -9,10 +9,10 @@ from transplant_ray.distributed.cluster import Capacity
 from transplant_ray.distributed.pool import Pool, evaluator_pool, plan_work, working
 from transplant_ray.distributed.trials import Trials
 from transplant_ray.evaluate.answers import VariantShard
+from transplant_ray.evaluate.example import Split
 from transplant_ray.evaluate.outcome import Tally
 from transplant_ray.evaluate.race import legs, num_answers, pass_rung, pass_screen
 from transplant_ray.evaluate.results import Result, Stopped
-from transplant_ray.evaluate.task import Split
 from transplant_ray.graft.export import describe_variant
 from transplant_ray.graft.plan import Planned, SweepPlan
 from transplant_ray.graft.variant import ORIGIN, Variant

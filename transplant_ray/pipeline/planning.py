@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
 
-from transplant_ray.evaluate.generate import GenerationSettings, generate
+from transplant_ray.evaluate.decode import decode
+from transplant_ray.evaluate.engine import VARIANTS_PER_PACK
+from transplant_ray.evaluate.generate import GenerationSettings
+from transplant_ray.evaluate.measure_rows import measure_rows
+from transplant_ray.evaluate.race import num_answers
 from transplant_ray.graft.resident import load_resident_pair
 from transplant_ray.models.catalogue import Exclusion
 from transplant_ray.models.loading import load_tokenizer, placement
@@ -41,6 +45,8 @@ class Calibration:
     hours: float
     """Model-hours of the whole sweep: GPU-hours where `gpus_per_model` is 1."""
     device: str
+    rows: int
+    """Rows in flight at a time."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,8 @@ class PlanReport:
     num_distinct: int
     """Variants to evaluate, equal ones once; rankings that agree make it smaller."""
     examples: dict[str, int]
+    num_answers: int
+    """Completions to generate on select, at most; fewer with a screen or a race."""
     memory: dict[str, Memory]
     placement: tuple[str, ...]
 
@@ -81,27 +89,36 @@ def make_plan(job: Job) -> PlanReport:
         variants=dict(Counter(entry.role for entry in sweep_plan.entries)),
         num_distinct=len(sweep_plan.variants),
         examples={split: len(examples) for split, examples in job.examples.items()},
+        num_answers=_num_select_answers(job),
         memory={"probe actor": _memory(job, evaluator=False), "evaluator": _memory(job, evaluator=True)},
         placement=_placement(recipe.resources.gpus_per_model, recipe.resources.cpus_per_model, recipe.resources.evaluators),
     )
 
 
 def measure(job: Job) -> Calibration:
-    """Load the pair in this process, answer one batch for a few tokens, and extrapolate."""
+    """Load the pair in this process, decode one full batch for a few tokens, and extrapolate."""
     device_map = placement(job.recipe.resources.gpus_per_model)
     pair = load_resident_pair(job.comparison, job.recipe.resources.dtype, device_map)
     tokenizer = load_tokenizer(job.comparison.target)
-    prompts = [example.prompt_ids for example in job.examples["select"][: job.generation.batch_size]]
-    limit = job.generation.max_new_tokens
-    steps = min(CALIBRATION_TOKENS, limit)
-    settings = GenerationSettings(steps, (), batch_size=job.generation.batch_size)  # no end token: every row takes every step
-    generate(pair.model, tokenizer, prompts, settings)  # the first call compiles and allocates
+    examples, limit = job.examples["select"], job.generation.max_new_tokens
+    rows = job.recipe.resources.batch_size
+    if rows == "auto":
+        longest = max(len(example.prompt_ids) for example in examples)
+        rows = measure_rows(pair.model, longest + limit, VARIANTS_PER_PACK * job.recipe.resources.shard_size)
+    prompts = [examples[row % len(examples)].prompt_ids for row in range(rows)]
+    settings = GenerationSettings(min(CALIBRATION_TOKENS, limit), ())  # no end token: every row takes every step
     start = time.perf_counter()
-    generate(pair.model, tokenizer, prompts, settings)
-    per_example = (time.perf_counter() - start) / len(prompts) * limit / steps
-    num_variants = len(job.provisional_plan().variants) + 1  # and the source for itself
-    answers = num_variants * len(job.examples["select"]) + 4 * len(job.examples["test"]) + 2 * len(job.examples["probe"])
-    return Calibration(per_example, answers, per_example * answers / 3600, str(pair.model.device))
+    deque(decode(pair.model, tokenizer, prompts, settings, lambda _: None, rows), maxlen=0)
+    per_example = (time.perf_counter() - start) / rows * limit / settings.max_new_tokens
+    answers = _num_select_answers(job) + 4 * len(job.examples["test"]) + 2 * len(job.examples["probe"])
+    return Calibration(per_example, answers, per_example * answers / 3600, str(pair.model.device), rows)
+
+
+def _num_select_answers(job: Job) -> int:
+    """With the source's own."""
+    plan, sweep, num_examples = job.provisional_plan(), job.recipe.sweep, len(job.examples["select"])
+    racers = len(plan.racers)
+    return num_answers(racers, len(plan.variants) - racers, num_examples, sweep.screen, sweep.race) + num_examples
 
 
 def _memory(job: Job, *, evaluator: bool) -> Memory:

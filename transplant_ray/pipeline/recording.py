@@ -9,11 +9,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from transplant_ray.distributed.probing import ProbeResult
+from transplant_ray.evaluate.example import Split
 from transplant_ray.evaluate.metrics import reachable_recovery
-from transplant_ray.evaluate.outcome import SCHEMA as OUTCOME_SCHEMA
-from transplant_ray.evaluate.results import SCHEMA as RESULT_SCHEMA
-from transplant_ray.evaluate.results import Result
-from transplant_ray.evaluate.task import Split
+from transplant_ray.evaluate.results import OUTCOME_SCHEMA, RESULT_SCHEMA, Result
 from transplant_ray.pipeline.evaluating import Evaluation
 from transplant_ray.pipeline.exporting import write_winner_card
 from transplant_ray.pipeline.run import Run

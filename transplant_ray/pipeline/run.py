@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from transplant_ray.distributed.actors import Workload
 from transplant_ray.distributed.cluster import refuse_vanishing_paths
 from transplant_ray.evaluate.answers import Answers, VariantShard
+from transplant_ray.evaluate.example import Split
 from transplant_ray.evaluate.outcome import Tally
 from transplant_ray.evaluate.results import Result, make_result
-from transplant_ray.evaluate.task import Split
 from transplant_ray.graft.plan import Planned
 from transplant_ray.graft.variant import ORIGIN
 from transplant_ray.models.catalogue import Module

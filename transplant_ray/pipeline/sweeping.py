@@ -8,8 +8,8 @@ from dataclasses import replace
 from transplant_ray import zoo
 from transplant_ray.distributed.cluster import Capacity, connect, plain_errors
 from transplant_ray.distributed.probing import ProbePlan, ProbeResult, answer_alone, num_probe_steps, run_probe
+from transplant_ray.evaluate.example import Rendered, Split
 from transplant_ray.evaluate.results import Result, choose_winner
-from transplant_ray.evaluate.task import Rendered, Split
 from transplant_ray.graft.plan import SweepPlan, check_orders, plan_sweep
 from transplant_ray.models.checkpoint import open_checkpoint
 from transplant_ray.pipeline.evaluating import evaluate

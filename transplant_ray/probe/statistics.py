@@ -19,8 +19,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from transplant_ray.errors import NumericsError
+from transplant_ray.evaluate.example import Rendered
 from transplant_ray.evaluate.generate import GenerationSettings, generate, length_batches
-from transplant_ray.evaluate.task import Rendered
 from transplant_ray.models.rope import rope_boundary
 
 Continuations = Mapping[str, tuple[int, ...]]

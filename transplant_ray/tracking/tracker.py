@@ -37,6 +37,7 @@ METRICS = (
     "num_modules",
     "num_parameters",
     "seconds",
+    "loss",
 )
 PARAMS = ("role", "ranker", "kind", "k", "alpha", "variant")
 REACH_SECONDS = 10
@@ -82,8 +83,9 @@ class Tracker:
         run_id: str = run.info.run_id
         self.client.log_batch(run_id, metrics=_metrics(result), params=_params(result))
         self.client.log_dict(run_id, dict(description), "variant.json")
-        if result.error:
-            self.client.set_tag(run_id, "error", result.error)
+        for tag, text in (("error", result.error), ("stopped", result.stopped)):
+            if text:
+                self.client.set_tag(run_id, tag, text)
         self.client.set_terminated(run_id, "FAILED" if result.error else "FINISHED")
         return run_id
 

@@ -9,10 +9,11 @@ import pytest
 from tiny import EOS, tiny_model, tiny_tokenizer
 
 from transplant_ray.evaluate.answers import Answers, VariantShard
+from transplant_ray.evaluate.example import Rendered
 from transplant_ray.evaluate.generate import GenerationSettings, generate
-from transplant_ray.evaluate.outcome import SCHEMA, Outcome, Tally, answer_examples
+from transplant_ray.evaluate.outcome import Outcome, Tally, answer_examples
+from transplant_ray.evaluate.results import OUTCOME_SCHEMA
 from transplant_ray.evaluate.scorers import exact
-from transplant_ray.evaluate.task import Rendered
 from transplant_ray.storage import read_rows, write_rows
 
 
@@ -54,7 +55,7 @@ def test_examples_are_answered_in_order_and_scored() -> None:
 
 def test_outcomes_survive_their_table(tmp_path: Path) -> None:
     rows = outcomes("v", True, False)
-    write_rows(tmp_path / "test.parquet", [asdict(row) for row in rows], SCHEMA)
+    write_rows(tmp_path / "test.parquet", [asdict(row) for row in rows], OUTCOME_SCHEMA)
     assert tuple(Outcome(**row) for row in read_rows(tmp_path / "test.parquet")) == rows
 
 

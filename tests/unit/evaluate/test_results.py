@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from transplant_ray.evaluate.metrics import standard_error, wilson_interval
 from transplant_ray.evaluate.outcome import Tally
-from transplant_ray.evaluate.results import SCHEMA, Result, Stopped, choose_winner, make_result
+from transplant_ray.evaluate.results import RESULT_SCHEMA, Result, Stopped, choose_winner, make_result
 from transplant_ray.graft.plan import Planned
 from transplant_ray.graft.variant import ORIGIN, Variant
 from transplant_ray.models.catalogue import Module
@@ -91,9 +91,9 @@ def test_baselines_are_known_by_their_role() -> None:
 
 
 def test_the_table_has_a_column_for_every_field_and_gives_the_rows_back(tmp_path: Path) -> None:
-    assert SCHEMA.names == [field.name for field in fields(Result)]
+    assert RESULT_SCHEMA.names == [field.name for field in fields(Result)]
     rows = [row(), row(error="gone", accuracy=None, correct=None), row(role="control", seed=2, alpha=0.25, winner=True)]
-    write_rows(tmp_path / "results.parquet", [asdict(each) for each in rows], SCHEMA)
+    write_rows(tmp_path / "results.parquet", [asdict(each) for each in rows], RESULT_SCHEMA)
     assert [Result(**read) for read in read_rows(tmp_path / "results.parquet")] == rows
 
 

@@ -18,8 +18,8 @@ from tiny import DEEP_FAMILIES, EOS, tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from transplant_ray.errors import NumericsError
+from transplant_ray.evaluate.example import Rendered
 from transplant_ray.evaluate.generate import GenerationSettings, generate
-from transplant_ray.evaluate.task import Rendered
 from transplant_ray.models.catalogue import Module
 from transplant_ray.models.families import Role
 from transplant_ray.probe import statistics
