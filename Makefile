@@ -23,6 +23,7 @@ format: setup
 
 bench: setup ## speed and memory, as ratios within one run
 	$(BIN)/python tests/bench/bench_main.py
+	$(BIN)/python tests/bench/bench_engine.py
 
 zoo: setup ## train the zoo again from its seeds
 	$(BIN)/python jobs/build_zoo.py

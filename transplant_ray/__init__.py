@@ -15,6 +15,7 @@ _HOMES = {
     "Recipe": "recipe",
     "load_recipe": "recipe",
     "Variant": "graft.variant",
+    "Engine": "evaluate.engine",
     "ResidentPair": "graft.resident",
     "demo": "pipeline.sweeping",
     "plan": "pipeline.planning",

@@ -1,14 +1,12 @@
-"""Where results live: the run folder, and files and folders that appear whole or not at all."""
+"""Where results live: the run folder, here or in an object store, and tables of rows."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 
 from transplant_ray.errors import RunError
+from transplant_ray.files import whole_file, writable_folder, write_text
 
 
 @dataclass(frozen=True)
@@ -166,25 +165,6 @@ def _remote(address: str) -> Iterator[tuple[Any, str]]:
         raise RunError(f"{shown}: the storage cannot be used ({error}). Check address, credentials and bucket.") from error
 
 
-def writable_folder(path: Path) -> Path:
-    """Create a folder and prove that it can be written; RunError where not."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            return path
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written ({error.strerror}). Choose another `storage`.") from error
-
-
-def write_text(path: Path, text: str) -> None:
-    with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
     """Rows as one Parquet file, replaced in one step."""
     with whole_file(path) as temporary:
@@ -197,44 +177,3 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     except (pa.ArrowException, OSError) as error:
         raise RunError(f"{path}: not a readable Parquet file ({error}). Run the sweep again.") from error
     return rows
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its name when the block ends well, and vanishes when it does not."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written ({error.strerror or error}). Free space or choose another place.") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
-
-
-@contextmanager
-def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its name when the block ends well, and vanishes when it does not."""
-    if path.exists() and not replace:
-        raise RunError(f"{path}: is there already. Choose another place, or move it away; nothing was written.")
-    writable_folder(path.parent)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        old = path.with_name(f".{path.name}.{os.getpid()}.old")
-        if path.exists():  # aside first: a crash between the two leaves one of them
-            path.rename(old)
-        temporary.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written ({error.strerror or error}). Free space or choose another place.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def sha256_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

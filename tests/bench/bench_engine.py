@@ -1,4 +1,4 @@
-"""Speed and memory of the evaluation engine as one table: `make bench`, or this script with `--only NAME`, `--quick`, `--peers VENV`.
+"""Speed and memory of the engine as one table: `make bench`, or this script with `--only NAME`, `--quick`, `--peers VENV`.
 
 Needs torch, transformers and safetensors alone, so that it runs on a bare GPU machine; rows that need more say so. Every ratio is
 of medians of interleaved rounds within one run.
@@ -10,7 +10,10 @@ import os
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]  # tiny.py, and the package where it is not installed
+sys.path[:0] = [
+    str(Path(__file__).parents[1]),
+    str(Path(__file__).parents[2]),
+]  # tiny.py, and the package where it is not installed
 os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
 
 from engine_rows import ROWS

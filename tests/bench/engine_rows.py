@@ -134,7 +134,10 @@ def forced(options: Namespace) -> Iterator[Row]:
     bench, variants = zoo_bench(), 8
     ends = (bench.examples[0].answer_ids[-1],)
     long = [replace(example, answer_ids=_tokens(example.id, 64)) for example in bench.examples]
-    cases = ((bench.examples[:100], GenerationSettings(4, ends), "its own answers", 1.5), (long[:50], GenerationSettings(64, ()), "64", 5))
+    cases = (
+        (bench.examples[:100], GenerationSettings(4, ends), "its own answers", 1.5),
+        (long[:50], GenerationSettings(64, ()), "64", 5),
+    )
     for examples, settings, answers, bar in cases:
         rows = bench.rows(examples, settings.max_new_tokens, variants * len(examples))
         sized, chosen = replace(settings, batch_size=rows), bench.variants(variants)

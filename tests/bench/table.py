@@ -1,4 +1,4 @@
-"""A table of measured rows, and the script around it: `--only NAME`, `--quick`, `--peers VENV`; exits with 1 where a bar is missed."""
+"""A table of measured rows, and the script around it, which exits with 1 where a bar is missed."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import pytest
 import transplant_ray
 
 PUBLIC = {
-    "Recipe", "ResidentPair", "TransplantError", "Variant", "load_recipe",
+    "Engine", "Recipe", "ResidentPair", "TransplantError", "Variant", "load_recipe",
     "apply", "demo", "export", "plan", "rank", "show", "sweep",
 }  # fmt: skip
 

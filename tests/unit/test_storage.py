@@ -11,17 +11,8 @@ import pytest
 
 from transplant_ray import storage
 from transplant_ray.errors import RunError
-from transplant_ray.storage import (
-    RunFolder,
-    read_rows,
-    sha256_file,
-    whole_file,
-    whole_folder,
-    writable_folder,
-    write_json,
-    write_rows,
-    write_text,
-)
+from transplant_ray.files import sha256_file, whole_file, whole_folder, writable_folder, write_json, write_text
+from transplant_ray.storage import RunFolder, read_rows, write_rows
 
 FAILURES = (ZeroDivisionError(), KeyboardInterrupt(), OSError(28, "No space left on device"))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from math import isfinite
@@ -21,14 +21,17 @@ from transformers import PreTrainedTokenizerBase
 from transplant_ray.errors import NumericsError, ResourceError, TransplantError
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.decode import can_decode, decode
-from transplant_ray.evaluate.example import Rendered
-from transplant_ray.evaluate.generate import NAN_LOGITS, Completion, GenerationSettings, generate
+from transplant_ray.evaluate.example import Example, Rendered, encode_example
+from transplant_ray.evaluate.generate import NAN_LOGITS, Completion, GenerationSettings, end_ids, generate
 from transplant_ray.evaluate.outcome import Outcome, read_outcome, score
 from transplant_ray.evaluate.read import Reading, read
 from transplant_ray.evaluate.scorers import FORCED
-from transplant_ray.graft.resident import ResidentPair
+from transplant_ray.graft.resident import ResidentPair, load_resident_pair
 from transplant_ray.graft.routed import Router, nested_order, takes_rows
 from transplant_ray.graft.variant import Variant, check_variant
+from transplant_ray.models.checkpoint import open_checkpoint, read_generation_ends
+from transplant_ray.models.compare import check_vocabulary, compare
+from transplant_ray.models.loading import load_tokenizer
 from transplant_ray.models.rope import rope_boundary
 
 OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator: can't allocate memory")
@@ -71,6 +74,33 @@ class Engine:
         self.scorer = scorer
         self.rows = settings.batch_size
         self.note = note
+
+    @classmethod
+    def load(
+        cls,
+        source: str,
+        target: str,
+        *,
+        max_new_tokens: int,
+        scorer: str = "exact",
+        dtype: str = "float32",
+        device_map: str = "cpu",
+        batch_size: int = 64,
+    ) -> Engine:
+        """An engine for two folders, hub ids or `zoo:` names. CheckpointError or IncompatibleModels where they do not fit."""
+        comparison = compare(open_checkpoint(source), open_checkpoint(target))
+        tokenizer = load_tokenizer(comparison.target)
+        check_vocabulary(load_tokenizer(comparison.source).get_vocab(), tokenizer.get_vocab(), accept=())
+        ends = end_ids(read_generation_ends(comparison.target), tokenizer)
+        settings = GenerationSettings(max_new_tokens, ends, batch_size=batch_size)
+        return cls(load_resident_pair(comparison, dtype, device_map), tokenizer, settings, scorer)
+
+    def examples(self, answers: Mapping[str, str]) -> tuple[Rendered, ...]:
+        """Prompt → reference answer, as the engine takes them."""
+        return tuple(
+            encode_example(Example.of(prompt, answer), lambda text: list(self.tokenizer(text)["input_ids"]), self.tokenizer)
+            for prompt, answer in answers.items()
+        )
 
     def answer(self, variants: Sequence[Variant], examples: Sequence[Rendered]) -> Iterator[VariantShard]:
         """One result per variant, as they are done. A variant that fails is a result with its reason; the others go on."""

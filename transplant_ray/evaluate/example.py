@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from transplant_ray.errors import DataError
 
 Split = Literal["probe", "select", "test"]
 
@@ -15,6 +22,11 @@ class Example:
     prompt: str
     answer: str
 
+    @classmethod
+    def of(cls, prompt: str, answer: str) -> Example:
+        text = json.dumps([prompt, answer], ensure_ascii=False)
+        return cls(hashlib.sha256(text.encode()).hexdigest()[:16], prompt, answer)
+
 
 @dataclass(frozen=True)
 class Rendered:
@@ -25,3 +37,13 @@ class Rendered:
     answer_ids: tuple[int, ...]
     """The reference answer with its end token."""
     answer: str
+
+
+def encode_example(example: Example, encode: Callable[[str], list[int]], tokenizer: PreTrainedTokenizerBase) -> Rendered:
+    """Token ids of an example; `encode` is how a prompt becomes token ids. DataError where the prompt has none."""
+    prompt = encode(example.prompt)
+    if not prompt:
+        raise DataError(f"example {example.id}: the prompt is empty after tokenization.")
+    answer = list(tokenizer(example.answer, add_special_tokens=False)["input_ids"])
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return Rendered(example.id, tuple(prompt), tuple(answer + end), example.answer)

@@ -17,6 +17,7 @@ WORTH = 1.1
 """The smallest batch is taken whose rows cost at most this much of the cheapest, for a larger one takes more memory."""
 PATIENCE = 2
 """So many sizes in a row may bring nothing before larger ones are not tried."""
+BUDGET_SECONDS = 5
 FIRST = 16
 MEMORY_SHARE = 0.7
 """Of the memory that is free after loading; the rest is for what a step computes."""
@@ -35,10 +36,11 @@ def measure_rows(model: PreTrainedModel, columns: int, most: int) -> int:
     token = torch.zeros(1, columns - 1, dtype=torch.long, device=model.device)
     last_logits(model, 1, input_ids=token, past_key_values=one, use_cache=True)
     seconds: dict[int, float] = {}
+    start = time.perf_counter()
     for rows in _sizes(min(most, _rows_in_memory(one, model.device))):
         seconds[rows] = _seconds_per_row(model, one, rows)
         cheapest = min(seconds, key=lambda tried: seconds[tried])
-        if list(seconds).index(cheapest) < len(seconds) - PATIENCE:
+        if list(seconds).index(cheapest) < len(seconds) - PATIENCE or time.perf_counter() - start > BUDGET_SECONDS:
             break
     return min(rows for rows in seconds if seconds[rows] <= WORTH * seconds[cheapest])
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from transplant_ray import zoo
 from transplant_ray.errors import DataError
-from transplant_ray.evaluate.example import Example, Rendered, Split
+from transplant_ray.evaluate.example import Example, Rendered, Split, encode_example
 from transplant_ray.recipe import HubData, SplitSpec, TaskSpec
 
 Row = Mapping[str, Any]
@@ -66,8 +66,7 @@ def make_example(row: Row, spec: TaskSpec, where: str) -> Example:
     prompt, answer = render(spec.prompt, row, f"{where}, `prompt`"), render(spec.answer, row, f"{where}, `answer`")
     if not answer.strip():
         raise DataError(f"{where}: the reference answer is empty. Remove the row or mend the `answer` template.")
-    text = json.dumps([prompt, answer], ensure_ascii=False)
-    return Example(hashlib.sha256(text.encode()).hexdigest()[:16], prompt, answer)
+    return Example.of(prompt, answer)
 
 
 def render(template: str, row: Row, where: str) -> str:
@@ -112,7 +111,7 @@ def split_examples(examples: Sequence[Example], spec: SplitSpec, where: str) -> 
 def tokenize(examples: Sequence[Example], spec: TaskSpec, tokenizer: PreTrainedTokenizerBase) -> tuple[Rendered, ...]:
     """Token ids of prompts and answers. DataError where a chat template is asked for and there is none."""
     encode = prompt_encoder(spec, tokenizer)
-    return tuple(_tokenize(example, encode, tokenizer) for example in examples)
+    return tuple(encode_example(example, encode, tokenizer) for example in examples)
 
 
 def prompt_encoder(spec: TaskSpec, tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
@@ -142,15 +141,6 @@ def check_lengths(examples: Sequence[Rendered], max_new_tokens: int, positions: 
             f"example {longest.id}: {len(longest.prompt_ids)} prompt tokens + {max_new_tokens} new ones exceed the model's "
             f"{positions} positions. Lower `task.max_new_tokens` or drop long prompts."
         )
-
-
-def _tokenize(example: Example, encode: Callable[[str], list[int]], tokenizer: PreTrainedTokenizerBase) -> Rendered:
-    prompt = encode(example.prompt)
-    if not prompt:
-        raise DataError(f"example {example.id}: the prompt is empty after tokenization.")
-    answer = list(tokenizer(example.answer, add_special_tokens=False)["input_ids"])
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return Rendered(example.id, tuple(prompt), tuple(answer + end), example.answer)
 
 
 def _column(row: Row, field: str, where: str) -> str:

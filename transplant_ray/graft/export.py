@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from transplant_ray.errors import CheckpointError
+from transplant_ray.files import sha256_file, whole_folder, write_json, write_text
 from transplant_ray.graft.variant import Coefficient, Variant, blend, check_variant
 from transplant_ray.models.checkpoint import Checkpoint, open_checkpoint
 from transplant_ray.models.compare import Comparison
 from transplant_ray.models.header import read_header
 from transplant_ray.models.loading import load_tensors
 from transplant_ray.models.writing import MakeTensor, write_checkpoint, write_safetensors
-from transplant_ray.storage import sha256_file, whole_folder, write_json, write_text
 
 FORMAT = 1
 DELTA, UNDO, MANIFEST = "delta.safetensors", "undo.safetensors", "delta.json"

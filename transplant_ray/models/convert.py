@@ -10,7 +10,7 @@ from pickle import UnpicklingError
 from transformers import AutoModelForCausalLM
 
 from transplant_ray.errors import CheckpointError
-from transplant_ray.storage import sha256_file, whole_folder
+from transplant_ray.files import sha256_file, whole_folder
 
 COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
 """Files that travel with the weights: config, tokenizer, generation config, template, licence. Pickles never do."""

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import is_accelerate_available
 
 from transplant_ray.errors import CheckpointError, NumericsError
 from transplant_ray.models.checkpoint import Checkpoint
@@ -33,7 +34,7 @@ def load_model(checkpoint: Checkpoint, dtype: str, device_map: str = "cpu") -> P
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=getattr(torch, dtype),
-            device_map=device_map,
+            device_map=device_map if is_accelerate_available() else None,
             trust_remote_code=checkpoint.remote_code,
             use_safetensors=True,
             output_loading_info=True,
@@ -43,6 +44,8 @@ def load_model(checkpoint: Checkpoint, dtype: str, device_map: str = "cpu") -> P
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(f"{checkpoint.model}: {len(missing)} tensors are missing, e.g. {missing[0]}. Download it again.")
     check_finite(checkpoint.model, dict(model.named_parameters()))
+    if not is_accelerate_available():  # a bare machine has one device to put a model on
+        model = model.to(device_map)
     return cast(PreTrainedModel, model.eval().requires_grad_(False))
 
 

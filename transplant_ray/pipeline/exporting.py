@@ -9,6 +9,7 @@ from typing import Any
 
 from transplant_ray.errors import RunError
 from transplant_ray.evaluate.results import Result
+from transplant_ray.files import write_text
 from transplant_ray.graft.card import write_card
 from transplant_ray.graft.export import apply_delta, export_checkpoint, export_delta
 from transplant_ray.graft.plan import Planned, SweepPlan, check_orders, plan_sweep
@@ -16,7 +17,7 @@ from transplant_ray.models.checkpoint import open_checkpoint
 from transplant_ray.models.compare import Comparison, compare
 from transplant_ray.probe.rankers import read_rankings
 from transplant_ray.recipe import Recipe, load_recipe
-from transplant_ray.storage import RunFolder, read_rows, write_text
+from transplant_ray.storage import RunFolder, read_rows
 
 CARD_METRICS = ("split", "n", "accuracy", "interval", "TIR", "Recovery")
 

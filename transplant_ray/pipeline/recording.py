@@ -12,10 +12,11 @@ from transplant_ray.distributed.probing import ProbeResult
 from transplant_ray.evaluate.example import Split
 from transplant_ray.evaluate.metrics import reachable_recovery
 from transplant_ray.evaluate.results import OUTCOME_SCHEMA, RESULT_SCHEMA, Result
+from transplant_ray.files import write_json
 from transplant_ray.pipeline.evaluating import Evaluation
 from transplant_ray.pipeline.exporting import write_winner_card
 from transplant_ray.pipeline.run import Run
-from transplant_ray.storage import RunFolder, write_json, write_rows
+from transplant_ray.storage import RunFolder, write_rows
 from transplant_ray.tracking.figures import heat_map, k_curves
 from transplant_ray.tracking.tracker import Tracker, environment
 

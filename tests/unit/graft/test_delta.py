@@ -19,7 +19,7 @@ from transplant_ray.graft.export import apply_delta, export_checkpoint, export_d
 from transplant_ray.graft.variant import ORIGIN, Variant
 from transplant_ray.models.checkpoint import open_checkpoint
 from transplant_ray.models.compare import Comparison, compare
-from transplant_ray.storage import sha256_file
+from transplant_ray.files import sha256_file
 
 DrawVariant = Callable[[Comparison, int, str], Variant]
 
