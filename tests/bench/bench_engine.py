@@ -10,10 +10,8 @@ import os
 import sys
 from pathlib import Path
 
-sys.path[:0] = [
-    str(Path(__file__).parents[1]),
-    str(Path(__file__).parents[2]),
-]  # tiny.py, and the package where it is not installed
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tiny.py
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the package, where it is not installed
 os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
 
 from engine_rows import ROWS

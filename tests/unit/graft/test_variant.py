@@ -173,3 +173,33 @@ def test_channels_are_columns_of_a_transposed_weight_and_entries_of_a_bias(seed:
 def test_the_targets_dtype_is_kept(coefficient: Coefficient) -> None:
     target, source = weights(0, torch.float32, 4, 6)
     assert blend(target.bfloat16(), source, coefficient).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("coefficient", [1.5, -0.5, (0.0, 1.0, 2.5, -1.0)])
+def test_outside_of_the_path_only_what_is_meant(coefficient: Coefficient) -> None:
+    point = {NAMES[0]: coefficient}
+    with pytest.raises(VariantError, match=r"expected a number in \[0, 1\] \(or `sweep\.extrapolate: true`\)"):
+        check_variant(Variant(point), MODULES)
+    meant = Variant(point, extrapolate=True)
+    assert check_variant(meant, MODULES) is meant
+    assert check_variant(pickle.loads(pickle.dumps(meant)), MODULES).extrapolate
+
+
+def test_that_it_is_meant_is_no_part_of_what_a_variant_is() -> None:
+    plain, meant = Variant({NAMES[0]: 0.5}), Variant({NAMES[0]: 0.5}, extrapolate=True)
+    assert plain == meant
+    assert (plain.id, hash(plain), plain.to_json()) == (meant.id, hash(meant), meant.to_json())
+    assert Variant.uniform(NAMES, 1.5, extrapolate=True).extrapolate
+    assert not Variant.uniform(NAMES).extrapolate
+
+
+@pytest.mark.parametrize("coefficient", [1e4, -1000.5, float("nan"), float("inf"), True, "1.5", (0.0, 1e3 + 1, 0.0, 0.0)])
+def test_what_means_nothing_is_refused_of_an_extrapolation_too(coefficient: Any) -> None:
+    with pytest.raises(VariantError, match=r"expected a number in \[-1000, 1000\]\.$"):
+        check_variant(Variant({NAMES[0]: coefficient}, extrapolate=True), MODULES)
+
+
+@pytest.mark.parametrize("coefficient", [1.5, -0.5])
+def test_past_the_ends_a_blend_goes_on_in_a_straight_line(coefficient: float) -> None:
+    target, source = weights(0, torch.float32, 4, 6)
+    torch.testing.assert_close(blend(target, source, coefficient), target + coefficient * (source - target), rtol=1e-4, atol=1e-3)
