@@ -3,8 +3,8 @@
 Shapes: B rows in flight, P prompt columns, T new tokens so far, V vocabulary.
 
 `transformers` decodes a static batch to its longest row (docs/decisions/0007). Here a batch has a target size, `rows`; whenever an
-eighth of its rows has ended they are dropped from the key-value cache, and whenever a quarter of its room is free, waiting prompts
-are prefilled and join it. Rows end at the same column; a shorter one is padded on the left.
+eighth of its rows has ended they are dropped from the key-value cache, and whenever half of its room is free, waiting prompts are
+prefilled and join it. Rows end at the same column; a shorter one is padded on the left.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import inspect
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,9 +28,10 @@ Assign = Callable[[Sequence[int]], None]
 Decoded = tuple[int, Completion | None]
 """Index of a prompt and what followed it; None where a logit was NaN."""
 
-PREFILL_TOKENS = 8192
-"""Prompt tokens in one forward pass: enough to fill a device, little enough for its memory."""
-DROP_SHARE, REFILL_SHARE = 1 / 8, 1 / 4
+PASS_TOKENS = {"cpu": 2048}
+MANY_PASS_TOKENS = 8192
+"""Prompt tokens in one forward pass, by type of device: enough to fill it, and on CPU little enough for its caches."""
+DROP_SHARE, REFILL_SHARE = 1 / 8, 1 / 2
 STOP_WINDOW = 32
 """Last tokens of a row that are searched for a stop string at each step; the whole text is searched at the end."""
 CLOSE_GAP = 1e-3
@@ -38,8 +40,20 @@ CLOSE_GAP = 1e-3
 
 def can_decode(model: PreTrainedModel) -> bool:
     """Whether the model takes a key-value cache of ours and explicit positions; others need `generate`."""
-    names = inspect.signature(model.forward).parameters
-    return {"position_ids", "past_key_values", "attention_mask"} <= names.keys() and not getattr(model, "_is_stateful", False)
+    inputs = _inputs(model)
+    return {"position_ids", "past_key_values", "attention_mask"} <= inputs and not getattr(model, "_is_stateful", False)
+
+
+def _inputs(model: PreTrainedModel) -> frozenset[str]:
+    """What the forward of a model takes."""
+    kind: Any = type(model)
+    return _inputs_of_class(kind)
+
+
+@cache
+def _inputs_of_class(kind: Any) -> frozenset[str]:
+    """Looking it up costs as much as a step of a small model."""
+    return frozenset(inspect.signature(kind.forward).parameters)
 
 
 @torch.inference_mode()
@@ -62,7 +76,9 @@ def decode(
         free = rows - (len(flight.index) if flight else 0)
         if waiting and free >= min(rows * REFILL_SHARE, len(waiting)):
             joining = [waiting.popleft() for _ in range(min(free, len(waiting)))]
-            arrived = [_prefill(model, tokenizer, prompts, part, settings, assign) for part in _parts(joining, prompts)]
+            arrived = [
+                _prefill(model, tokenizer, prompts, part, settings, assign) for part in _parts(joining, prompts, pass_tokens(model))
+            ]
             flight = _join([flight, *arrived] if flight else arrived)
             assign(flight.index)
         elif flight:
@@ -74,13 +90,17 @@ def decode(
                 assign(flight.index)
 
 
-def _parts(indices: Sequence[int], prompts: Sequence[TokenIds]) -> Iterator[list[int]]:
+def pass_tokens(model: PreTrainedModel) -> int:
+    return PASS_TOKENS.get(model.device.type, MANY_PASS_TOKENS)
+
+
+def _parts(indices: Sequence[int], prompts: Sequence[TokenIds], most: int) -> Iterator[list[int]]:
     """Consecutive prompts, as many as one prefill takes."""
     part: list[int] = []
     width = 0
     for index in indices:
         width = max(width, len(prompts[index]))
-        if part and width * (len(part) + 1) > PREFILL_TOKENS:
+        if part and width * (len(part) + 1) > most:
             yield part
             part, width = [], len(prompts[index])
         part.append(index)
@@ -104,7 +124,8 @@ class _Flight:
         mask_BW = None
         if rows.padded:
             mask_BW = torch.arange(width + 1, device=rows.pad_B.device) >= rows.pad_B[:, None]
-        logits_BV = _forward(model, rows.last_B[:, None], mask_BW, (width - rows.pad_B)[:, None], self.cache)
+        position_B = (width - rows.pad_B).masked_fill(rows.done_B, 0)  # a row that has ended leads nobody over a boundary
+        logits_BV = _forward(model, rows.last_B[:, None], mask_BW, position_B[:, None], self.cache)
         self.take(logits_BV, tokenizer)
 
     def take(self, logits_BV: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -194,11 +215,10 @@ class _Rows:
         return _Rows(self.pad_B[keep] - first, *(part[keep] for part in self._but_padding()))
 
     @classmethod
-    def join(cls, parts: Sequence[_Rows], order: torch.Tensor, widths: Sequence[int]) -> _Rows:
-        """`order` sorts the rows of all parts, which had `widths` columns."""
+    def join(cls, parts: Sequence[_Rows], widths: Sequence[int]) -> _Rows:
+        """The rows of all parts, which had `widths` columns."""
         pad_B = torch.cat([part.pad_B + max(widths) - width for part, width in zip(parts, widths, strict=True)])
-        others = (torch.cat(same) for same in zip(*(part._but_padding() for part in parts), strict=True))
-        return cls(pad_B[order], *(other[order] for other in others))
+        return cls(pad_B, *(torch.cat(same) for same in zip(*(part._but_padding() for part in parts), strict=True)))
 
     def _but_padding(self) -> tuple[torch.Tensor, ...]:
         return self.last_B, self.new_BT, self.count_B, self.close_B, self.done_B, self.broken_B
@@ -224,24 +244,19 @@ def _prefill(
 
 
 def _join(flights: Sequence[_Flight]) -> _Flight:
+    """One flight; each has later prompts than the one before it, so that rows stay in order."""
     if len(flights) == 1:
         return flights[0]
     index = [i for flight in flights for i in flight.index]
-    order = sorted(range(len(index)), key=lambda row: index[row])
-    place = [0] * len(index)
-    for new, old in enumerate(order):
-        place[old] = new
-    device = flights[0].rows.pad_B.device
-    places = torch.split(torch.tensor(place, device=device), [len(flight.index) for flight in flights])
-    rows = _Rows.join([f.rows for f in flights], torch.tensor(order, device=device), [f.cache.width for f in flights])
-    joined = _Flight([index[old] for old in order], flights[0].settings, RowCache.join([f.cache for f in flights], places), rows)
-    joined.num_done = int(rows.done_B.sum())
+    rows = _Rows.join([flight.rows for flight in flights], [flight.cache.width for flight in flights])
+    joined = _Flight(index, flights[0].settings, RowCache.join([flight.cache for flight in flights]), rows)
+    joined.num_done = sum(flight.num_done for flight in flights)
     return joined
 
 
 def last_logits(model: PreTrainedModel, count: int, **inputs: Any) -> torch.Tensor:
     """Logits (B, count, V) in float32 of the last columns; a model that can leaves the others out."""
-    keep = {"logits_to_keep": count} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    keep = {"logits_to_keep": count} if "logits_to_keep" in _inputs(model) else {}
     logits: torch.Tensor = model(**inputs, **keep).logits[:, -count:].float()
     return logits
 

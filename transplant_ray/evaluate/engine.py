@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from math import isfinite
+from math import inf, isfinite
 from typing import TypeVar
 
 import torch
@@ -114,7 +114,12 @@ class Engine:
             yield from self._answer_pack(pack, examples)
 
     def losses(self, variants: Sequence[Variant], examples: Sequence[Rendered]) -> dict[str, float | None]:
-        """Variant id → mean token loss of the reference answers, every example counted once; None where it is not a number."""
+        """Variant id → mean token loss of the reference answers, every example counted once; None where it is not a number.
+
+        VariantError where a variant does not fit.
+        """
+        for variant in variants:
+            check_variant(variant, self.pair.modules)
         means: dict[str, float | None] = {}
         for pack in self._packs(variants):
             found: dict[int, list[float | None]] = defaultdict(list)
@@ -151,18 +156,20 @@ class Engine:
                 name = pack[request.variant].id
                 yield request, read_outcome(name, request.example, reading, self.tokenizer) if reading else None
             return
-        together = [request for request in requests if not self._is_apart(request)]
-        apart = [request for request in requests if self._is_apart(request)]
+        most = self._longest_together()
+        together = [request for request in requests if len(request.example.prompt_ids) <= most]
+        apart = [request for request in requests if len(request.example.prompt_ids) > most]
         for some, work in ((together, self._decoder(routed)), (apart, self._generator(routed))):
             for request, completion in self._retry(some, work):
                 name = pack[request.variant].id
                 yield request, score(name, request.example, completion, self.scorer) if completion else None
 
-    def _is_apart(self, request: Request) -> bool:
-        """Whether a row has to be decoded by `transformers` itself, for its numbers depend on the whole batch."""
+    def _longest_together(self) -> float:
+        """Tokens of the longest prompt that shares batches; others go through `transformers` itself, for neighbours matter."""
         boundary = rope_boundary(self.pair.model.config)
-        longest = len(request.example.prompt_ids) + self.settings.max_new_tokens
-        return not can_decode(self.pair.model) or (boundary is not None and longest > boundary)
+        if not can_decode(self.pair.model):
+            return 0
+        return inf if boundary is None else boundary - self.settings.max_new_tokens
 
     def _decoder(self, routed: _Routed) -> Callable[[Sequence[Request], int], Values[Completion]]:
         def work(requests: Sequence[Request], rows: int) -> Values[Completion]:
@@ -209,9 +216,10 @@ class Engine:
                     yield left[index], value
             except RuntimeError as error:
                 self._halve(error)
+            if len(done) < len(left):
+                gc.collect()  # what the failed pass held
+                torch.cuda.empty_cache()
             left = [request for index, request in enumerate(left) if index not in done]
-            gc.collect()
-            torch.cuda.empty_cache()
 
     def _halve(self, error: RuntimeError) -> None:
         """From now on. Raises the error again where it is another one, ResourceError where one row is too many."""

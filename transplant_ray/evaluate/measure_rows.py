@@ -33,7 +33,7 @@ def measure_rows(model: PreTrainedModel, columns: int, most: int) -> int:
     if not can_decode(model):
         return min(WITHOUT_DECODE, most)
     one = RowCache()
-    token = torch.zeros(1, columns - 1, dtype=torch.long, device=model.device)
+    token = torch.zeros(1, max(1, columns - STEPS), dtype=torch.long, device=model.device)  # no position past the longest row
     last_logits(model, 1, input_ids=token, past_key_values=one, use_cache=True)
     seconds: dict[int, float] = {}
     start = time.perf_counter()
@@ -54,7 +54,7 @@ def _sizes(most: int) -> Iterator[int]:
 
 
 def _seconds_per_row(model: PreTrainedModel, one: RowCache, rows: int) -> float:
-    cache = RowCache.join([one], [torch.zeros(1, dtype=torch.long)])
+    cache = RowCache.join([one])
     cache.take(torch.zeros(rows, dtype=torch.long), first=0)
     token = torch.zeros(rows, 1, dtype=torch.long, device=model.device)
     seconds = []

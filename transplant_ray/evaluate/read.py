@@ -15,12 +15,12 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from transplant_ray.evaluate.decode import CLOSE_GAP, Assign, last_logits
+from transplant_ray.errors import NumericsError
+from transplant_ray.evaluate.decode import CLOSE_GAP, Assign, last_logits, pass_tokens
 from transplant_ray.evaluate.example import Rendered
 from transplant_ray.evaluate.generate import GenerationSettings, generate, left_padded
-from transplant_ray.models.rope import rope_boundary
+from transplant_ray.models.rope import forget_longest, rope_boundary
 
-FORWARD_TOKENS = 8192
 LOGITS = 2**27
 """Numbers in the logits of one pass: half a gigabyte."""
 
@@ -48,12 +48,14 @@ def read(
 ) -> Iterator[tuple[int, Reading | None]]:
     """(index, reading) of every example, in the given order; None where a logit was NaN. At most `rows` in one pass."""
     boundary = rope_boundary(model.config)
-    for batch in _batches(examples, rows, model.config.vocab_size, boundary):
+    for batch in _batches(examples, rows, pass_tokens(model), LOGITS // model.config.vocab_size, boundary):
         assign(batch)
+        if boundary is not None:
+            forget_longest(model)
         chosen = [examples[i] for i in batch]
         readings = list(_read_batch(model, tokenizer, chosen, settings))
         if _reaches(chosen[0], boundary):
-            readings = [reading and _decoded(model, tokenizer, chosen[0], settings, reading.loss) for reading in readings]
+            readings = [_decoded(model, tokenizer, chosen[0], settings, reading) for reading in readings]
         yield from zip(batch, readings, strict=True)
 
 
@@ -62,15 +64,24 @@ def _reaches(example: Rendered, boundary: int | None) -> bool:
 
 
 def _decoded(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example: Rendered, settings: GenerationSettings, loss: float
-) -> Reading:
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    example: Rendered,
+    settings: GenerationSettings,
+    reading: Reading | None,
+) -> Reading | None:
     """Past a RoPE boundary, decoding sees other frequencies from token to token, and one pass does not tell what it says."""
-    (completion,) = generate(model, tokenizer, [example.prompt_ids], settings)
+    try:
+        (completion,) = generate(model, tokenizer, [example.prompt_ids], settings)
+    except NumericsError:
+        return None
     said = completion.token_ids
-    return _reading(example.answer_ids, said, [False] * len(said), loss, settings)
+    return reading and _reading(example.answer_ids, said, [False] * len(said), reading.loss, settings)
 
 
-def _batches(examples: Sequence[Rendered], rows: int, vocabulary: int, boundary: int | None) -> Iterator[list[int]]:
+def _batches(
+    examples: Sequence[Rendered], rows: int, most_tokens: int, most_answer_tokens: int, boundary: int | None
+) -> Iterator[list[int]]:
     """Consecutive examples, as many as a pass takes; one that reaches past a RoPE boundary is alone."""
     batch: list[int] = []
     width = answer = 0
@@ -79,7 +90,7 @@ def _batches(examples: Sequence[Rendered], rows: int, vocabulary: int, boundary:
         alone = _reaches(example, boundary)
         width, answer = max(width, length), max(answer, len(example.answer_ids))
         size = len(batch) + 1
-        full = size > rows or size * width > FORWARD_TOKENS or size * answer * vocabulary > LOGITS
+        full = size > rows or size * width > most_tokens or size * answer > most_answer_tokens
         if batch and (full or alone):
             yield batch
             batch, width, answer = [], length, len(example.answer_ids)
@@ -115,6 +126,14 @@ def _reading(
     pairs = enumerate(zip(greedy, reference, strict=False), start=1)
     length = next((place for place, (ours, theirs) in pairs if ours != theirs), min(len(greedy), len(reference)))
     said = tuple(greedy[:length])
-    same = said == tuple(reference)
-    ended = length == len(reference) and {said[-1], reference[-1]} <= set(settings.end_ids)  # another end token ends it as well
-    return Reading(loss, said, (same or ended) and length <= settings.max_new_tokens, sum(close[:length]))
+    return Reading(loss, said, _matches(said, tuple(reference), settings), sum(close[:length]))
+
+
+def _matches(said: tuple[int, ...], reference: tuple[int, ...], settings: GenerationSettings) -> bool:
+    """Whether decoding says the reference and ends there: with an end token, whichever it is, or at the limit."""
+    ends = set(settings.end_ids)
+    if len(said) != len(reference) or said[:-1] != reference[:-1] or ends & set(reference[:-1]):
+        return False
+    if {said[-1], reference[-1]} <= ends:
+        return len(said) <= settings.max_new_tokens
+    return said == reference and len(said) == settings.max_new_tokens

@@ -19,6 +19,9 @@ SPARE_COLUMNS = 32
 class _Layer(DynamicLayer):
     """Keys and values of one layer; `keys` and `values` are views of what is filled."""
 
+    keys: torch.Tensor
+    values: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.width = 0
@@ -53,18 +56,18 @@ class _Layer(DynamicLayer):
         keys, values = (part[:, :, first:].index_select(0, rows) for part in (self.keys, self.values))
         self._fill(keys, values, room=SPARE_COLUMNS)
 
-    def join(self, parts: Sequence[_Layer], places: Sequence[torch.Tensor]) -> None:
-        """Become the rows of `parts`; row i of a part goes to its place i."""
-        width, num_rows = max(part.width for part in parts), sum(map(len, places))
-        narrowest = min(part.width for part in parts)
+    def join(self, parts: Sequence[_Layer]) -> None:
+        """Become the rows of `parts`, one part after another."""
+        width, narrowest = max(part.width for part in parts), min(part.width for part in parts)
         self.dtype, self.device = parts[0].dtype, parts[0].device
+        sizes = [part.keys.shape[0] for part in parts]
         joined = []
         for name in ("keys", "values"):
             like: torch.Tensor = getattr(parts[0], name)
-            whole = like.new_empty(num_rows, like.shape[1], width + SPARE_COLUMNS, like.shape[3])
+            whole = like.new_empty(sum(sizes), like.shape[1], width + SPARE_COLUMNS, like.shape[3])
             whole[:, :, : width - narrowest] = 0  # padding is masked, but must be finite
-            for part, place in zip(parts, places, strict=True):
-                whole[place.to(like.device), :, width - part.width : width] = getattr(part, name)
+            for part, rows in zip(parts, torch.split(whole, sizes), strict=True):
+                rows[:, :, width - part.width : width] = getattr(part, name)
             joined.append(whole)
         self._buffers = (joined[0], joined[1])
         self._show(width)
@@ -105,11 +108,11 @@ class RowCache(Cache):
             layer.take(rows, first)
 
     @classmethod
-    def join(cls, parts: Sequence[RowCache], places: Sequence[torch.Tensor]) -> RowCache:
-        """One cache of all rows; row i of a part goes to its place i."""
+    def join(cls, parts: Sequence[RowCache]) -> RowCache:
+        """One cache with the rows of all parts, one part after another."""
         joined = cls()
         for layers in zip(*(part.layers for part in parts), strict=True):
             layer = _Layer()
-            layer.join(layers, places)
+            layer.join(layers)
             joined.layers.append(layer)
         return joined

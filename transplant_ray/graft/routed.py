@@ -233,7 +233,8 @@ class _Mix:
         self.coefficient = coefficient
 
     def __call__(self, x_BSI: torch.Tensor) -> torch.Tensor:
-        return torch.lerp(self.target(x_BSI), self.source(x_BSI), self.coefficient)
+        target_BSO = self.target(x_BSI)
+        return torch.lerp(target_BSO, self.source(x_BSI), self.coefficient.to(target_BSO.dtype))
 
     def into(self, y_BSO: torch.Tensor, x_BSI: torch.Tensor) -> None:
         y_BSO.copy_(self(x_BSI))

@@ -28,7 +28,7 @@ from transplant_ray.evaluate.task import Rendered
 from transplant_ray.graft.resident import ResidentPair, load_resident_pair
 from transplant_ray.graft.variant import ORIGIN, Coefficient, Variant
 
-SETTINGS = GenerationSettings(8, (EOS, 5, 9), batch_size=8)
+SETTINGS = GenerationSettings(6, (EOS, 5, 9), batch_size=8)
 SCORERS = ("exact", FORCED)
 
 
@@ -47,7 +47,7 @@ def pair(phi3: ResidentPair) -> Iterator[ResidentPair]:
 
 @pytest.fixture(scope="module")
 def examples() -> list[Rendered]:
-    return draw_examples(random.Random(1), 7)
+    return draw_examples(random.Random(1), 6)
 
 
 def pack(pair: ResidentPair) -> list[Variant]:
@@ -233,7 +233,7 @@ def test_out_of_memory_halves_the_rows_and_changes_no_answer(
         assert [note.split(" rows")[0] for note in limited.notes] == ["out of memory: 4", "out of memory: 2"]
 
 
-@pytest.mark.parametrize("spare", [0, 7, 16])
+@pytest.mark.parametrize("spare", [0, 6, 14])
 def test_what_is_answered_is_not_answered_again(
     pair: ResidentPair, examples: list[Rendered], monkeypatch: pytest.MonkeyPatch, spare: int
 ) -> None:
@@ -263,7 +263,7 @@ def test_a_row_that_finds_no_memory_is_an_error_of_all_and_no_endless_loop(
 def test_another_error_is_that_of_the_variants_that_are_not_done(
     pair: ResidentPair, examples: list[Rendered], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limited = Limited(most=0, error=RuntimeError, words="cuBLAS is gone", spare=20)
+    limited = Limited(most=0, error=RuntimeError, words="cuBLAS is gone", spare=12)
     limited.put_on(pair.model, monkeypatch)
     engine = make_engine(pair, note=limited.notes.append)
     found = answers(engine, pack(pair), examples)
@@ -312,7 +312,6 @@ def test_modules_that_mix_rows_have_losses_too(examples: list[Rendered], tmp_pat
     assert found == {variant.id: pytest.approx(mean_loss(opt, variant, examples), rel=1e-4) for variant in pack(opt)}
 
 
-@pytest.mark.xfail(raises=KeyError, strict=True, reason="the module is looked up before it is checked")
 def test_losses_of_a_variant_that_does_not_fit_are_refused(pair: ResidentPair, examples: list[Rendered]) -> None:
     with pytest.raises(VariantError, match="not a compatible module"):
         make_engine(pair).losses([ORIGIN, Variant({"model.layers.9.mlp.down_proj": 1.0})], examples)

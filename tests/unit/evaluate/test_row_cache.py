@@ -56,16 +56,13 @@ def columns_joined(one: Plain, other: Plain) -> Plain:
     return [(torch.cat([a[0], b[0]], 2), torch.cat([a[1], b[1]], 2)) for a, b in zip(one, other, strict=True)]
 
 
-def rows_joined(parts: Sequence[Plain], places: Sequence[Sequence[int]]) -> Plain:
+def rows_joined(parts: Sequence[Plain]) -> Plain:
     """Row by row, zeros on the left."""
     width = max(part[0][0].shape[2] for part in parts)
 
     def whole(layer: int, side: int) -> torch.Tensor:
-        rows: dict[int, torch.Tensor] = {}
-        for part, places_here in zip(parts, places, strict=True):
-            for row, place in zip(part[layer][side], places_here, strict=True):
-                rows[place] = torch.cat([torch.zeros(HEADS, width - row.shape[1], row.shape[2]), row], dim=1)
-        return torch.stack([rows[place] for place in sorted(rows)])
+        rows = [row for part in parts for row in part[layer][side]]
+        return torch.stack([torch.cat([torch.zeros(HEADS, width - row.shape[1], row.shape[2]), row], dim=1) for row in rows])
 
     return [(whole(layer, 0), whole(layer, 1)) for layer in range(LAYERS)]
 
@@ -76,10 +73,8 @@ def test_take_and_join_do_to_the_rows_what_they_say(seed: int) -> None:
     """After each of them columns are appended, which must not be written over what is there."""
     rng = random.Random(seed)
     caches, plains = zip(*(filled(seed + i, rng.randint(1, 4), rng.randint(1, 40)) for i in range(rng.randint(1, 3))), strict=True)
-    order = rng.sample(range(sum(len(plain[0][0]) for plain in plains)), sum(len(plain[0][0]) for plain in plains))
-    places = [[order.pop() for _ in plain[0][0]] for plain in plains]
-    joined = RowCache.join(caches, [torch.tensor(place) for place in places])
-    plain = rows_joined(plains, places)
+    joined = RowCache.join(caches)
+    plain = rows_joined(plains)
     assert_holds(joined, plain)
     for cache, untouched in zip(caches, plains, strict=True):
         assert_holds(cache, untouched)
@@ -112,7 +107,7 @@ def test_padding_is_zero_for_what_is_masked_is_multiplied_too() -> None:
     """Whatever the memory held before: zero times NaN is NaN."""
     assert torch.empty(3).isnan().all()
     short, long = filled(0, 1, 2)[0], filled(1, 1, 50)[0]
-    joined = RowCache.join([short, long], [torch.tensor([1]), torch.tensor([0])])
+    joined = RowCache.join([long, short])
     for layer in joined.layers:
         for part in (layer.keys, layer.values):
             assert torch.equal(part[1, :, :48], torch.zeros_like(part[1, :, :48]))
@@ -120,7 +115,7 @@ def test_padding_is_zero_for_what_is_masked_is_multiplied_too() -> None:
 
 
 def test_steps_within_the_spare_room_copy_nothing() -> None:
-    cache = RowCache.join([filled(0, 2, 5)[0]], [torch.tensor([0, 1])])
+    cache = RowCache.join([filled(0, 2, 5)[0]])
     start = cache.layers[0].keys.data_ptr()
     for i in range(SPARE_COLUMNS):
         append(cache, numbers(i, 2, 1))

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from transplant_ray.files import sha256_file
 from transplant_ray.graft.card import write_card
 from transplant_ray.graft.variant import ORIGIN, Variant
 from transplant_ray.models.compare import Comparison
-from transplant_ray.files import sha256_file
 
 
 @pytest.fixture

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_model
 
 from transplant_ray.errors import CheckpointError, RunError
+from transplant_ray.files import sha256_file
 from transplant_ray.graft.export import apply_delta, export_checkpoint, export_delta
 from transplant_ray.graft.variant import ORIGIN, Variant
 from transplant_ray.models.checkpoint import open_checkpoint
 from transplant_ray.models.compare import Comparison, compare
-from transplant_ray.files import sha256_file
 
 DrawVariant = Callable[[Comparison, int, str], Variant]
 
