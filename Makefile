@@ -9,7 +9,8 @@ demo: setup ## sweep a small trained pair that ships with the package
 	$(BIN)/transplant-ray demo
 
 test: setup ## unit and integration tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest tests/unit --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest tests/integration
 
 check: setup ## lint, types, import floors
 	$(BIN)/ruff check .

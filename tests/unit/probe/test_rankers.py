@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from transplant_ray import recipe
 from transplant_ray.errors import DataError
-from transplant_ray.evaluate.scorers import SCORERS
+from transplant_ray.evaluate.scorers import FORCED, SCORERS
 from transplant_ray.graft.plan import depth_order, random_order
 from transplant_ray.models.catalogue import Module
 from transplant_ray.models.families import Role
@@ -126,7 +126,7 @@ def test_the_table_says_where_each_module_is() -> None:
 
 def test_the_recipe_knows_the_same_rankers_and_scorers_as_the_code() -> None:
     assert set(recipe.RANKERS) == set(RANKERS)
-    assert set(recipe.SCORERS) == set(SCORERS)
+    assert set(recipe.SCORERS) == {*SCORERS, FORCED}
     assert set(recipe.RANKERS) >= recipe.ACTIVATION_RANKERS
 
 
