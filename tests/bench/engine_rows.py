@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
@@ -28,11 +28,13 @@ from transplant_ray.evaluate.engine import Engine
 from transplant_ray.evaluate.example import Rendered
 from transplant_ray.evaluate.generate import GenerationSettings, generate
 from transplant_ray.evaluate.measure_rows import measure_rows
+from transplant_ray.graft.export import export_checkpoint
 from transplant_ray.graft.resident import ResidentPair, load_resident_pair
+from transplant_ray.graft.routed import Router
 from transplant_ray.graft.variant import Variant
 from transplant_ray.models.checkpoint import open_checkpoint
 from transplant_ray.models.compare import Comparison, compare
-from transplant_ray.models.loading import load_tokenizer
+from transplant_ray.models.loading import load_model, load_tokenizer
 from transplant_ray.zoo import HOME
 
 PAIR = HOME / "cross-generation"
@@ -44,6 +46,7 @@ class Bench:
     """A resident pair with its tokenizer, variants as a sweep has them, and examples."""
 
     def __init__(self, comparison: Comparison, examples: Sequence[Rendered], device: str = "cpu", dtype: str = "float32") -> None:
+        self.comparison = comparison
         self.pair = load_resident_pair(comparison, dtype, device)
         self.tokenizer = load_tokenizer(comparison.target)
         self.examples = examples
@@ -123,14 +126,17 @@ def _best_batch(run: Callable[[int], None], n: int) -> int:
 def _against(
     what: str, sizes: str, calls: dict[str, Callable[[], object]], slow: str, fast: str, bar: float, options: Namespace
 ) -> Row:
-    seconds = interleaved(calls, 1 if options.quick else 5)
+    return _ratio(what, sizes, interleaved(calls, 1 if options.quick else 5), slow, fast, bar)
+
+
+def _ratio(what: str, sizes: str, seconds: Mapping[str, list[float]], slow: str, fast: str, bar: float) -> Row:
     ratio = median(a / b for a, b in zip(seconds[slow], seconds[fast], strict=True))
-    shown = ", ".join(f"{name} {median(values):.3g} s" for name, values in seconds.items())
+    shown = ", ".join(f"{name} {median(seconds[name]):.3g} s" for name in (fast, slow))
     return Row(what, sizes, f"median of {len(seconds[fast])}, A/B", f"{ratio:.2f} × ({shown})", f"≥ {bar:g} ×", ratio >= bar)
 
 
 def forced(options: Namespace) -> Iterator[Row]:
-    """Reading references against decoding, both packed."""
+    """Reading references against decoding: against the strong baseline, and against decoding that is packed as well."""
     bench, variants = zoo_bench(), 8
     ends = (bench.examples[0].answer_ids[-1],)
     long = [replace(example, answer_ids=_tokens(example.id, 64)) for example in bench.examples]
@@ -141,12 +147,16 @@ def forced(options: Namespace) -> Iterator[Row]:
     for examples, settings, answers, bar in cases:
         rows = bench.rows(examples, settings.max_new_tokens, variants * len(examples))
         sized, chosen = replace(settings, batch_size=rows), bench.variants(variants)
+        batch = replace(settings, batch_size=len(examples))
         calls = {
             "forced": partial(bench.packed, chosen, examples, sized, "forced"),
-            "decoded": partial(bench.packed, chosen, examples, sized, "exact"),
+            "decoded one by one": partial(bench.one_by_one, chosen, examples, batch),
+            "decoded packed": partial(bench.packed, chosen, examples, sized, "exact"),
         }
         sizes = f"zoo cross-generation, {variants} variants × {len(examples)} prompts, answer tokens: {answers}; {rows} rows"
-        yield _against("forced: decoding ÷ reading", sizes, calls, "decoded", "forced", bar, options)
+        seconds = interleaved(calls, 1 if options.quick else 5)
+        yield _ratio("forced: decoding one by one ÷ reading", sizes, seconds, "decoded one by one", "forced", bar)
+        yield _ratio("forced: decoding packed ÷ reading", sizes, seconds, "decoded packed", "forced", bar)
 
 
 def _tokens(seed: str, count: int) -> tuple[int, ...]:
@@ -249,6 +259,41 @@ def _weigh(folder: str, width: int, layers: int, count: int, examples: Sequence[
     return peak, used + cache, used, cache
 
 
+def rounding(options: Namespace) -> Iterator[Row]:
+    """Tokens that differ between a routed pack and each variant exported, reloaded and decoded by itself."""
+    for dtype in ("float32", "bfloat16"):
+        zoo = zoo_bench()
+        bench = Bench(zoo.comparison, zoo.examples, dtype=dtype)
+        variants, examples = bench.variants(2 if options.quick else 8), bench.examples[:100]
+        settings = GenerationSettings(NEW_TOKENS, ())
+        prompts = [example.prompt_ids for example in examples]
+        requests = [(place, prompt) for place in range(len(variants)) for prompt in prompts]
+        with Router(bench.pair, variants) as router:
+            told = partial(_assign, router, [place for place, _ in requests])
+            rows = decode(bench.pair.model, bench.tokenizer, [prompt for _, prompt in requests], settings, told, 256)
+            routed = [completion for _, completion in sorted(rows, key=lambda row: row[0])]
+        differ = close = 0
+        for place, variant in enumerate(variants):
+            with TemporaryDirectory() as folder:
+                checkpoint = export_checkpoint(zoo.comparison, variant, Path(folder, "out"), card="")
+                model = load_model(open_checkpoint(str(checkpoint)), dtype)
+            mine = routed[place * len(prompts) : (place + 1) * len(prompts)]
+            for alone, packed in zip(generate(model, bench.tokenizer, prompts, settings), mine, strict=True):
+                assert packed is not None
+                differ += sum(a != b for a, b in zip(alone.token_ids, packed.token_ids, strict=True))
+                close += packed.num_close
+        total = len(requests) * NEW_TOKENS
+        sizes = f"zoo cross-generation, {len(variants)} variants × {len(prompts)} prompts × {NEW_TOKENS} tokens, {dtype}"
+        bar = ("0 but for close steps", differ == 0 or close > 0) if dtype == "float32" else ("–", None)
+        yield Row(
+            "rounding: tokens that differ, routed and exported", sizes, "1", f"{differ} of {total}; {close} close steps", *bar
+        )
+
+
+def _assign(router: Router, variants: Sequence[int], rows: Sequence[int]) -> None:
+    router.assign([variants[row] for row in rows])
+
+
 def peers(options: Namespace) -> Iterator[Row]:
     """24 variants, whole processes: ours once, theirs a round of two commands each."""
     what, bar, count = "24 variants: mergekit-yaml + lm_eval ÷ one process of ours", 20, 24
@@ -289,6 +334,4 @@ def _answer_all(count: int) -> None:
     bench.packed(bench.variants(count), bench.examples[:300], replace(settings, batch_size=rows), "exact")
 
 
-ROWS = {
-    "packing": packing, "forced": forced, "lengths": lengths, "screen": screen, "memory": memory, "peers": peers,
-}  # fmt: skip
+ROWS = {row.__name__: row for row in (packing, forced, lengths, screen, memory, rounding, peers)}

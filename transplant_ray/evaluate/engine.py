@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from transplant_ray.errors import NumericsError, ResourceError, TransplantError
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.decode import can_decode, decode
-from transplant_ray.evaluate.example import Example, Rendered, encode_example
+from transplant_ray.evaluate.example import Example, Rendered, check_lengths, encode_example
 from transplant_ray.evaluate.generate import NAN_LOGITS, Completion, GenerationSettings, end_ids, generate
 from transplant_ray.evaluate.outcome import Outcome, read_outcome, score
 from transplant_ray.evaluate.read import Reading, read
@@ -103,7 +103,11 @@ class Engine:
         )
 
     def answer(self, variants: Sequence[Variant], examples: Sequence[Rendered]) -> Iterator[VariantShard]:
-        """One result per variant, as they are done. A variant that fails is a result with its reason; the others go on."""
+        """One result per variant, as they are done. A variant that fails is a result with its reason; the others go on.
+
+        DataError before anything runs where an example and its completion would exceed the model's positions.
+        """
+        self._check(examples)
         fitting = []
         for variant in variants:
             try:
@@ -118,6 +122,7 @@ class Engine:
 
         VariantError where a variant does not fit.
         """
+        self._check(examples)
         for variant in variants:
             check_variant(variant, self.pair.modules)
         means: dict[str, float | None] = {}
@@ -128,6 +133,10 @@ class Engine:
                     found[request.variant].append(None if reading is None else reading.loss)
             means |= {pack[place].id: _mean(losses) for place, losses in found.items()}
         return means
+
+    def _check(self, examples: Sequence[Rendered]) -> None:
+        positions = getattr(self.pair.model.config, "max_position_embeddings", None)
+        check_lengths(examples, self.settings.max_new_tokens, positions)
 
     def _packs(self, variants: Sequence[Variant]) -> list[list[Variant]]:
         """All together in their best order, or each alone where a module mixes the rows of a batch."""

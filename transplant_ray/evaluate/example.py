@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,3 +47,13 @@ def encode_example(example: Example, encode: Callable[[str], list[int]], tokeniz
     answer = list(tokenizer(example.answer, add_special_tokens=False)["input_ids"])
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return Rendered(example.id, tuple(prompt), tuple(answer + end), example.answer)
+
+
+def check_lengths(examples: Sequence[Rendered], max_new_tokens: int, positions: int | None) -> None:
+    """DataError where a prompt and its completion do not fit into the model's positions."""
+    longest = max(examples, key=lambda example: len(example.prompt_ids))
+    if positions is not None and len(longest.prompt_ids) + max_new_tokens > positions:
+        raise DataError(
+            f"example {longest.id}: {len(longest.prompt_ids)} prompt tokens + {max_new_tokens} new ones exceed the model's "
+            f"{positions} positions. Lower `task.max_new_tokens` or drop long prompts."
+        )

@@ -133,16 +133,6 @@ def prompt_encoder(spec: TaskSpec, tokenizer: PreTrainedTokenizerBase) -> Callab
     return encode
 
 
-def check_lengths(examples: Sequence[Rendered], max_new_tokens: int, positions: int | None) -> None:
-    """DataError where a prompt and its completion do not fit into the model's positions."""
-    longest = max(examples, key=lambda example: len(example.prompt_ids))
-    if positions is not None and len(longest.prompt_ids) + max_new_tokens > positions:
-        raise DataError(
-            f"example {longest.id}: {len(longest.prompt_ids)} prompt tokens + {max_new_tokens} new ones exceed the model's "
-            f"{positions} positions. Lower `task.max_new_tokens` or drop long prompts."
-        )
-
-
 def _column(row: Row, field: str, where: str) -> str:
     if field not in row:
         near = difflib.get_close_matches(field, [str(key) for key in row], n=1)

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from transplant_ray.evaluate.example import Rendered, Split
+from transplant_ray.evaluate.example import Rendered, Split, check_lengths
 from transplant_ray.evaluate.generate import GenerationSettings, end_ids
-from transplant_ray.evaluate.task import check_lengths, load_task, tokenize
+from transplant_ray.evaluate.task import load_task, tokenize
 from transplant_ray.graft.plan import SweepPlan, depth_order, plan_sweep
 from transplant_ray.models.checkpoint import open_checkpoint, read_generation_ends
 from transplant_ray.models.compare import Comparison, check_segmentation, check_vocabulary, compare

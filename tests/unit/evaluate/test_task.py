@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from tiny import BOS, EOS, tiny_tokenizer, write_task
 
 from transplant_ray.errors import DataError, RecipeError
-from transplant_ray.evaluate.example import Example, Rendered
-from transplant_ray.evaluate.task import check_lengths, load_task, make_example, read_data, render, split_examples, tokenize
+from transplant_ray.evaluate.example import Example, Rendered, check_lengths
+from transplant_ray.evaluate.task import load_task, make_example, read_data, render, split_examples, tokenize
 from transplant_ray.recipe import HubData, SplitSpec, TaskSpec
 
 ROWS = [{"prompt": f"{n}+1=", "answer": str(n + 1), "level": n} for n in range(12)]
