@@ -28,6 +28,9 @@ OVERRIDES: dict[str, dict[str, str]] = {
         "sweep.kinds=[all]": "`sweep.kinds` is not a key of a recipe … Did you mean `sweep.kind`",
         "task.max_new_tokens=0": "`task.max_new_tokens` is 0 … greater than or equal to 1",
         "sweep.alpha=[1.5]": "`sweep.alpha` is [1.5] … add `sweep.extrapolate: true`",
+        "sweep.race={rungs: [10, 40]}": "`sweep.race`: rung 40 has no effect, for there are 40 select examples",
+        "sweep.screen={keep: 2}": "`sweep.screen.keep` is 2 … less than 1",
+        "resources.batch_size=0": "`resources.batch_size` is 0 … a number of rows, 1 or more, or `auto`",
         "sweep.k=[1, 0]": "`sweep.k.1` is 0 … greater than or equal to 1",
         "sweep.k=[-2]": "`sweep.k.0` is -2 … greater than or equal to 1",
         "sweep.k=[]": "`sweep.k` is [] … at least one value",
@@ -49,6 +52,7 @@ OVERRIDES: dict[str, dict[str, str]] = {
         'task.prompt="{prompt"': "template '{prompt' is malformed … {{ for a brace",
         "task.split.test=90": "90 examples, the splits need 138 … Make `task.split` smaller or add rows",
         "task.chat_template=true": "`task.chat_template: true`: the target's tokenizer has no chat template … Set it to false",
+        "task.scorer=forced": "`scorer: forced`: the answer of example … could never be right. Use task.max_new_tokens=",
         "task.max_new_tokens=128": "exceed the model's 128 positions … Lower `task.max_new_tokens`",
     },
     "CheckpointError": {

@@ -107,7 +107,7 @@ class Engine:
 
         DataError before anything runs where an example and its completion would exceed the model's positions.
         """
-        self._check(examples)
+        self._check(examples, reads=self.scorer == FORCED)
         fitting = []
         for variant in variants:
             try:
@@ -120,9 +120,9 @@ class Engine:
     def losses(self, variants: Sequence[Variant], examples: Sequence[Rendered]) -> dict[str, float | None]:
         """Variant id → mean token loss of the reference answers, every example counted once; None where it is not a number.
 
-        VariantError where a variant does not fit.
+        VariantError where a variant does not fit, DataError where an example exceeds the model's positions.
         """
-        self._check(examples)
+        self._check(examples, reads=True)
         for variant in variants:
             check_variant(variant, self.pair.modules)
         means: dict[str, float | None] = {}
@@ -134,9 +134,10 @@ class Engine:
             means |= {pack[place].id: _mean(losses) for place, losses in found.items()}
         return means
 
-    def _check(self, examples: Sequence[Rendered]) -> None:
+    def _check(self, examples: Sequence[Rendered], *, reads: bool) -> None:
+        answers = max((len(example.answer_ids) for example in examples), default=0) if reads else 0
         positions = getattr(self.pair.model.config, "max_position_embeddings", None)
-        check_lengths(examples, self.settings.max_new_tokens, positions)
+        check_lengths(examples, max(answers, self.settings.max_new_tokens), positions)
 
     def _packs(self, variants: Sequence[Variant]) -> list[list[Variant]]:
         """All together in their best order, or each alone where a module mixes the rows of a batch."""
@@ -145,7 +146,9 @@ class Engine:
         return [ordered] if ordered and takes_rows(self.pair, names) else [[variant] for variant in ordered]
 
     def _answer_pack(self, pack: Sequence[Variant], examples: Sequence[Rendered]) -> Iterator[VariantShard]:
+        """A failure of the whole pack is looked for variant by variant, so that it is one variant's."""
         done: dict[int, dict[str, Outcome | None]] = {place: {} for place in range(len(pack))}
+        failure: Exception | None = None
         with _Routed(self.pair, pack) as routed:
             try:
                 for request, outcome in self._outcomes(_requests(pack, examples), pack, routed):
@@ -154,8 +157,11 @@ class Engine:
                     if len(mine) == len(examples):
                         outcomes = [mine[example.id] for example in examples]
                         yield _shard(pack[request.variant].id, outcomes, routed.seconds(request.variant))
-            except (TransplantError, RuntimeError) as failure:  # torch reports what a device cannot do as RuntimeError
-                yield from (_failed(pack[place], failure) for place, mine in done.items() if len(mine) < len(examples))
+            except (TransplantError, RuntimeError) as error:  # torch reports what a device cannot do as RuntimeError
+                failure = error
+        if failure is not None:
+            for variant in [pack[place] for place, mine in done.items() if len(mine) < len(examples)]:
+                yield from [_failed(variant, failure)] if len(pack) == 1 else self._answer_pack([variant], examples)
 
     def _outcomes(
         self, requests: Sequence[Request], pack: Sequence[Variant], routed: _Routed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -56,4 +56,19 @@ def check_lengths(examples: Sequence[Rendered], max_new_tokens: int, positions: 
         raise DataError(
             f"example {longest.id}: {len(longest.prompt_ids)} prompt tokens + {max_new_tokens} new ones exceed the model's "
             f"{positions} positions. Lower `task.max_new_tokens` or drop long prompts."
+        )
+
+
+def check_answers(examples: Sequence[Rendered], max_new_tokens: int, ends: Collection[int]) -> None:
+    """DataError where greedy decoding could never emit a reference: without an end token, or longer than the limit."""
+    for example in examples:
+        if example.answer_ids[-1] not in ends:
+            raise DataError(
+                "`scorer: forced`: the target's tokenizer has no end token, so no answer ever ends. Use another scorer."
+            )
+    longest = max(examples, key=lambda example: len(example.answer_ids))
+    if (length := len(longest.answer_ids)) > max_new_tokens:
+        raise DataError(
+            f"`scorer: forced`: the answer of example {longest.id} has {length} tokens with its end, and `task.max_new_tokens` is "
+            f"{max_new_tokens}, so it could never be right. Use task.max_new_tokens={length}."
         )

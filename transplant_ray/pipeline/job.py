@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from transplant_ray.evaluate.example import Rendered, Split, check_lengths
+from transplant_ray.evaluate.example import Rendered, Split, check_answers, check_lengths
 from transplant_ray.evaluate.generate import GenerationSettings, end_ids
+from transplant_ray.evaluate.scorers import FORCED
 from transplant_ray.evaluate.task import load_task, tokenize
 from transplant_ray.graft.plan import SweepPlan, depth_order, plan_sweep
 from transplant_ray.models.checkpoint import open_checkpoint, read_generation_ends
@@ -58,8 +59,13 @@ def prepare(recipe: Recipe) -> Job:
     rows = DEFAULT_ROWS if recipe.resources.batch_size == "auto" else recipe.resources.batch_size
     generation = GenerationSettings(recipe.task.max_new_tokens, ends, recipe.task.stop, rows)
     job = Job(recipe, comparison, examples, generation)
+    everything = [example for split in SPLITS for example in examples[split]]
     limit = max(recipe.task.max_new_tokens, recipe.rank.max_new_tokens or 0)
-    check_lengths([e for split in SPLITS for e in examples[split]], limit, max_positions(job))
+    if recipe.task.scorer == FORCED:
+        check_answers(everything, recipe.task.max_new_tokens, ends)
+    if recipe.sweep.screen is not None:
+        limit = max(limit, *(len(example.answer_ids) for example in everything))
+    check_lengths(everything, limit, max_positions(job))
     job.provisional_plan()
     return job
 
