@@ -37,9 +37,9 @@ def raced(cluster: None, template: Place, tmp_path_factory: pytest.TempPathFacto
     resources = {"evaluators": 2, "shard_size": 7, "batch_size": 50}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trials._TrialCallback, "on_trial_result", hear)
-        finished = run_main("sweep", place.recipe(sweep=STOPPING, resources=resources))
+        finished = run_main("sweep", place.recipe(name="raced", sweep=STOPPING, resources=resources))
     assert finished.code == 0, finished.err
-    return Raced(Swept(place.path / "runs" / "tiny", place, finished), heard)
+    return Raced(Swept(place.path / "runs" / "raced", place, finished), heard)
 
 
 def select(swept: Swept) -> pd.DataFrame:
@@ -133,9 +133,9 @@ def test_trials_tell_tune_at_every_rung(raced: Raced) -> None:
 
 
 def test_another_run_with_other_shards_and_one_evaluator_stops_the_same(raced: Raced, place: Place) -> None:
-    finished = run_main("sweep", place.recipe(sweep=STOPPING, resources={"evaluators": 1, "shard_size": 40}))
+    finished = run_main("sweep", place.recipe(name="raced", sweep=STOPPING, resources={"evaluators": 1, "shard_size": 40}))
     assert finished.code == 0, finished.err
-    again = Swept(place.path / "runs" / "tiny", place, finished)
+    again = Swept(place.path / "runs" / "raced", place, finished)
     ours, theirs = (timeless(run.results).drop(columns="loss") for run in (again, raced.swept))
     pd.testing.assert_frame_equal(ours, theirs)
     assert select(again)["loss"].to_numpy() == pytest.approx(select(raced.swept)["loss"].to_numpy(), rel=1e-5, nan_ok=True)
