@@ -99,9 +99,9 @@ def packing(options: Namespace) -> Iterator[Row]:
     for count, n in sizes:
         yield _packing(bench, "zoo cross-generation", count, n, bars.get((count, n), 0.95), options)
     with TemporaryDirectory() as folder:
-        wide = random_bench(Path(folder), 512, 8, bench.examples)
+        wide = random_bench(Path(folder), 512, 4, bench.examples)
         for count, n in [(4, 16)] if options.quick else [(16, 16), (16, 50)]:
-            yield _packing(wide, "random Llama, 8 × 512", count, n, 0.95, options)
+            yield _packing(wide, "random Llama, 4 × 512", count, n, 0.95, options)
 
 
 def _packing(bench: Bench, name: str, count: int, n: int, bar: float, options: Namespace) -> Row:
