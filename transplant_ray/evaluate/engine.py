@@ -32,7 +32,7 @@ from transplant_ray.graft.variant import Variant, check_variant
 from transplant_ray.models.checkpoint import open_checkpoint, read_generation_ends
 from transplant_ray.models.compare import check_vocabulary, compare
 from transplant_ray.models.loading import load_tokenizer
-from transplant_ray.models.rope import rope_boundary
+from transplant_ray.models.rope import max_positions, rope_boundary
 
 OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator: can't allocate memory")
 """What torch says of it on GPUs and on CPU."""
@@ -136,8 +136,7 @@ class Engine:
 
     def _check(self, examples: Sequence[Rendered], *, reads: bool) -> None:
         answers = max((len(example.answer_ids) for example in examples), default=0) if reads else 0
-        positions = getattr(self.pair.model.config, "max_position_embeddings", None)
-        check_lengths(examples, max(answers, self.settings.max_new_tokens), positions)
+        check_lengths(examples, max(answers, self.settings.max_new_tokens), max_positions(self.pair.model.config))
 
     def _packs(self, variants: Sequence[Variant]) -> list[list[Variant]]:
         """All together in their best order, or each alone where a module mixes the rows of a batch."""

@@ -1,4 +1,4 @@
-"""Where a rotary embedding stops treating every row by itself."""
+"""How far the positions of a model reach, and where a rotary embedding stops treating every row by itself."""
 
 from __future__ import annotations
 
@@ -17,6 +17,14 @@ def rope_boundary(config: PretrainedConfig) -> int | None:
     `longrope` (Phi-3) takes other frequencies past its original length, `dynamic` ones that follow the longest position.
     """
     return min(_boundaries(config), default=None)
+
+
+def max_positions(config: PretrainedConfig) -> int | None:
+    """Positions that a model was built for, which a `dynamic` RoPE stretches by its factor; None where the config has no limit."""
+    positions: int | None = getattr(config, "max_position_embeddings", None)
+    ropes = _parameter_sets(getattr(config, "rope_parameters", None) or {})
+    factors = [rope["factor"] for rope in ropes if "dynamic" in rope.get("rope_type", "default")]
+    return positions if positions is None else int(positions * max(factors, default=1))
 
 
 @torch.inference_mode()

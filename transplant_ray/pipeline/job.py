@@ -13,6 +13,7 @@ from transplant_ray.graft.plan import SweepPlan, depth_order, plan_sweep
 from transplant_ray.models.checkpoint import open_checkpoint, read_generation_ends
 from transplant_ray.models.compare import Comparison, check_segmentation, check_vocabulary, compare
 from transplant_ray.models.loading import load_tokenizer
+from transplant_ray.models.rope import max_positions
 from transplant_ray.recipe import ACTIVATION_RANKERS, Recipe
 
 DEFAULT_ROWS = 64
@@ -65,11 +66,6 @@ def prepare(recipe: Recipe) -> Job:
         check_answers(everything, recipe.task.max_new_tokens, ends)
     if recipe.sweep.screen is not None:
         limit = max(limit, *(len(example.answer_ids) for example in everything))
-    check_lengths(everything, limit, max_positions(job))
+    check_lengths(everything, limit, max_positions(target.config))
     job.provisional_plan()
     return job
-
-
-def max_positions(job: Job) -> int | None:
-    """Positions that the target was built for, None where its config names no limit."""
-    return getattr(job.comparison.target.config, "max_position_embeddings", None)

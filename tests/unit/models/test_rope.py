@@ -28,7 +28,7 @@ from transplant_ray.evaluate.task import Rendered
 from transplant_ray.graft.resident import load_resident_pair
 from transplant_ray.graft.variant import ORIGIN, Variant
 from transplant_ray.models.compare import Comparison
-from transplant_ray.models.rope import forget_longest, rope_boundary
+from transplant_ray.models.rope import forget_longest, max_positions, rope_boundary
 
 BOUNDARY, LIMIT = 32, 8
 LONG_FACTORS = [16.0, 6.0, 1.5, 9.0]
@@ -59,6 +59,13 @@ SETTINGS = GenerationSettings(LIMIT, (EOS, 5))
 )
 def test_the_boundary_of_a_model(family: str, changes: dict[str, Any], expected: int | None) -> None:
     assert rope_boundary(tiny_config(family, **changes)) == expected
+
+
+def test_a_dynamic_rope_stretches_the_positions_of_a_model() -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    assert max_positions(tiny_config("llama", max_position_embeddings=32, rope_parameters=rope)) == 128
+    assert max_positions(tiny_config("llama", max_position_embeddings=32)) == 32
+    assert max_positions(tiny_config("phi3", **CHANGES["phi3"])) == tiny_config("phi3", **CHANGES["phi3"]).max_position_embeddings
 
 
 @dataclass
