@@ -129,10 +129,11 @@ def _against(
     return _ratio(what, sizes, interleaved(calls, 1 if options.quick else 5), slow, fast, bar)
 
 
-def _ratio(what: str, sizes: str, seconds: Mapping[str, list[float]], slow: str, fast: str, bar: float) -> Row:
+def _ratio(what: str, sizes: str, seconds: Mapping[str, list[float]], slow: str, fast: str, bar: float | None = None) -> Row:
     ratio = median(a / b for a, b in zip(seconds[slow], seconds[fast], strict=True))
     shown = ", ".join(f"{name} {median(seconds[name]):.3g} s" for name in (fast, slow))
-    return Row(what, sizes, f"median of {len(seconds[fast])}, A/B", f"{ratio:.2f} × ({shown})", f"≥ {bar:g} ×", ratio >= bar)
+    held = () if bar is None else (f"≥ {bar:g} ×", ratio >= bar)
+    return Row(what, sizes, f"median of {len(seconds[fast])}, A/B", f"{ratio:.2f} × ({shown})", *held)
 
 
 def forced(options: Namespace) -> Iterator[Row]:
@@ -156,7 +157,7 @@ def forced(options: Namespace) -> Iterator[Row]:
         sizes = f"zoo cross-generation, {variants} variants × {len(examples)} prompts, answer tokens: {answers}; {rows} rows"
         seconds = interleaved(calls, 1 if options.quick else 5)
         yield _ratio("forced: decoding one by one ÷ reading", sizes, seconds, "decoded one by one", "forced", bar)
-        yield _ratio("forced: decoding packed ÷ reading", sizes, seconds, "decoded packed", "forced", bar)
+        yield _ratio("forced: decoding packed ÷ reading", sizes, seconds, "decoded packed", "forced")
 
 
 def _tokens(seed: str, count: int) -> tuple[int, ...]:
@@ -232,16 +233,27 @@ def memory(options: Namespace) -> Iterator[Row]:
     width, layers, count, n = (512, 4, 4, 16) if options.quick else (1024, 16, 8, 32)
     with TemporaryDirectory() as folder:
         examples = zoo_bench().examples[:n]
-        with get_context("spawn").Pool(1) as processes:
-            peak, expected, used, cache = processes.apply(_weigh, (folder, width, layers, count, examples))
-    share = peak / expected
+        with get_context("spawn").Pool(
+            1, maxtasksperchild=1
+        ) as processes:  # what writing leaves to the allocator is not the work's
+            processes.apply(_write_pair, (folder, width, layers))
+            runs = [processes.apply(_weigh, (folder, width, layers, count, examples)) for _ in range(1 if options.quick else 5)]
+    shares = sorted(peak / (used + cache) for peak, used, cache in runs)
+    _, used, cache = runs[0]
     sizes = f"random Llama, {layers} × {width}, {count} variants × {n} prompts × {NEW_TOKENS} tokens in one batch"
     parts = f"weights {used / 1e6:.0f} MB + cache {cache / 1e6:.0f} MB"
-    yield Row("memory: peak ÷ weights and cache", sizes, "1", f"{share:.3f} × ({parts})", "≤ 1.1 ×", share <= 1.1)
+    result = f"{median(shares):.3f} × (from {shares[0]:.3f} to {shares[-1]:.3f}; {parts})"
+    yield Row("memory: peak ÷ weights and cache", sizes, f"median of {len(shares)}", result, "≤ 1.1 ×", median(shares) <= 1.1)
 
 
-def _weigh(folder: str, width: int, layers: int, count: int, examples: Sequence[Rendered]) -> tuple[int, int, int, int]:
-    random_bench(Path(folder), width, layers, examples)  # writes the pair, and imports what has to be
+def _write_pair(folder: str, width: int, layers: int) -> None:
+    random_bench(Path(folder), width, layers, ())
+
+
+def _weigh(folder: str, width: int, layers: int, count: int, examples: Sequence[Rendered]) -> tuple[int, int, int]:
+    """Bytes: the peak, the weights that are needed, the cache of all rows at their full length."""
+    small = random_bench(Path(folder, "small"), 64, 1, examples)
+    small.packed(small.variants(1), examples[:1], GenerationSettings(1, ()), "exact")  # imports what has to be
     source, target = (open_checkpoint(str(Path(folder, role))) for role in ("source", "target"))
     comparison = compare(source, target)
     names = frozenset(sorted(comparison.pairs)[: len(comparison.pairs) // 2])
@@ -256,7 +268,7 @@ def _weigh(folder: str, width: int, layers: int, count: int, examples: Sequence[
     used = 4 * (target.num_parameters + sum(comparison.pairs[name].source.num_parameters for name in names))
     columns = max(len(example.prompt_ids) for example in examples) + NEW_TOKENS
     cache = 4 * 2 * layers * width * columns * settings.batch_size
-    return peak, used + cache, used, cache
+    return peak, used, cache
 
 
 def rounding(options: Namespace) -> Iterator[Row]:

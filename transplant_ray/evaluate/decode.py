@@ -12,12 +12,12 @@ from __future__ import annotations
 import inspect
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from transplant_ray.evaluate.generate import Completion, GenerationSettings, TokenIds, complete, holds_stop, left_padded
 from transplant_ray.evaluate.row_cache import RowCache
@@ -28,7 +28,7 @@ Assign = Callable[[Sequence[int]], None]
 Decoded = tuple[int, Completion | None]
 """Index of a prompt and what followed it; None where a logit was NaN."""
 
-PASS_TOKENS = {"cpu": 2048}
+PASS_TOKENS = {"cpu": 1024}
 MANY_PASS_TOKENS = 8192
 """Prompt tokens in one forward pass, by type of device: enough to fill it, and on CPU little enough for its caches."""
 DROP_SHARE, REFILL_SHARE = 1 / 8, 1 / 2
@@ -76,10 +76,7 @@ def decode(
         free = rows - (len(flight.index) if flight else 0)
         if waiting and free >= min(rows * REFILL_SHARE, len(waiting)):
             joining = [waiting.popleft() for _ in range(min(free, len(waiting)))]
-            arrived = [
-                _prefill(model, tokenizer, prompts, part, settings, assign) for part in _parts(joining, prompts, pass_tokens(model))
-            ]
-            flight = _join([flight, *arrived] if flight else arrived)
+            flight = _admit(flight or _Flight.empty(settings, model.device), joining, prompts, model, tokenizer, assign)
             assign(flight.index)
         elif flight:
             flight.step(model, tokenizer)
@@ -110,13 +107,17 @@ def _parts(indices: Sequence[int], prompts: Sequence[TokenIds], most: int) -> It
 class _Flight:
     """The rows that are being decoded, in ascending order of their prompts."""
 
-    def __init__(self, index: list[int], settings: GenerationSettings, cache: RowCache, tensors: _Rows) -> None:
+    def __init__(self, index: list[int], settings: GenerationSettings, cache: RowCache, rows: _Rows) -> None:
         self.index = index
         self.settings = settings
         self.cache = cache
-        self.rows = tensors
-        self.ends_E = torch.tensor(settings.end_ids, dtype=torch.long, device=tensors.pad_B.device)
-        self.num_done = 0
+        self.rows = rows
+        self.ends_E = torch.tensor(settings.end_ids, dtype=torch.long, device=rows.pad_B.device)
+        self.num_done = int(rows.done_B.sum())
+
+    @classmethod
+    def empty(cls, settings: GenerationSettings, device: torch.device) -> _Flight:
+        return cls([], settings, RowCache(), _Rows.start([], 0, settings.max_new_tokens, device))
 
     def step(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """One more token for every row."""
@@ -197,12 +198,12 @@ class _Rows:
         self.padded = bool(self.pad_B.any())
 
     @classmethod
-    def start(cls, lengths: Sequence[int], limit: int, device: torch.device) -> _Rows:
+    def start(cls, lengths: Sequence[int], width: int, limit: int, device: torch.device) -> _Rows:
         def zeros(*shape: int, dtype: torch.dtype = torch.long) -> torch.Tensor:
             return torch.zeros(len(lengths), *shape, dtype=dtype, device=device)
 
         return cls(
-            pad_B=max(lengths) - torch.tensor(lengths, device=device),
+            pad_B=width - torch.tensor(lengths, dtype=torch.long, device=device),
             last_B=zeros(),
             new_BT=zeros(limit + 1),
             count_B=zeros(),
@@ -214,56 +215,55 @@ class _Rows:
     def take(self, keep: torch.Tensor, first: int) -> _Rows:
         return _Rows(self.pad_B[keep] - first, *(part[keep] for part in self._but_padding()))
 
+    def shifted(self, columns: int) -> _Rows:
+        """With so many columns of padding more."""
+        return replace(self, pad_B=self.pad_B + columns)
+
     @classmethod
-    def join(cls, parts: Sequence[_Rows], widths: Sequence[int]) -> _Rows:
-        """The rows of all parts, which had `widths` columns."""
-        pad_B = torch.cat([part.pad_B + max(widths) - width for part, width in zip(parts, widths, strict=True)])
-        return cls(pad_B, *(torch.cat(same) for same in zip(*(part._but_padding() for part in parts), strict=True)))
+    def join(cls, parts: Sequence[_Rows]) -> _Rows:
+        """The rows of all parts, which end at the same column."""
+        return cls(*(torch.cat(same) for same in zip(*((part.pad_B, *part._but_padding()) for part in parts), strict=True)))
 
     def _but_padding(self) -> tuple[torch.Tensor, ...]:
         return self.last_B, self.new_BT, self.count_B, self.close_B, self.done_B, self.broken_B
 
 
-def _prefill(
+def _admit(
+    flight: _Flight,
+    joining: Sequence[int],
+    prompts: Sequence[TokenIds],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[TokenIds],
-    index: list[int],
-    settings: GenerationSettings,
     assign: Assign,
 ) -> _Flight:
-    """Read prompts; their rows have their first new token."""
-    assign(index)
-    rows = [prompts[i] for i in index]
-    ids_BP, mask_BP = left_padded(rows, tokenizer.pad_token_id, model.device)
-    flight = _Flight(index, settings, RowCache(), _Rows.start([len(row) for row in rows], settings.max_new_tokens, model.device))
-    positions_BP = (mask_BP.cumsum(-1) - 1).clamp(min=0)
-    logits_BV = _forward(model, ids_BP, mask_BP if flight.rows.padded else None, positions_BP, flight.cache)
-    flight.take(logits_BV, tokenizer)
-    return flight
+    """The flight with these prompts too, read and with their first new token. They are later ones, so rows stay in order."""
+    cache, width = flight.cache, max(flight.cache.width, *(len(prompts[i]) for i in joining))
+    index, rows = list(flight.index), [flight.rows.shifted(width - cache.width)]
+    cache.make_room(len(joining), width)
+    for part in _parts(joining, prompts, pass_tokens(model)):
+        assign(part)
+        arriving = [prompts[i] for i in part]
+        ids_BP, mask_BP = left_padded(arriving, tokenizer.pad_token_id, model.device)
+        positions_BP = (mask_BP.cumsum(-1) - 1).clamp(min=0)
+        slot = cache.slot(len(index))
+        logits_BV = _forward(model, ids_BP, None if bool(mask_BP.all()) else mask_BP, positions_BP, slot)
+        lengths = list(map(len, arriving))
+        new = _Flight(part, flight.settings, cache, _Rows.start(lengths, width, flight.settings.max_new_tokens, model.device))
+        new.take(logits_BV, tokenizer)
+        index, rows = index + part, [*rows, new.rows]
+    return _Flight(index, flight.settings, cache, _Rows.join(rows))
 
 
-def _join(flights: Sequence[_Flight]) -> _Flight:
-    """One flight; each has later prompts than the one before it, so that rows stay in order."""
-    if len(flights) == 1:
-        return flights[0]
-    index = [i for flight in flights for i in flight.index]
-    rows = _Rows.join([flight.rows for flight in flights], [flight.cache.width for flight in flights])
-    joined = _Flight(index, flights[0].settings, RowCache.join([flight.cache for flight in flights]), rows)
-    joined.num_done = sum(flight.num_done for flight in flights)
-    return joined
-
-
-def last_logits(model: PreTrainedModel, count: int, **inputs: Any) -> torch.Tensor:
-    """Logits (B, count, V) in float32 of the last columns; a model that can leaves the others out."""
-    keep = {"logits_to_keep": count} if "logits_to_keep" in _inputs(model) else {}
-    logits: torch.Tensor = model(**inputs, **keep).logits[:, -count:].float()
+def last_logits(model: PreTrainedModel, **inputs: Any) -> torch.Tensor:
+    """Logits (B, V) in float32 after the last column; a model that can leaves the others out."""
+    keep = {"logits_to_keep": 1} if "logits_to_keep" in _inputs(model) else {}
+    logits: torch.Tensor = model(**inputs, **keep).logits[:, -1].float()
     return logits
 
 
 def _forward(
-    model: PreTrainedModel, ids_BS: torch.Tensor, mask_BW: torch.Tensor | None, positions_BS: torch.Tensor, cache: RowCache
+    model: PreTrainedModel, ids_BS: torch.Tensor, mask_BW: torch.Tensor | None, positions_BS: torch.Tensor, cache: Cache
 ) -> torch.Tensor:
     """Logits (B, V) after the last column."""
     inputs = {"input_ids": ids_BS, "attention_mask": mask_BW, "position_ids": positions_BS}
-    return last_logits(model, 1, **inputs, past_key_values=cache, use_cache=True)[:, 0]
+    return last_logits(model, **inputs, past_key_values=cache, use_cache=True)

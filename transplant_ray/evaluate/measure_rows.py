@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from copy import deepcopy
 
 import torch
 from transformers import PreTrainedModel
@@ -34,7 +35,7 @@ def measure_rows(model: PreTrainedModel, columns: int, most: int) -> int:
         return min(WITHOUT_DECODE, most)
     one = RowCache()
     token = torch.zeros(1, max(1, columns - STEPS), dtype=torch.long, device=model.device)  # no position past the longest row
-    last_logits(model, 1, input_ids=token, past_key_values=one, use_cache=True)
+    last_logits(model, input_ids=token, past_key_values=one, use_cache=True)
     seconds: dict[int, float] = {}
     start = time.perf_counter()
     for rows in _sizes(min(most, _rows_in_memory(one, model.device))):
@@ -54,13 +55,13 @@ def _sizes(most: int) -> Iterator[int]:
 
 
 def _seconds_per_row(model: PreTrainedModel, one: RowCache, rows: int) -> float:
-    cache = RowCache.join([one])
+    cache = deepcopy(one)
     cache.take(torch.zeros(rows, dtype=torch.long), first=0)
     token = torch.zeros(rows, 1, dtype=torch.long, device=model.device)
     seconds = []
     for _ in range(STEPS):
         start = time.perf_counter()
-        last_logits(model, 1, input_ids=token, past_key_values=cache, use_cache=True)
+        last_logits(model, input_ids=token, past_key_values=cache, use_cache=True)
         if model.device.type == "cuda":
             torch.cuda.synchronize(model.device)
         seconds.append(time.perf_counter() - start)

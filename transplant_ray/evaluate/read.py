@@ -1,6 +1,6 @@
 """Reading references: what one teacher-forced pass says of an answer, with nothing decoded.
 
-Shapes: B rows, A answer tokens of the longest answer, V vocabulary.
+Shapes: N answer tokens of all examples of a pass, A of one of them, V vocabulary.
 
 Greedy decoding emits exactly the reference if and only if every token of it, the end token included, is the best one after what
 stands before it; one forward pass over prompt and answer tells.
@@ -10,15 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from transplant_ray.errors import NumericsError
-from transplant_ray.evaluate.decode import CLOSE_GAP, Assign, last_logits, pass_tokens
+from transplant_ray.evaluate.decode import CLOSE_GAP, Assign, pass_tokens
 from transplant_ray.evaluate.example import Rendered
-from transplant_ray.evaluate.generate import GenerationSettings, generate, left_padded
+from transplant_ray.evaluate.generate import GenerationSettings, generate
+from transplant_ray.evaluate.teacher_forcing import lay_out, logits_at
 from transplant_ray.models.rope import forget_longest, rope_boundary
 
 LOGITS = 2**27
@@ -53,7 +55,7 @@ def read(
         if boundary is not None:
             forget_longest(model)
         chosen = [examples[i] for i in batch]
-        readings = list(_read_batch(model, tokenizer, chosen, settings))
+        readings = list(_read_batch(model, chosen, settings))
         if _reaches(chosen[0], boundary):
             readings = [_decoded(model, tokenizer, chosen[0], settings, reading) for reading in readings]
         yield from zip(batch, readings, strict=True)
@@ -84,40 +86,37 @@ def _batches(
 ) -> Iterator[list[int]]:
     """Consecutive examples, as many as a pass takes; one that reaches past a RoPE boundary is alone."""
     batch: list[int] = []
-    width = answer = 0
+    width = answers = 0
     for index, example in enumerate(examples):
-        length = len(example.prompt_ids) + len(example.answer_ids)
+        answer = len(example.answer_ids)
+        length = len(example.prompt_ids) + answer
         alone = _reaches(example, boundary)
-        width, answer = max(width, length), max(answer, len(example.answer_ids))
+        width, answers = max(width, length), answers + answer
         size = len(batch) + 1
-        full = size > rows or size * width > most_tokens or size * answer > most_answer_tokens
+        full = size > rows or size * width > most_tokens or answers > most_answer_tokens
         if batch and (full or alone):
             yield batch
-            batch, width, answer = [], length, len(example.answer_ids)
+            batch, width, answers = [], length, answer
         batch.append(index)
         if alone:
             yield batch
-            batch, width, answer = [], 0, 0
+            batch, width, answers = [], 0, 0
     if batch:
         yield batch
 
 
-def _read_batch(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Rendered], settings: GenerationSettings
-) -> Iterator[Reading | None]:
-    ids_BS, mask_BS = left_padded([[*e.prompt_ids, *e.answer_ids[:-1]] for e in examples], tokenizer.pad_token_id, model.device)
-    positions_BS = (mask_BS.cumsum(-1) - 1).clamp(min=0)
-    longest = max(len(e.answer_ids) for e in examples)
-    logits_BAV = last_logits(model, longest, input_ids=ids_BS, attention_mask=mask_BS, position_ids=positions_BS, use_cache=False)
-    reference_BA, mask_BA = left_padded([e.answer_ids for e in examples], 0, model.device)
-    loss_BA = cross_entropy(logits_BAV.transpose(1, 2), reference_BA, reduction="none") * mask_BA
-    best_BA2, token_BA2 = logits_BAV.topk(2)
-    close_BA = (best_BA2[..., 0] - best_BA2[..., 1] < CLOSE_GAP).tolist()
-    broken_B = (best_BA2[..., 0].isnan() & mask_BA.bool()).any(-1).tolist()
-    losses, tokens_BA = (loss_BA.sum(-1) / mask_BA.sum(-1)).tolist(), token_BA2[..., 0].tolist()
-    for example, loss, tokens, close, broken in zip(examples, losses, tokens_BA, close_BA, broken_B, strict=True):
-        size = len(example.answer_ids)
-        yield None if broken else _reading(example.answer_ids, tokens[-size:], close[-size:], loss, settings)
+def _read_batch(model: PreTrainedModel, examples: Sequence[Rendered], settings: GenerationSettings) -> Iterator[Reading | None]:
+    answers = [example.answer_ids for example in examples]
+    ids_BS, place_N = lay_out([example.prompt_ids for example in examples], answers, model.device)
+    logits_NV = logits_at(model, ids_BS, place_N)
+    reference_N = torch.tensor([token for answer in answers for token in answer], device=logits_NV.device)
+    loss_N = cross_entropy(logits_NV, reference_N, reduction="none")
+    best_N2, token_N2 = logits_NV.topk(2)
+    close_N = best_N2[:, 0] - best_N2[:, 1] < CLOSE_GAP
+    parts = [iter(part.tolist()) for part in (loss_N, token_N2[:, 0], close_N, best_N2[:, 0].isnan())]
+    for answer in answers:
+        loss_A, tokens_A, close_A, broken_A = (list(islice(part, len(answer))) for part in parts)
+        yield None if any(broken_A) else _reading(answer, tokens_A, close_A, sum(loss_A) / len(answer), settings)
 
 
 def _reading(

@@ -1,13 +1,14 @@
 """Keys and values of a batch whose rows come and go.
 
 Shapes: B rows, H heads, W columns so far, D head width. Rows end at the last column; what is left of a shorter row is padding.
+Rows that join are read straight into their place, so that nothing is held twice, but a layer at a time while its room is made anew.
 Columns are written into spare room, so that a decode step copies nothing; sliding-window layers keep all columns too, for their
 mask says what they may see.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
@@ -22,23 +23,24 @@ class _Layer(DynamicLayer):
     keys: torch.Tensor
     values: torch.Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, rows: int = 0, width: int = 0) -> None:
+        """Room for the first rows, which is taken when they are written: only then is it known of what kind they are."""
         super().__init__()
+        self.rows_to_come, self.width_to_come = rows, width
         self.width = 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self._fill(key_states[:, :, :0], value_states[:, :, :0], room=key_states.shape[2])
-        self.is_initialized = True
+        self._resize(key_states.shape[0], 0, key_states[:, :, :0], value_states[:, :, :0], spare=key_states.shape[2])
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: object, **_settings: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        end = self.width + key_states.shape[2]
+        num_new = key_states.shape[2]
+        end = self.width + num_new
         if end > self._buffers[0].shape[2]:
-            self._fill(self.keys, self.values, room=key_states.shape[2] + SPARE_COLUMNS)
+            self._resize(self.keys.shape[0], self.width, self.keys, self.values, spare=num_new + SPARE_COLUMNS)
         for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[:, :, self.width : end] = new
         self._show(end)
@@ -54,37 +56,47 @@ class _Layer(DynamicLayer):
         """Keep these rows, in this order, and the columns from `first` on."""
         rows = rows.to(self.device)
         keys, values = (part[:, :, first:].index_select(0, rows) for part in (self.keys, self.values))
-        self._fill(keys, values, room=SPARE_COLUMNS)
+        self._resize(len(rows), keys.shape[2], keys, values)
 
-    def join(self, parts: Sequence[_Layer]) -> None:
-        """Become the rows of `parts`, one part after another."""
-        width, narrowest = max(part.width for part in parts), min(part.width for part in parts)
-        self.dtype, self.device = parts[0].dtype, parts[0].device
-        sizes = [part.keys.shape[0] for part in parts]
-        joined = []
-        for name in ("keys", "values"):
-            like: torch.Tensor = getattr(parts[0], name)
-            whole = like.new_empty(sum(sizes), like.shape[1], width + SPARE_COLUMNS, like.shape[3])
-            whole[:, :, : width - narrowest] = 0  # padding is masked, but must be finite
-            for part, rows in zip(parts, torch.split(whole, sizes), strict=True):
-                rows[:, :, width - part.width : width] = getattr(part, name)
-            joined.append(whole)
-        self._buffers = (joined[0], joined[1])
-        self._show(width)
-        self.is_initialized = True
+    def make_room(self, rows: int, width: int) -> None:
+        """For so many rows more, at the end; all rows end at column `width` from here on."""
+        self._resize(self.keys.shape[0] + rows, width, self.keys, self.values)
 
-    def _fill(self, keys: torch.Tensor, values: torch.Tensor, room: int) -> None:
-        buffers = []
-        for part in (keys, values):
-            buffer = part.new_empty(*part.shape[:2], part.shape[2] + room, part.shape[3])
-            buffer[:, :, : part.shape[2]] = part
-            buffers.append(buffer)
+    def write(self, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """The rows from `first` on."""
+        if not self.is_initialized:
+            self._resize(self.rows_to_come, self.width_to_come, keys[:0], values[:0])
+        for whole, part in zip((self.keys, self.values), (keys, values), strict=True):
+            rows = whole[first : first + part.shape[0]]
+            padding = self.width - part.shape[2]
+            rows[:, :, :padding] = 0  # it is masked, but must be finite
+            rows[:, :, padding:] = part
+
+    def _resize(self, rows: int, width: int, keys: torch.Tensor, values: torch.Tensor, spare: int = SPARE_COLUMNS) -> None:
+        """New room, whose first rows are these."""
+        buffers = [part.new_empty(rows, part.shape[1], width + spare, part.shape[3]) for part in (keys, values)]
         self._buffers = (buffers[0], buffers[1])
-        self._show(keys.shape[2])
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self._show(width)
+        self.write(0, keys, values)
 
     def _show(self, width: int) -> None:
         self.width = width
         self.keys, self.values = (buffer[:, :, :width] for buffer in self._buffers)
+
+
+class _SlotLayer(DynamicLayer):
+    """Where rows that join leave their keys and values; of the others they see nothing."""
+
+    def __init__(self, layer: _Layer, first: int) -> None:
+        super().__init__()
+        self.layer, self.first = layer, first
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: object, **_settings: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.layer.write(self.first, key_states, value_states)
+        return key_states, value_states
 
 
 class RowCache(Cache):
@@ -107,12 +119,20 @@ class RowCache(Cache):
         for layer in self.layers:
             layer.take(rows, first)
 
-    @classmethod
-    def join(cls, parts: Sequence[RowCache]) -> RowCache:
-        """One cache with the rows of all parts, one part after another."""
-        joined = cls()
-        for layers in zip(*(part.layers for part in parts), strict=True):
-            layer = _Layer()
-            layer.join(layers)
-            joined.layers.append(layer)
-        return joined
+    def make_room(self, rows: int, width: int) -> None:
+        """For so many rows more, at the end; all rows end at column `width` from here on. Each is then filled through a `slot`."""
+        self.layer_class_to_replicate = partial(_Layer, rows, width)
+        for layer in self.layers:
+            layer.make_room(rows, width)
+
+    def slot(self, first: int) -> Cache:
+        """The cache to read prompts with whose rows are the rows from `first` on of this one. For one forward pass."""
+
+        def next_layer() -> _SlotLayer:
+            index = len(slot.layers)
+            if index == len(self.layers):
+                self.layers.append(self.layer_class_to_replicate())
+            return _SlotLayer(self.layers[index], first)
+
+        slot = Cache(layer_class_to_replicate=next_layer)
+        return slot

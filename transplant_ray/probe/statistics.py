@@ -8,7 +8,7 @@ trajectory is replayed in one forward pass: under a causal mask, the output at a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transplant_ray.errors import NumericsError
 from transplant_ray.evaluate.example import Rendered
 from transplant_ray.evaluate.generate import GenerationSettings, generate, length_batches
+from transplant_ray.evaluate.teacher_forcing import lay_out
 from transplant_ray.models.rope import rope_boundary
 
 Continuations = Mapping[str, tuple[int, ...]]
@@ -77,40 +78,37 @@ def greedy_continuations(
 def replay(
     model: PreTrainedModel, examples: Sequence[Rendered], texts: Sequence[Sequence[int]], modules: Sequence[str]
 ) -> ActivationStats:
-    """One forward pass over prompts and texts; the last token of a text is never fed, for no step reads it."""
-    rows = [[*example.prompt_ids, *text[:-1]] for example, text in zip(examples, texts, strict=True)]
-    width = max(map(len, rows))
-    ids_BS = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
-    mask_BS = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=model.device)
-    steps = [(b, e, s) for b, (e, text) in enumerate(zip(examples, texts, strict=True)) for s in range(len(text))]
-    place_N = torch.tensor([b * width + len(e.prompt_ids) - 1 + s for b, e, s in steps], device=model.device)
-    with mean_magnitudes(model, modules, place_N) as magnitudes:
-        model.base_model(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False)
-    values_NM = torch.stack([magnitudes[name].to(model.device) for name in modules], dim=1).cpu().numpy()
+    """One forward pass over prompts and texts."""
+    ids_BS, place_N = lay_out([example.prompt_ids for example in examples], texts, model.device)
+    with mean_magnitudes(model, modules, place_N) as magnitudes_MN:
+        model.base_model(input_ids=ids_BS, use_cache=False)
+    values_NM = magnitudes_MN.cpu().numpy().T
     _check_finite(values_NM, modules)
-    return ActivationStats(tuple(modules), tuple((e.id, s + 1) for _, e, s in steps), values_NM)
+    keys = tuple((example.id, step) for example, text in zip(examples, texts, strict=True) for step in range(1, len(text) + 1))
+    return ActivationStats(tuple(modules), keys, values_NM)
 
 
 @contextmanager
-def mean_magnitudes(model: nn.Module, modules: Sequence[str], place_N: torch.Tensor) -> Iterator[dict[str, torch.Tensor]]:
-    """Hooks that reduce each module's output (B, S, D) to (1/D)·‖h‖₁ at the given places, on the device.
+def mean_magnitudes(model: PreTrainedModel, modules: Sequence[str], place_N: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Hooks that reduce each module's output (B, S, D) to (1/D)·‖h‖₁ at the given places, on the device: float32 (M, N).
 
     A place is row · S + position. Padding is never among them, so it never counts. Eq. 5 of arXiv:2602.16189. The hooks are gone
-    after the block.
+    after the block; a module that did not run leaves NaN.
     """
-    magnitudes: dict[str, torch.Tensor] = {}
+    magnitudes_MN = torch.full((len(modules), len(place_N)), torch.nan, device=model.device)
 
-    def hook(name: str) -> torch.utils.hooks.RemovableHandle:
+    def reduce_into(row_N: torch.Tensor) -> Callable[..., None]:
         def reduce(_module: nn.Module, _args: object, output_BSD: torch.Tensor) -> None:
             places = place_N.to(output_BSD.device)
             chosen_ND = output_BSD.flatten(0, 1).index_select(0, places)  # a third of the time of indexing with two tensors
-            magnitudes[name] = chosen_ND.abs_().mean(-1, dtype=torch.float32)  # in place: the selection is a copy
+            row_N.copy_(chosen_ND.abs_().mean(-1, dtype=torch.float32))  # in place: the selection is a copy
 
-        return model.get_submodule(name).register_forward_hook(reduce)
+        return reduce
 
-    handles = [hook(name) for name in modules]
+    named = dict(model.named_modules())  # once: to look each one up by its path costs as much as to reduce it
+    handles = [named[name].register_forward_hook(reduce_into(row_N)) for name, row_N in zip(modules, magnitudes_MN, strict=True)]
     try:
-        yield magnitudes
+        yield magnitudes_MN
     finally:
         for handle in handles:
             handle.remove()

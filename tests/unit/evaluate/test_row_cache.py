@@ -52,6 +52,19 @@ def assert_holds(cache: RowCache, plain: Plain) -> None:
     assert cache.num_bytes == sum(4 * part.numel() for layer in plain for part in layer)
 
 
+def join(cache: RowCache, parts: Sequence[Plain]) -> None:
+    """Rows that join see themselves alone."""
+    first = cache.layers[0].keys.shape[0] if cache.layers else 0
+    width = max(cache.width, *(part[0][0].shape[2] for part in parts), 0)
+    cache.make_room(sum(len(part[0][0]) for part in parts), width)
+    for part in parts:
+        slot = cache.slot(first)
+        assert slot.get_seq_length() == 0
+        for layer, (keys, values) in enumerate(part):
+            assert slot.update(keys, values, layer) == (keys, values)
+        first += len(part[0][0])
+
+
 def columns_joined(one: Plain, other: Plain) -> Plain:
     return [(torch.cat([a[0], b[0]], 2), torch.cat([a[1], b[1]], 2)) for a, b in zip(one, other, strict=True)]
 
@@ -72,12 +85,14 @@ def rows_joined(parts: Sequence[Plain]) -> Plain:
 def test_take_and_join_do_to_the_rows_what_they_say(seed: int) -> None:
     """After each of them columns are appended, which must not be written over what is there."""
     rng = random.Random(seed)
-    caches, plains = zip(*(filled(seed + i, rng.randint(1, 4), rng.randint(1, 40)) for i in range(rng.randint(1, 3))), strict=True)
-    joined = RowCache.join(caches)
+    plains = [numbers(seed + i, rng.randint(1, 4), rng.randint(1, 40)) for i in range(rng.randint(1, 4))]
+    num_first = rng.randrange(len(plains) + 1)
+    joined = RowCache()
+    for group in (plains[:num_first], plains[num_first:]):
+        if group:
+            join(joined, group)
     plain = rows_joined(plains)
     assert_holds(joined, plain)
-    for cache, untouched in zip(caches, plains, strict=True):
-        assert_holds(cache, untouched)
 
     for i, columns in enumerate((1, rng.choice((1, SPARE_COLUMNS + 5)), 1)):
         new = numbers(seed + 100 + i, len(plain[0][0]), columns)
@@ -106,8 +121,8 @@ def new_memory_is_nan() -> Iterator[None]:
 def test_padding_is_zero_for_what_is_masked_is_multiplied_too() -> None:
     """Whatever the memory held before: zero times NaN is NaN."""
     assert torch.empty(3).isnan().all()
-    short, long = filled(0, 1, 2)[0], filled(1, 1, 50)[0]
-    joined = RowCache.join([long, short])
+    joined = filled(1, 1, 50)[0]
+    join(joined, [numbers(0, 1, 2)])
     for layer in joined.layers:
         for part in (layer.keys, layer.values):
             assert torch.equal(part[1, :, :48], torch.zeros_like(part[1, :, :48]))
@@ -115,7 +130,8 @@ def test_padding_is_zero_for_what_is_masked_is_multiplied_too() -> None:
 
 
 def test_steps_within_the_spare_room_copy_nothing() -> None:
-    cache = RowCache.join([filled(0, 2, 5)[0]])
+    cache = RowCache()
+    join(cache, [numbers(0, 2, 5)])
     start = cache.layers[0].keys.data_ptr()
     for i in range(SPARE_COLUMNS):
         append(cache, numbers(i, 2, 1))
