@@ -84,11 +84,11 @@ def render(row: dict[str, str], tokenizer: Any) -> Rendered:
     return Rendered(row["prompt"], tuple(tokenizer(row["prompt"])["input_ids"]), answer, row["answer"])
 
 
-def random_bench(folder: Path, width: int, layers: int, examples: Sequence[Rendered], **settings: Any) -> Bench:
-    """Random weights of a Llama; the vocabulary is the zoo's, so that its prompts fit."""
+def random_bench(folder: Path, width: int, layers: int, examples: Sequence[Rendered]) -> Bench:
+    """Random weights of a Llama; its vocabulary is larger than the zoo's, so that the zoo's prompts fit."""
     shape = {"hidden_size": width, "intermediate_size": width * 11 // 4, "num_hidden_layers": layers, "vocab_size": 512}
     heads = {"num_attention_heads": width // 64, "num_key_value_heads": width // 64, "max_position_embeddings": 1024}
-    return Bench(tiny_pair(folder, **shape, **heads), examples, **settings)
+    return Bench(tiny_pair(folder, **shape, **heads), examples)
 
 
 def packing(options: Namespace) -> Iterator[Row]:
@@ -306,6 +306,62 @@ def _assign(router: Router, variants: Sequence[int], rows: Sequence[int]) -> Non
     router.assign([variants[row] for row in rows])
 
 
+def gpu(options: Namespace) -> Iterator[Row]:
+    """A 3B-like model with grouped-query attention on a GPU; without one the same code on a small model, which has no bar."""
+    on_gpu = torch.cuda.is_available()
+    device, shape = ("cuda:0", LIKE_3B) if on_gpu else ("cpu", {**LIKE_3B, **SMALL})
+    count, n, new_tokens = (16, 50, 256) if on_gpu else (4, 4, 8)
+    with TemporaryDirectory() as folder:
+        comparison = tiny_pair(Path(folder), dtype=torch.bfloat16, **shape)
+        bench = Bench(comparison, zoo_bench().examples[:n], device, "bfloat16")
+    settings, variants = GenerationSettings(new_tokens, ()), bench.variants(count)
+    rows = bench.rows(bench.examples, new_tokens, count * n)
+    calls = {
+        "packed": partial(bench.packed, variants, bench.examples, replace(settings, batch_size=rows), "exact"),
+        "one by one": partial(bench.one_by_one, variants, bench.examples, replace(settings, batch_size=n)),
+    }
+    seconds = interleaved(calls, 1 if options.quick else 3)
+    name = torch.cuda.get_device_name() if on_gpu else "no GPU, so a small model on CPU"
+    weights = f"random Llama, {comparison.target.num_parameters / 1e9:.2g} G parameters, bfloat16"
+    sizes = f"{name}: {weights}, {count} variants × {n} prompts × {new_tokens} tokens; {rows} rows"
+    yield _ratio("gpu: one by one ÷ packed", sizes, seconds, "one by one", "packed", 4 if on_gpu else None)
+    took, bound = median(seconds["packed"]), _bandwidth_bound(bench, variants, count * n, rows, new_tokens)
+    result = f"{count * n * new_tokens / took:.0f} tokens/s, {bound / took:.0%} of what memory allows"
+    yield Row("gpu: tokens/s", sizes, f"median of {len(seconds['packed'])}", result)
+
+
+LIKE_3B = {
+    "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24,
+    "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128_256, "max_position_embeddings": 1024,
+}  # fmt: skip
+SMALL = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2}
+
+
+def _bandwidth_bound(bench: Bench, variants: Sequence[Variant], num_answers: int, rows: int, new_tokens: int) -> float:
+    """Seconds in which the device could read what the decode steps must read: the weights of both sides, and keys and values."""
+    config: Any = bench.pair.model.config
+    used = {name for variant in variants for name in variant.coefficients}
+    sources = sum(bench.comparison.pairs[name].source.num_parameters for name in used)
+    weights = 2 * (bench.comparison.target.num_parameters + sources)
+    columns = max(len(example.prompt_ids) for example in bench.examples) + new_tokens / 2
+    cache = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * columns * num_answers
+    waves = -(-num_answers // rows)
+    return new_tokens * (waves * weights + cache) / _bytes_per_second(bench.pair.model.device)
+
+
+def _bytes_per_second(device: torch.device) -> float:
+    """Of a large copy, which reads and writes; the best of several."""
+    data = torch.zeros(2**28 if device.type == "cuda" else 2**26, device=device)
+    copy = torch.empty_like(data)
+
+    def run() -> None:
+        copy.copy_(data)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return 2 * data.nbytes / min(seconds_of(run) for _ in range(10))
+
+
 def peers(options: Namespace) -> Iterator[Row]:
     """24 variants, whole processes: ours once, theirs a round of two commands each."""
     what, bar, count = "24 variants: mergekit-yaml + lm_eval ÷ one process of ours", 20, 24
@@ -346,4 +402,4 @@ def _answer_all(count: int) -> None:
     bench.packed(bench.variants(count), bench.examples[:300], replace(settings, batch_size=rows), "exact")
 
 
-ROWS = {row.__name__: row for row in (packing, forced, lengths, screen, memory, rounding, peers)}
+ROWS = {row.__name__: row for row in (packing, forced, lengths, screen, memory, rounding, gpu, peers)}

@@ -50,7 +50,8 @@ def read(
 ) -> Iterator[tuple[int, Reading | None]]:
     """(index, reading) of every example, in the given order; None where a logit was NaN. At most `rows` in one pass."""
     boundary = rope_boundary(model.config)
-    for batch in _batches(examples, rows, pass_tokens(model), LOGITS // model.config.vocab_size, boundary):
+    # No cache lies beside a pass, so it may be larger than one that fills a cache.
+    for batch in _batches(examples, rows, 2 * pass_tokens(model), LOGITS // model.config.vocab_size, boundary):
         assign(batch)
         if boundary is not None:
             forget_longest(model)
