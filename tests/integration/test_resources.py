@@ -62,7 +62,7 @@ def scores_by_hand(path: Path, overrides: list[str]) -> dict[str, float]:
         names = [module.name for module in job.comparison.modules]
         parts = stream_stats(*loaded, job.examples["probe"], names, job.probe_settings, texts)
         statistics.append(ActivationStats.merge(list(parts)))
-    return dict(lae(Evidence(job.comparison.modules, 0, *statistics)))
+    return dict(lae(Evidence(job.comparison.modules, 0, *statistics)).scores)
 
 
 @pytest.mark.parametrize(

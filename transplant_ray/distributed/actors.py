@@ -24,6 +24,8 @@ from transplant_ray.graft.variant import Variant
 from transplant_ray.models.checkpoint import Checkpoint
 from transplant_ray.models.compare import Comparison
 from transplant_ray.models.loading import load_model, load_tokenizer, placement
+from transplant_ray.probe.measured import Measured
+from transplant_ray.probe.resident_rankers import Bench, measure
 from transplant_ray.probe.statistics import ActivationStats, Continuations, greedy_continuations, stream_stats
 
 
@@ -119,6 +121,14 @@ class Evaluator:
     def losses(self, variants: Sequence[Variant], examples: Sequence[Rendered], rows: int) -> dict[str, float | None]:
         """Variant id → mean token loss of the reference answers."""
         return self._engine(rows).losses(variants, examples)
+
+    def measure(self, ranker: str, examples: Sequence[Rendered], rows: int, steps: int) -> Measured:
+        """What a ranker finds that needs both models; `steps` are those of `attribution`."""
+        engine = self._engine(rows)
+        place = placement(self.workload.num_gpus)
+        bench = Bench(engine, lambda: load_model(self.comparison.source, self.workload.dtype, place), examples, steps)
+        measured = measure(ranker, bench)
+        return replace(measured, notes=(*measured.notes, *self._new_notes()))
 
     def _engine(self, rows: int) -> Engine:
         """At most `rows`; fewer where memory once ran out."""

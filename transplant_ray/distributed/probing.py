@@ -5,23 +5,26 @@ Both models at once where the cluster holds two actors, one after the other wher
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import ray
 from ray.actor import ActorHandle
 
-from transplant_ray.distributed.actors import ModelActor, Workload
+from transplant_ray.distributed.actors import Evaluator, ModelActor, Workload
 from transplant_ray.distributed.cluster import Capacity
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.example import Rendered, Split
 from transplant_ray.evaluate.generate import GenerationSettings
 from transplant_ray.models.checkpoint import Checkpoint
 from transplant_ray.models.compare import Comparison
+from transplant_ray.probe.measured import Cost, Measured
 from transplant_ray.probe.rankers import Evidence, Ranking, rank
 from transplant_ray.probe.statistics import ActivationStats, Continuations
+from transplant_ray.recipe import ACTIVATION_RANKERS, REVERSE
 
 Advance = Callable[[int], None]
 Role = Literal["source", "target"]
@@ -33,6 +36,10 @@ class ProbePlan:
 
     rankers: tuple[str, ...]
     activations: bool
+    resident: tuple[str, ...]
+    """Those of them that need both models in one place."""
+    steps: int
+    """Points on the path of `attribution`."""
     trajectory: str
     settings: GenerationSettings
     probe: Sequence[Rendered]
@@ -53,6 +60,8 @@ class ProbeResult:
 def run_probe(comparison: Comparison, plan: ProbePlan, workload: Workload, capacity: Capacity, advance: Advance) -> ProbeResult:
     """Load, measure, rank, and release the actors again. `advance` is told how many examples were measured."""
     stage = _Stage(comparison, plan, workload, capacity, advance)
+    if plan.resident:
+        stage.measure_resident()
     roles = _needed_models(plan)
     for group in [roles] if capacity.num_actors >= len(roles) else [[role] for role in roles]:
         stage.measure(group)
@@ -72,9 +81,20 @@ class _Stage:
         self.comparison, self.plan, self.workload = comparison, plan, workload
         self.capacity, self.advance = capacity, advance
         self.statistics: dict[Role, ActivationStats] = {}
+        self.resident: dict[str, Measured] = {}
+        self.seconds = 0.0
         self.answers: dict[Split, VariantShard] = {}
         self.places: dict[str, dict[str, Any]] = {}
         self.texts: Continuations | None = None
+
+    def measure_resident(self) -> None:
+        """One ranker after another, on one resident pair; then it is gone."""
+        plan, names = self.plan, frozenset(self.comparison.pairs)
+        with released(self.capacity.start(Evaluator, self.comparison, names, self.workload)) as actor:
+            for ranker in plan.resident:
+                measuring = actor.measure.remote(ranker, plan.probe, plan.settings.batch_size, plan.steps)
+                self.resident[ranker] = ray.get(measuring)
+                self.advance(len(plan.probe))
 
     def measure(self, roles: Sequence[Role]) -> None:
         """Everything that these models are needed for, side by side; then they are gone."""
@@ -87,13 +107,25 @@ class _Stage:
                 self.texts = self._texts(source)
                 answers = {split: source.answer.remote(examples) for split, examples in self.plan.baselines.items()}
             if self.plan.activations:
+                start = time.perf_counter()
                 self._follow({role: self._collect(actor) for role, actor in actors.items()})
+                self.seconds += time.perf_counter() - start
             self.answers |= {split: ray.get(ref) for split, ref in answers.items()}
 
     def rank(self) -> list[Ranking]:
         source, target = (self.statistics.get(role) for role in ("source", "target"))
-        evidence = ray.put(Evidence(self.comparison.modules, self.plan.seed, source, target))
-        return list(ray.get([rank_modules.remote(ranker, evidence) for ranker in self.plan.rankers]))
+        evidence = ray.put(Evidence(self.comparison.modules, self.plan.seed, source, target, self.resident))
+        rankings: list[Ranking] = ray.get([rank_modules.remote(ranker, evidence) for ranker in self.plan.rankers])
+        return [self._with_cost(ranking) for ranking in rankings]
+
+    def _with_cost(self, ranking: Ranking) -> Ranking:
+        """Statistics are streamed once, whichever rankers read them; each of these is said to cost all of it."""
+        streamed = ranking.ranker.removeprefix(REVERSE) in ACTIVATION_RANKERS
+        if ranking.measured is None or not streamed:
+            return ranking
+        decodings = {"own": 2, "source": 1, "reference": 0}[self.plan.trajectory]
+        cost = Cost(forwards=2, decodings=decodings, seconds=self.seconds)
+        return replace(ranking, measured=replace(ranking.measured, cost=cost))
 
     def _start(self, role: Role) -> ActorHandle:
         return self.capacity.start(ModelActor, getattr(self.comparison, role), role, self.workload)
@@ -160,7 +192,7 @@ def released(actor: ActorHandle) -> Iterator[ActorHandle]:
 
 def num_probe_steps(plan: ProbePlan) -> int:
     """How often `advance` will be called for, in examples."""
-    return len(plan.probe) * 2 if plan.activations else 0
+    return len(plan.probe) * (2 * plan.activations + len(plan.resident))
 
 
 def answer_alone(

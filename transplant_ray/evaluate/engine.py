@@ -129,10 +129,31 @@ class Engine:
         for pack in self._packs(variants):
             found: dict[int, list[float | None]] = defaultdict(list)
             with _Routed(self.pair, pack) as routed:
-                for request, reading in self._retry(_requests(pack, examples), self._reader(routed)):
+                for request, reading in self.until_done(_requests(pack, examples), self._reader(routed)):
                     found[request.variant].append(None if reading is None else reading.loss)
             means |= {pack[place].id: _mean(losses) for place, losses in found.items()}
         return means
+
+    def until_done(
+        self, requests: Sequence[Request], work: Callable[[Sequence[Request], int], Values[T]]
+    ) -> Iterator[tuple[Request, T | None]]:
+        """Do the work and give out each request with what came of it; where memory runs out, go on with half the rows.
+
+        `work` is given requests and the most rows of a pass, and gives out indices of requests with their values.
+        """
+        left = list(requests)
+        while left:
+            done: set[int] = set()
+            try:
+                for index, value in work(left, self.rows):
+                    done.add(index)
+                    yield left[index], value
+            except RuntimeError as error:
+                self._halve(error)
+            if len(done) < len(left):
+                gc.collect()  # what the failed pass held
+                torch.cuda.empty_cache()
+            left = [request for index, request in enumerate(left) if index not in done]
 
     def _check(self, examples: Sequence[Rendered], *, reads: bool) -> None:
         answers = max((len(example.answer_ids) for example in examples), default=0) if reads else 0
@@ -166,7 +187,7 @@ class Engine:
         self, requests: Sequence[Request], pack: Sequence[Variant], routed: _Routed
     ) -> Iterator[tuple[Request, Outcome | None]]:
         if self.scorer == FORCED:
-            for request, reading in self._retry(requests, self._reader(routed)):
+            for request, reading in self.until_done(requests, self._reader(routed)):
                 name = pack[request.variant].id
                 yield request, read_outcome(name, request.example, reading, self.tokenizer) if reading else None
             return
@@ -174,7 +195,7 @@ class Engine:
         together = [request for request in requests if len(request.example.prompt_ids) <= most]
         apart = [request for request in requests if len(request.example.prompt_ids) > most]
         for some, work in ((together, self._decoder(routed)), (apart, self._generator(routed))):
-            for request, completion in self._retry(some, work):
+            for request, completion in self.until_done(some, work):
                 name = pack[request.variant].id
                 yield request, score(name, request.example, completion, self.scorer) if completion else None
 
@@ -216,24 +237,6 @@ class Engine:
                 yield from zip(indices, completions, strict=True)
 
         return work
-
-    def _retry(
-        self, requests: Sequence[Request], work: Callable[[Sequence[Request], int], Values[T]]
-    ) -> Iterator[tuple[Request, T | None]]:
-        """Do the work; where memory runs out, do what is left with half of the rows."""
-        left = list(requests)
-        while left:
-            done: set[int] = set()
-            try:
-                for index, value in work(left, self.rows):
-                    done.add(index)
-                    yield left[index], value
-            except RuntimeError as error:
-                self._halve(error)
-            if len(done) < len(left):
-                gc.collect()  # what the failed pass held
-                torch.cuda.empty_cache()
-            left = [request for index, request in enumerate(left) if index not in done]
 
     def _halve(self, error: RuntimeError) -> None:
         """From now on. Raises the error again where it is another one, ResourceError where one row is too many."""

@@ -109,11 +109,11 @@ def routed_by(pair: ResidentPair, coefficients: Mapping[str, torch.Tensor]) -> I
     pair.undo()
     try:
         for graft, coefficient in changed:
-            _override(graft.linear, _Mix(graft, coefficient.unsqueeze(-2) if coefficient.dim() == 2 else coefficient))
+            override(graft.linear, _Mix(graft, coefficient.unsqueeze(-2) if coefficient.dim() == 2 else coefficient))
         yield pair.model
     finally:
         for graft, _ in changed:
-            _give_back(graft.linear)
+            give_back(graft.linear)
 
 
 class _RoutedModule:
@@ -133,10 +133,10 @@ class _RoutedModule:
         if len(spans) == 1 and spans[0].coefficient in (0, 1):
             self.graft.point(spans[0].coefficient)
         elif spans:
-            _override(self.graft.linear, _routed(self.graft, spans))
+            override(self.graft.linear, _routed(self.graft, spans))
 
     def release(self) -> None:
-        _give_back(self.graft.linear)
+        give_back(self.graft.linear)
         self.graft.point(0)
 
 
@@ -240,14 +240,14 @@ class _Mix:
         y_BSO.copy_(self(x_BSI))
 
 
-def _override(module: nn.Module, forward: Forward) -> None:
+def override(module: nn.Module, forward: Forward) -> None:
     """Another forward for this object alone; one that somebody put there before (accelerate) is kept for later."""
     own = module.__dict__
     own.setdefault(_KEPT, own.get("forward"))
     own["forward"] = forward
 
 
-def _give_back(module: nn.Module) -> None:
+def give_back(module: nn.Module) -> None:
     own = module.__dict__
     if _KEPT not in own:
         return

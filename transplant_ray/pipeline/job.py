@@ -14,7 +14,7 @@ from transplant_ray.models.checkpoint import open_checkpoint, read_generation_en
 from transplant_ray.models.compare import Comparison, check_segmentation, check_vocabulary, compare
 from transplant_ray.models.loading import load_tokenizer
 from transplant_ray.models.rope import max_positions
-from transplant_ray.recipe import ACTIVATION_RANKERS, Recipe
+from transplant_ray.recipe import ACTIVATION_RANKERS, RESIDENT_RANKERS, Recipe
 
 DEFAULT_ROWS = 64
 """Rows of a batch where one model answers by itself and the recipe names no number."""
@@ -32,7 +32,12 @@ class Job:
     @property
     def activations(self) -> bool:
         """Whether a ranker of the recipe measures activations."""
-        return bool(ACTIVATION_RANKERS & set(self.recipe.rank.by))
+        return bool(ACTIVATION_RANKERS & self.recipe.rank.measured)
+
+    @property
+    def resident_rankers(self) -> tuple[str, ...]:
+        """Rankers of the recipe that need both models in one place."""
+        return tuple(sorted(RESIDENT_RANKERS & self.recipe.rank.measured))
 
     @property
     def probe_settings(self) -> GenerationSettings:
@@ -64,7 +69,7 @@ def prepare(recipe: Recipe) -> Job:
     limit = max(recipe.task.max_new_tokens, recipe.rank.max_new_tokens or 0)
     if recipe.task.scorer == FORCED:
         check_answers(everything, recipe.task.max_new_tokens, ends)
-    if recipe.sweep.screen is not None:
+    if recipe.sweep.screen is not None or job.resident_rankers:  # reference answers are read
         limit = max(limit, *(len(example.answer_ids) for example in everything))
     check_lengths(everything, limit, max_positions(target.config))
     job.provisional_plan()

@@ -16,6 +16,8 @@ from transplant_ray.files import write_json
 from transplant_ray.pipeline.evaluating import Evaluation
 from transplant_ray.pipeline.exporting import write_winner_card
 from transplant_ray.pipeline.run import Run
+from transplant_ray.probe.agreement import compare_rankings, spearman_with_depth, stability
+from transplant_ray.probe.rankers import Ranking
 from transplant_ray.storage import RunFolder, write_rows
 from transplant_ray.tracking.figures import heat_map, k_curves
 from transplant_ray.tracking.tracker import Tracker, environment
@@ -76,6 +78,7 @@ def summarise(run: Run, results: Sequence[Result], probed: ProbeResult, run_id: 
         "failed": [{"variant": row.variant, "label": row.label, "error": row.error} for row in results if row.error],
         "stopped": dict(Counter(row.stopped for row in results if row.stopped)),
         "close": _close(run),
+        "rankings": _rankings(run, probed.rankings),
         "warnings": list(run.job.comparison.warnings),
         "excluded": [asdict(exclusion) for exclusion in run.job.comparison.excluded],
         "places": probed.places,
@@ -83,6 +86,20 @@ def summarise(run: Run, results: Sequence[Result], probed: ProbeResult, run_id: 
         "environment": environment(),
         "seconds": run.stopwatch.seconds,
     }
+
+
+def _rankings(run: Run, rankings: Sequence[Ranking]) -> dict[str, Any]:
+    """What each ranking cost, and how far it can be relied on."""
+    modules, recipe = run.job.comparison.modules, run.job.recipe
+    by_ranker = {}
+    for ranking in rankings:
+        steady = stability(ranking, modules, recipe.sweep.k, recipe.task.split.seed)
+        by_ranker[ranking.ranker] = {
+            "cost": asdict(ranking.measured.cost) if ranking.measured else None,
+            "spearman_with_depth": spearman_with_depth(ranking, modules),
+            "stability": asdict(steady) if steady else None,
+        }
+    return {"by_ranker": by_ranker, "agreement": [asdict(pair) for pair in compare_rankings(rankings, recipe.sweep.k)]}
 
 
 def _describe_winner(run: Run, results: Sequence[Result], winner: Sequence[Result]) -> dict[str, Any]:

@@ -62,6 +62,8 @@ def _probe(run: Run, capacity: Capacity, baselines: Mapping[Split, Sequence[Rend
     plan = ProbePlan(
         rankers=job.recipe.rank.by,
         activations=job.activations,
+        resident=job.resident_rankers,
+        steps=job.recipe.rank.steps,
         trajectory=job.recipe.rank.trajectory,
         settings=job.probe_settings,
         probe=job.examples["probe"],
@@ -70,6 +72,9 @@ def _probe(run: Run, capacity: Capacity, baselines: Mapping[Split, Sequence[Rend
     )
     with run.stopwatch.stage("probe and rank", num_probe_steps(plan)):
         probed = run_probe(job.comparison, plan, run.workload, capacity, run.stopwatch.watch.advance)
+    for ranking in probed.rankings:
+        for note in ranking.measured.notes if ranking.measured else ():
+            run.stopwatch.watch.note(note)
     write_rows(run.folder.rankings, ranking_rows(probed.rankings, job.comparison.modules), RANKING_SCHEMA)
     return probed
 

@@ -17,7 +17,9 @@ from transplant_ray.graft.plan import depth_order, random_order
 from transplant_ray.models.catalogue import Module
 from transplant_ray.models.families import Role
 from transplant_ray.probe import rankers
+from transplant_ray.probe.measured import Measured
 from transplant_ray.probe.rankers import RANKERS, SCHEMA, Evidence, Ranking, rank, ranking_rows, read_rankings
+from transplant_ray.probe.resident_rankers import RESIDENT
 from transplant_ray.probe.statistics import ActivationStats
 from transplant_ray.storage import read_rows, write_rows
 
@@ -85,7 +87,7 @@ def test_lae_without_statistics_says_so(side: str) -> None:
 
 def test_the_largest_score_leads_and_ties_go_by_layer_then_name(monkeypatch: pytest.MonkeyPatch) -> None:
     scores = dict.fromkeys(reversed(NAMES), 1.0) | {NAMES[5]: 2.0, NAMES[0]: 0.5}
-    monkeypatch.setattr(rankers, "RANKERS", {"given": lambda _: scores})
+    monkeypatch.setattr(rankers, "RANKERS", {"given": lambda _: Measured(scores)})
     tied = sorted((m for m in MODULES if m.name not in (NAMES[5], NAMES[0])), key=lambda m: (m.layer, m.name))
     assert rank("given", Evidence(MODULES, 0)).order == [NAMES[5], *(m.name for m in tied), NAMES[0]]
     assert [m.layer for m in tied][-2:] == [10, 10]  # after 2: by number, not as text
@@ -105,8 +107,31 @@ def test_random_is_a_permutation_that_the_seed_decides() -> None:
     assert len({tuple(order) for order in orders}) == 4
 
 
+def random_scores(seed: int) -> dict[str, float]:
+    return dict(zip(NAMES, np.random.default_rng(seed).normal(size=len(NAMES)).tolist(), strict=True))
+
+
+@settings(max_examples=20, deadline=None)
+@given(stats(), st.integers(0, 10**6))
+def test_lae_relative_is_lae_over_how_much_the_source_says(source: ActivationStats, seed: int) -> None:
+    evidence = Evidence(MODULES, 0, source, stats_of(list(source.keys), seed))
+    plain, relative = (rank(ranker, evidence).scores for ranker in ("lae", "lae_relative"))
+    level = dict(zip(NAMES, source.values.mean(axis=0, dtype=np.float64).tolist(), strict=True))
+    assert relative == pytest.approx({name: plain[name] / level[name] for name in NAMES})
+
+
+@pytest.mark.parametrize("ranker", ["depth", "random", "attribution"])
+def test_a_reversed_ranking_is_upside_down_ties_too(ranker: str) -> None:
+    evidence = Evidence(MODULES, 0, resident={"attribution": Measured(dict.fromkeys(NAMES, 1.0) | {NAMES[3]: 2.0})})
+    upright, reverse = rank(ranker, evidence), rank(f"reverse:{ranker}", evidence)
+    assert reverse.order == upright.order[::-1]
+    assert reverse.scores == {name: -score for name, score in upright.scores.items()}
+    assert reverse.ranker == f"reverse:{ranker}"
+
+
 def test_rankings_survive_their_table(tmp_path: Path) -> None:
-    evidence = Evidence(MODULES, 3, stats_of([("a", 1), ("b", 2)]), stats_of([("b", 2)], seed=1))
+    resident = {ranker: Measured(random_scores(seed)) for seed, ranker in enumerate(sorted(recipe.RESIDENT_RANKERS))}
+    evidence = Evidence(MODULES, 3, stats_of([("a", 1), ("b", 2)]), stats_of([("b", 2)], seed=1), resident)
     rankings = [rank(ranker, evidence) for ranker in RANKERS]
     write_rows(tmp_path / "rankings.parquet", ranking_rows(rankings, MODULES), SCHEMA)
     rows = read_rows(tmp_path / "rankings.parquet")
@@ -127,13 +152,13 @@ def test_the_table_says_where_each_module_is() -> None:
 def test_the_recipe_knows_the_same_rankers_and_scorers_as_the_code() -> None:
     assert set(recipe.RANKERS) == set(RANKERS)
     assert set(recipe.SCORERS) == {*SCORERS, FORCED}
-    assert set(recipe.RANKERS) >= recipe.ACTIVATION_RANKERS
+    assert set(RESIDENT) == recipe.RESIDENT_RANKERS
 
 
 @pytest.mark.parametrize("ranker", recipe.RANKERS)
-def test_the_recipe_knows_which_rankers_measure_activations(ranker: str) -> None:
-    if ranker in recipe.ACTIVATION_RANKERS:
-        with pytest.raises(DataError):
+def test_the_recipe_knows_which_rankers_have_to_be_measured(ranker: str) -> None:
+    if ranker in recipe.ACTIVATION_RANKERS | recipe.RESIDENT_RANKERS:
+        with pytest.raises(DataError, match=f"ranker {ranker}: .*measured"):
             rank(ranker, Evidence(MODULES, 0))
     else:
         assert rank(ranker, Evidence(MODULES, 0)).scores
