@@ -22,12 +22,14 @@ import torch
 from measure import interleaved, peak_above_baseline, seconds_of
 from table import Row
 from tiny import tiny_pair
+from torch.nn.functional import cross_entropy
 
 from transplant_ray.evaluate.decode import decode
 from transplant_ray.evaluate.engine import Engine
 from transplant_ray.evaluate.example import Rendered
 from transplant_ray.evaluate.generate import GenerationSettings, generate
 from transplant_ray.evaluate.measure_rows import measure_rows
+from transplant_ray.evaluate.teacher_forcing import lay_out, logits_at
 from transplant_ray.graft.export import export_checkpoint
 from transplant_ray.graft.resident import ResidentPair, load_resident_pair
 from transplant_ray.graft.routed import Router
@@ -35,6 +37,8 @@ from transplant_ray.graft.variant import Variant
 from transplant_ray.models.checkpoint import open_checkpoint
 from transplant_ray.models.compare import Comparison, compare
 from transplant_ray.models.loading import load_model, load_tokenizer
+from transplant_ray.probe import resident_rankers
+from transplant_ray.probe.resident_rankers import measure
 from transplant_ray.zoo import HOME
 
 PAIR = HOME / "cross-generation"
@@ -306,6 +310,38 @@ def _assign(router: Router, variants: Sequence[int], rows: Sequence[int]) -> Non
     router.assign([variants[row] for row in rows])
 
 
+def attribution(options: Namespace) -> Iterator[Row]:
+    """A step of the path, the two losses at its ends shared among the steps, against a forward and backward pass without gradients
+    of weights."""
+    bench, steps, n = zoo_bench(), 4, 128
+    examples = bench.examples[:n]
+    engine = Engine(bench.pair, bench.tokenizer, GenerationSettings(NEW_TOKENS, ()), "exact")
+    ranking = resident_rankers.Bench(engine, lambda: bench.pair.model, examples, steps)
+    calls = {"ranking": partial(measure, "attribution", ranking), "passes": partial(_forward_backward, bench, examples, steps)}
+    seconds = interleaved(calls, 3 if options.quick else 21)
+    ratio = median(a / b for a, b in zip(seconds["ranking"], seconds["passes"], strict=True))
+    sizes = f"zoo cross-generation, {len(bench.names)} modules, {n} examples, {steps} steps"
+    result = f"{ratio:.2f} × ({median(seconds['ranking']):.3g} s, {median(seconds['passes']):.3g} s)"
+    repetitions = f"median of {len(seconds['passes'])}, A/B"
+    yield Row("attribution: a step ÷ forward and backward", sizes, repetitions, result, "≤ 3 ×", ratio <= 3)
+
+
+def _forward_backward(bench: Bench, examples: Sequence[Rendered], rounds: int) -> None:
+    """Plain passes over the examples, in the batches that the ranker makes; gradients flow to the embedded prompts alone."""
+    model = bench.pair.model
+    embedded = model.get_input_embeddings().register_forward_hook(lambda _module, _ids, output: output.requires_grad_())
+    try:
+        for batch in resident_rankers._batches(examples, (model,), GenerationSettings.batch_size):
+            chosen = [examples[i] for i in batch]
+            answers = [example.answer_ids for example in chosen]
+            ids_BS, place_N = lay_out([example.prompt_ids for example in chosen], answers, model.device)
+            reference_N = torch.tensor([token for answer in answers for token in answer])
+            for _ in range(rounds):
+                cross_entropy(logits_at(model, ids_BS, place_N), reference_N).backward()
+    finally:
+        embedded.remove()
+
+
 def gpu(options: Namespace) -> Iterator[Row]:
     """A 3B-like model with grouped-query attention on a GPU; without one the same code on a small model, which has no bar."""
     on_gpu = torch.cuda.is_available()
@@ -402,4 +438,4 @@ def _answer_all(count: int) -> None:
     bench.packed(bench.variants(count), bench.examples[:300], replace(settings, batch_size=rows), "exact")
 
 
-ROWS = {row.__name__: row for row in (packing, forced, lengths, screen, memory, rounding, gpu, peers)}
+ROWS = {row.__name__: row for row in (packing, forced, lengths, screen, memory, attribution, rounding, gpu, peers)}
