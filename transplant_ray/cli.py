@@ -13,6 +13,7 @@ from rich.console import Console
 
 from transplant_ray import zoo
 from transplant_ray.errors import TransplantError
+from transplant_ray.named_tasks import NAMED_TASKS
 
 app = typer.Typer(
     help="Find the modules whose weights bring a lost ability back to a language model, transplant them, and prove it.",
@@ -20,8 +21,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console()
-complaints = Console(stderr=True)
+console = Console(emoji=False)  # `:a:` in a path or a pattern is no picture
+complaints = Console(stderr=True, emoji=False)
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe; see jobs/recipes.")]
 RunPath = Annotated[str, typer.Argument(metavar="RUN", help="Run folder or address, e.g. runs/cross-generation.")]
@@ -108,6 +109,34 @@ def show(run: RunPath, every: Annotated[bool, typer.Option("--all", help="Every 
     from transplant_ray.pipeline.exporting import show as run_show
 
     _print_results(*run_show(run), every=every)
+
+
+@app.command()
+def grade(
+    task: Annotated[str, typer.Option(help=f"Named task: {', '.join(NAMED_TASKS)}.")],
+    completions: Annotated[
+        Path,
+        typer.Option(
+            help="JSONL, one object a line: `completion`, and `id` or the columns of the prompt. An id is the data's own "
+            "`unique_id` or `id`, a row number from 0, or the content hash of our outcomes."
+        ),
+    ],
+    data: Annotated[str | None, typer.Option(help="Local copy of the task, .jsonl or .parquet; the hub's where absent.")] = None,
+    scorer: Annotated[str | None, typer.Option(help="Instead of the task's own, e.g. exact or 'regex:answer: (.+)'.")] = None,
+    against: Annotated[Path | None, typer.Option(help="Completions to compare with, by a paired test.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="JSONL to write: `id`, `correct`, `parsed` of each of COMPLETIONS, in their order.")
+    ] = None,
+) -> None:
+    """Score completions from anywhere, and test whether two files of them differ."""
+    from transplant_ray.console import TerminalWatch
+    from transplant_ray.pipeline.grading import grade as run_grade
+    from transplant_ray.pipeline.grading import report_lines
+
+    with TerminalWatch(console) as watch:
+        report = run_grade(task, completions, data=data, scorer=scorer, against=against, out=out, watch=watch)
+    for line in [*report_lines(report), *([] if out is None else [f"wrote {out}"])]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def main() -> None:

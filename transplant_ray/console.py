@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -126,19 +126,23 @@ def ranking_table(ranking: Ranking, top: int = 10) -> Table:
 def summary_lines(summary: dict[str, Any]) -> list[str]:
     """The headline in sentences."""
     winner = summary["winner"]
+    verdict = [f"{summary['verdict']['conclusion']}: {summary['verdict']['sentence']}"] if summary.get("verdict") else []
     if winner is None:
-        return ["no winner: every trial failed; the reasons are in the table"]
+        return ["no winner: every trial failed; the reasons are in the table", *verdict]
     test, target, source = (
         winner["test"],
         summary["baselines"]["test"]["target"],
         summary["baselines"]["test"]["source"],
     )
     agrees = winner["exported_agrees"]
+    chosen = "named beforehand" if verdict and summary["verdict"]["primary"] else "chosen on select"
     lines = [
-        f"winner: {winner['label']} (variant {winner['variant']}, {winner['num_modules']} modules), chosen on select",
+        *verdict,
+        f"winner: {winner['label']} (variant {winner['variant']}, {winner['num_modules']} modules), {chosen}",
         f"on test, the exported checkpoint reloaded: {_interval(test)}; "
         f"the target {_interval(target)}, the source {_interval(source)}",
-        f"TIR {_number(test['tir'])}, Recovery {_percent(test['recovery'])}, "
+        f"TIR {_number(test['tir'])}{_between(test, 'tir', _number)}, "
+        f"Recovery {_percent(test['recovery'])}{_between(test, 'recovery', _percent)}, "
         f"of what swapping everything reaches {_percent(test['reachable_recovery'])}",
         f"exported = resident: the same completion on {agrees['equal']} of {agrees['n']} select examples",
     ]
@@ -207,6 +211,12 @@ def _interval(numbers: dict[str, Any]) -> str:
     if numbers["accuracy"] is None:
         return "–"
     return f"{numbers['accuracy']:.3f} [{numbers['ci_low']:.3f}–{numbers['ci_high']:.3f}]"
+
+
+def _between(numbers: dict[str, Any], metric: str, shown: Callable[[float | None], str]) -> str:
+    """The interval of a ratio, where there is one."""
+    interval = numbers.get("intervals", {}).get(metric, {})
+    return "" if interval.get("low") is None else f" [{shown(interval['low'])}–{shown(interval['high'])}]"
 
 
 def _number(value: float | None) -> str:

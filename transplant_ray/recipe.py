@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from transplant_ray import zoo
 from transplant_ray.errors import RecipeError
+from transplant_ray.named_tasks import NAMED_TASKS
 
 Kind = str
 """`attn`, `ffn`, `all`, or one projection such as `down_proj`."""
@@ -34,7 +35,11 @@ RESIDENT_RANKERS = frozenset({"attribution", "channel", "layers", "leave_one_out
 RANKERS = (*sorted(ACTIVATION_RANKERS | RESIDENT_RANKERS), "depth", "random")
 REVERSE = "reverse:"
 """In front of a ranker: its ranking upside down."""
-SCORERS = ("exact", "forced")
+FEWEST_ARMS = 19
+"""With fewer, (1 + 0) / (arms + 1) is over 0.05."""
+SCORERS = ("exact", "forced", "strict_boxed", "math", "number")
+REGEX = "regex:"
+"""In front of a pattern: the scorer that it makes."""
 
 
 class Part(BaseModel):
@@ -74,6 +79,8 @@ class SplitSpec(Part):
 
 
 class TaskSpec(Part):
+    """A task, spelled out; `name: gsm8k` stands for the settings of a named task, and what is given besides it wins."""
+
     data: str | HubData
     """A JSONL or Parquet file, `zoo:PAIR/tasks/NAME.jsonl`, or a hub dataset."""
     prompt: str
@@ -81,6 +88,7 @@ class TaskSpec(Part):
     answer: str
     """Template of the reference answer."""
     scorer: str = "exact"
+    """A name, or `{regex: PATTERN}`, which is kept as `regex:PATTERN`: the one group of the last match is the answer."""
     max_new_tokens: int = Field(ge=1)
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Strings that end a completion; they are not part of it."""
@@ -90,9 +98,30 @@ class TaskSpec(Part):
     """System message; needs `chat_template: true`."""
     split: SplitSpec = SplitSpec()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _spell_out(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or "name" not in value:
+            return value
+        named = NAMED_TASKS[_one_of(str(value["name"]), tuple(NAMED_TASKS), "task")]
+        return named.settings({key: setting for key, setting in value.items() if key != "name"})
+
+    @field_validator("scorer", mode="before")
+    @classmethod
+    def _pattern_as_text(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        if list(value) != ["regex"] or not isinstance(value["regex"], str):
+            raise ValueError("expected a name, or {regex: PATTERN} with a pattern between quotes")
+        return REGEX + value["regex"]
+
     @field_validator("scorer")
     @classmethod
     def _known_scorer(cls, value: str) -> str:
+        if value.startswith(REGEX):
+            return REGEX + _pattern(value.removeprefix(REGEX))
+        if value == "regex":
+            raise ValueError("a pattern is missing: write {regex: 'answer: (.+)'}")
         return _one_of(value, SCORERS, "scorer")
 
     @model_validator(mode="after")
@@ -176,6 +205,14 @@ class RaceSpec(Part):
         return value
 
 
+class PrimarySpec(Part):
+    """One trial of the grid that is named before anything is measured: it is the winner whatever the others reach."""
+
+    by: str
+    kind: Kind = "all"
+    k: int = Field(ge=1)
+
+
 class SweepSpec(Part):
     """The grid: ranker × kind × K × alpha."""
 
@@ -187,7 +224,37 @@ class SweepSpec(Part):
     """Coefficient of the chosen modules, in (0, 1]; 1 is the hard transplant."""
     screen: ScreenSpec | None = None
     race: RaceSpec | None = None
+    primary: PrimarySpec | None = None
+    arms: int | None = None
+    """Arms that tell the winner from chance, 19 or more: each is as many random sets as there are trials, chosen from by the same
+    rule. 0 tests nothing. By default 0, and 19 with a primary trial, for which an arm is one random set."""
     controls: ControlSpec = ControlSpec()
+
+    @property
+    def num_arms(self) -> int:
+        if self.arms is None:
+            return 0 if self.primary is None else FEWEST_ARMS
+        return self.arms
+
+    @field_validator("arms")
+    @classmethod
+    def _enough(cls, value: int | None) -> int | None:
+        if value is not None and value != 0 and value < FEWEST_ARMS:
+            raise ValueError(f"with fewer than {FEWEST_ARMS} arms no winner can have a p of 0.05; use {FEWEST_ARMS} or more, or 0")
+        return value
+
+    @model_validator(mode="after")
+    def _primary_is_a_trial(self) -> SweepSpec:
+        if self.primary is None:
+            return self
+        for name, grid in (("kind", self.kind), ("k", self.k)):
+            if getattr(self.primary, name) not in grid:
+                raise ValueError(f"`primary.{name}` is {getattr(self.primary, name)!r}, which is not in the grid {list(grid)}")
+        if len(self.alpha) > 1:
+            raise ValueError("`primary` names one trial, and there are several `alpha`; give one")
+        if self.screen is not None or self.race is not None:
+            raise ValueError("`screen` and `race` choose among trials, and `primary` names the winner beforehand; drop one of them")
+        return self
 
     @field_validator("k", "kind", "alpha")
     @classmethod
@@ -256,6 +323,13 @@ class Recipe(Part):
     """Results go to `<storage>/<name>/`: a folder, or an object store such as `s3://bucket/runs`."""
     accept: tuple[Acceptance, ...] = ()
     """What is otherwise refused: other vocabularies, other segmentation, pickle checkpoints, code of a model repository."""
+
+    @model_validator(mode="after")
+    def _primary_is_ranked(self) -> Recipe:
+        primary = self.sweep.primary
+        if primary is not None and primary.by not in self.rank.by:
+            raise ValueError(f"`sweep.primary.by` is {primary.by!r}, which is not in `rank.by` {list(self.rank.by)}")
+        return self
 
     @model_validator(mode="after")
     def _rungs_have_effect(self) -> Recipe:
@@ -405,6 +479,16 @@ def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
         yield prefix + name
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from _keys(field.annotation, f"{prefix}{name}.")
+
+
+def _pattern(text: str) -> str:
+    try:
+        groups = re.compile(text).groups
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"the pattern is no regular expression ({error})") from error
+    if groups != 1:
+        raise ValueError(f"the pattern has {groups} groups, expected one, around the answer; (?:…) groups without counting")
+    return text
 
 
 def _one_of(value: str, known: Sequence[str], what: str) -> str:

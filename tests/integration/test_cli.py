@@ -11,7 +11,7 @@ from integration.helpers import Place, Swept, folder_bytes, run_main, weight_byt
 
 from transplant_ray import cli
 
-COMMANDS = ("demo", "plan", "rank", "sweep", "export", "apply", "show")
+COMMANDS = ("demo", "plan", "rank", "sweep", "export", "apply", "show", "grade")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -33,7 +33,7 @@ WHOLE: dict[str, Any] = {
         "system": "be short",
         "split": {"probe": 128, "select": 300, "test": 300, "seed": 42},
     },
-    "rank": {"by": ["lae", "depth"], "trajectory": "source", "max_new_tokens": 4},
+    "rank": {"by": ["lae", "depth"], "trajectory": "source", "max_new_tokens": 4, "steps": 4},
     "sweep": {
         "k": [1, 2, 24],
         "kind": ["attn", "ffn", "all"],
@@ -41,6 +41,8 @@ WHOLE: dict[str, Any] = {
         "alpha": [0.5, 1.0],
         "screen": {"keep": 0.25, "by": "loss"},
         "race": {"rungs": [50, 100], "keep": 0.4},
+        "primary": None,
+        "arms": 20,
         "controls": {"random": 4, "alpha": [0.25, 0.5]},
     },
     "resources": {
@@ -197,8 +199,16 @@ def test_a_value_out_of_range_is_named_with_its_place(place: str, value: Any) ->
     ("place", "value", "words"),
     [
         ("sweep.k", [1, 0], r"`sweep\.k\.1` is 0: Input should be greater than or equal to 1"),
-        ("rank.by", ["lea"], r"unknown ranker 'lea'; expected one of \['lae', 'depth', 'random'\] \(nearest: lae\)"),
+        ("rank.by", ["lea"], r"unknown ranker 'lea'; expected one of \['attribution', .*\] \(nearest: lae\)"),
         ("task.scorer", "exakt", r"unknown scorer 'exakt'.*nearest: exact"),
+        ("task.scorer", "regex", r"a pattern is missing: write \{regex: "),
+        ("task.scorer", {"regex": "a: \\d+"}, "task.scorer: the pattern has 0 groups, expected one, around the answer"),
+        ("task.scorer", {"regex": "(a): (\\d+)"}, "the pattern has 2 groups, expected one"),
+        ("task.scorer", {"regex": "("}, r"the pattern is no regular expression \(missing \)"),
+        ("task.scorer", "regex:(", "the pattern is no regular expression"),
+        ("task.scorer", {"regexp": "(a)"}, r"expected a name, or \{regex: PATTERN\}"),
+        ("task.scorer", {"regex": 3}, "expected a name, or"),
+        ("task.name", "gsm8", r"unknown task 'gsm8'; expected one of \['math500', 'gsm8k'\] \(nearest: gsm8k\)"),
         ("resources.gpus_per_model", 1.5, "Ray shares fractions of one GPU, or gives whole ones"),
         ("sweep.kind", ["ffn", "ffn"], r"\['ffn', 'ffn'\] has a value twice"),
         ("task.data", {"path": "x"}, r"`task\.data\.split` is missing"),
@@ -432,14 +442,21 @@ OTHER = {
     "task.split.probe": 7, "task.split.select": 270, "task.split.test": 7, "task.split.seed": 7, "rank.by": ["depth", "lae"],
     "rank.trajectory": "own", "rank.max_new_tokens": 7, "sweep.k": [7], "sweep.kind": ["attn"], "sweep.alpha": [1.0],
     "sweep.extrapolate": True, "sweep.screen.keep": 0.5, "sweep.race.rungs": [50], "sweep.race.keep": 0.5,
-    "sweep.controls.random": 7, "sweep.controls.alpha": [0.1], "resources.dtype": "float16", "resources.batch_size": 7,
+    "sweep.arms": 30, "sweep.controls.random": 7, "sweep.controls.alpha": [0.1],
+    "resources.dtype": "float16", "resources.batch_size": 7,
     "resources.shard_size": 7, "accept": [],
 }  # fmt: skip
 MATTERS_NOT = {
     "resources.address": "ray://x", "resources.gpus_per_model": 1, "resources.cpus_per_model": 1, "resources.evaluators": 1,
     "tracking.uri": "http://x", "tracking.experiment": "x", "tracking.upload": "none", "storage": "elsewhere",
 }  # fmt: skip
-LEFT_OUT = {"task.scorer", "task.chat_template", "sweep.screen.by"}  # tried below; one screen
+LEFT_OUT = {
+    "task.scorer",
+    "task.chat_template",
+    "sweep.screen.by",
+    "rank.steps",
+    "sweep.primary",
+}  # tried below and in another file
 
 
 def test_every_field_is_tried_below() -> None:
@@ -454,6 +471,23 @@ def test_the_identity_changes_with_what_can_change_a_result(place: str) -> None:
 def test_the_identity_changes_with_the_scorer() -> None:
     plain = changed(WHOLE, "task.stop", [])
     assert parse_recipe(changed(plain, "task.scorer", "forced")).identity() != parse_recipe(plain).identity()
+
+
+def test_a_pattern_survives_yaml_and_is_part_of_the_identity(tmp_path: Path) -> None:
+    plain = changed(WHOLE, "task.stop", [])
+    recipes = [parse_recipe(changed(plain, "task.scorer", {"regex": pattern})) for pattern in (r"a: (\d+)", r"(?i)'\"a\": (.+)\n")]
+    assert recipes[0].task.scorer == r"regex:a: (\d+)"
+    assert recipes[0].identity() != recipes[1].identity()
+    for recipe in recipes:
+        check_written_again(recipe, tmp_path / "again.yaml")
+
+
+def test_a_named_task_is_written_as_what_it_stands_for(tmp_path: Path) -> None:
+    path = write(tmp_path / "recipe.yaml", {**LEAST, "task": {"name": "gsm8k", "max_new_tokens": 256, "data": "d.jsonl"}})
+    recipe = load_recipe(path, ["task.scorer.regex='#### (.+)'"])
+    assert (recipe.task.data, recipe.task.scorer) == (str(tmp_path / "d.jsonl"), "regex:#### (.+)")
+    check_written_again(recipe, tmp_path / "again.yaml")
+    assert "name: gsm8k" not in recipe.to_yaml()
 
 
 def test_the_identity_changes_with_the_chat_template() -> None:

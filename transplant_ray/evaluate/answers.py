@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
 
 from transplant_ray.evaluate.example import Split
 from transplant_ray.evaluate.outcome import Outcome, Tally
@@ -38,6 +41,13 @@ class Answers:
             return None
         mine = [o for o in self.outcomes[split] if o.variant == variant and o.example in examples]
         return Tally.of(mine, tally.seconds) if len(mine) == len(examples) else None
+
+    def right(self, split: Split, variant: str, examples: Sequence[str]) -> NDArray[np.bool_] | None:
+        """Whether it is right on each of these examples, in their order; None where it failed or has not answered all."""
+        correct = {o.example: o.correct for o in self.outcomes.get(split, ()) if o.variant == variant}
+        if not all(example in correct for example in examples):
+            return None
+        return np.array([correct[example] for example in examples], dtype=np.bool_)
 
     def completions(self, split: Split, variant: str) -> dict[str, str]:
         """Example → completion."""

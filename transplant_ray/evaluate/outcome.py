@@ -12,7 +12,7 @@ from transplant_ray.errors import NumericsError
 from transplant_ray.evaluate.example import Rendered
 from transplant_ray.evaluate.generate import NAN_LOGITS, Completion, GenerationSettings, generate
 from transplant_ray.evaluate.read import Reading, read
-from transplant_ray.evaluate.scorers import FORCED, SCORERS
+from transplant_ray.evaluate.scorers import FORCED, find_scorer
 
 T = TypeVar("T")
 
@@ -29,6 +29,8 @@ class Outcome:
     """False where the limit cut the completion off."""
     num_close: int = 0
     """Steps at which rounding may decide, for the two best logits were closer than 1e-3."""
+    parsed: bool = True
+    """Whether the scorer could read an answer out of the completion; where it could not, the answer is wrong."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +72,16 @@ def answer_examples(
 
 
 def score(variant: str, example: Rendered, completion: Completion, scorer: str) -> Outcome:
-    right = SCORERS[scorer](completion.text, example.answer)
-    tokens = len(completion.token_ids)
-    return Outcome(variant, example.id, completion.text, right, tokens, completion.finished, completion.num_close)
+    grade = find_scorer(scorer)(completion.text, example.answer)
+    tokens, parsed = len(completion.token_ids), grade.parsed is not None
+    return Outcome(variant, example.id, completion.text, grade.correct, tokens, completion.finished, completion.num_close, parsed)
 
 
 def read_outcome(variant: str, example: Rendered, reading: Reading, tokenizer: PreTrainedTokenizerBase) -> Outcome:
-    """What is known of a completion that was not decoded: it is the reference, or begins like this and goes another way."""
+    """What is known of a completion that was not decoded: it is the reference, or begins like this and goes another way.
+
+    It counts as parsed, for tokens are compared and nothing has to be found among them.
+    """
     text = tokenizer.decode(reading.token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return Outcome(variant, example.id, text, reading.matches, len(reading.token_ids), reading.matches, reading.num_close)
 

@@ -8,8 +8,9 @@ from typing import Literal
 
 import pyarrow as pa
 
+from transplant_ray.evaluate.arms import choose
 from transplant_ray.evaluate.example import Split
-from transplant_ray.evaluate.metrics import recovery, standard_error, tir, wilson_interval
+from transplant_ray.evaluate.metrics import recovery, tir, wilson_interval
 from transplant_ray.evaluate.outcome import Tally
 from transplant_ray.graft.plan import Planned, PlanRole, describe_point, num_parameters
 from transplant_ray.models.catalogue import Module
@@ -88,6 +89,7 @@ OUTCOME_SCHEMA = pa.schema(
         ("num_tokens", pa.int32()),
         ("finished", pa.bool_()),
         ("num_close", pa.int32()),
+        ("parsed", pa.bool_()),
     ]
 )
 
@@ -132,7 +134,6 @@ def choose_winner(results: Sequence[Result]) -> Result | None:
     trials = [r for r in results if r.role == "trial" and r.accuracy is not None and r.stopped is None]
     if not trials:
         return None
-    best = max(r.accuracy for r in trials if r.accuracy is not None)
-    floor = best - standard_error(best, trials[0].n)
-    close = [r for r in trials if r.accuracy is not None and r.accuracy >= floor]
-    return min(close, key=lambda r: (r.k or 0, r.num_parameters, -(r.accuracy or 0), r.variant))
+    trials.sort(key=lambda trial: trial.variant)
+    accuracies = [trial.accuracy for trial in trials if trial.accuracy is not None]
+    return trials[choose(accuracies, [trial.k or 0 for trial in trials], [trial.num_parameters for trial in trials], trials[0].n)]

@@ -1,19 +1,118 @@
-"""Scorers: pure functions from a completion and the reference answer to right or wrong."""
+r"""Scorers: functions from a completion and the reference answer to a grade.
+
+Each reads an answer out of the completion in its own way, and out of the reference likewise, so that a reference may be a whole
+solution or the bare answer. Nothing but the standard library is imported before it is needed.
+"""
 
 from __future__ import annotations
 
+import re
+from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import lru_cache, partial
 from types import MappingProxyType
 
-Scorer = Callable[[str, str], bool]
+from transplant_ray.evaluate import math_answers
+from transplant_ray.evaluate.boxed import last_boxed, normalise
 
 
-def exact(completion: str, answer: str) -> bool:
-    """Equal as strings, white space at both ends aside."""
-    return completion.strip() == answer.strip()
+@dataclass(frozen=True)
+class Grade:
+    correct: bool
+    parsed: str | None
+    """What was read out of the completion; None where nothing could be, which counts as wrong."""
+    error: str | None = None
+    """Why the answer could not be judged, which counts as wrong: a time limit, a crash."""
 
+
+Scorer = Callable[[str, str], Grade]
 
 FORCED = "forced"
 """Right if and only if greedy decoding would emit exactly the reference's tokens; decided without decoding (`read`)."""
 
-SCORERS: Mapping[str, Scorer] = MappingProxyType({"exact": exact})
+REGEX = "regex:"
+"""Begins the name of a scorer that is a pattern; the recipe's `{regex: PATTERN}`."""
+
+TAIL = 20_000
+"""Characters at the end of a completion in which `math` looks for an answer that is not boxed."""
+
+_NUMBER = (
+    r"(?=[-$.0-9])"  # most of a completion is words: eight times as fast
+    r"(?P<sign>(?<![\w.)\]])-)?(?:\$(?P<inner>-)?)?"  # `5-3` has no negative number
+    r"(?P<size>(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+)"
+)
+_ANY_NUMBER = re.compile(_NUMBER)
+_MARKED_NUMBER = re.compile(r"####[\s*]*" + _NUMBER)  # of `#### Step 1` no number is read
+_SPELLINGS = (("{,}", ","), (r"\$", "$"), ("\u2212", "-"))
+
+
+def exact(completion: str, answer: str) -> Grade:
+    """Equal as strings, white space at both ends aside."""
+    return _same(completion.strip() or None, answer.strip())
+
+
+def strict_boxed(completion: str, answer: str) -> Grade:
+    r"""The last `\boxed{}`, equal as a string once both are spelled alike (`normalise`). Kim et al. 2026, section 4."""
+    boxed, reference = last_boxed(completion), last_boxed(answer)
+    if not boxed or not boxed.strip():
+        return Grade(False, None)
+    return Grade(normalise(boxed) == normalise(answer if reference is None else reference), boxed)
+
+
+def math(completion: str, answer: str) -> Grade:
+    r"""Equal as mathematics: the last `\boxed{}`, or where there is none, what math-verify finds at the end."""
+    boxed, reference = last_boxed(completion), last_boxed(answer) or answer
+    if boxed is None:
+        return Grade(*math_answers.compare(completion[-TAIL:], reference))
+    if not boxed.strip():
+        return Grade(False, None)
+    if boxed.strip() == reference.strip():  # needs no algebra
+        return Grade(True, boxed)
+    found = math_answers.compare(f"\\boxed{{{boxed}}}", reference)
+    return Grade(found.correct, boxed, found.error)
+
+
+def number(completion: str, answer: str) -> Grade:
+    """Equal as numbers: the first after `####`, or else the last of the text. 18.00 is 18, and `$`, `%` and commas do not count."""
+    said, reference = _number(completion), _number(answer)
+    return Grade(said is not None and reference is not None and Decimal(said) == Decimal(reference), said)
+
+
+def regex(pattern: re.Pattern[str], completion: str, answer: str) -> Grade:
+    """Equal as strings: the pattern's group where it matches last. An answer that it does not match is the reference itself."""
+    return _same(_last_group(pattern, completion), _last_group(pattern, answer) or answer.strip())
+
+
+SCORERS: Mapping[str, Scorer] = MappingProxyType({"exact": exact, "strict_boxed": strict_boxed, "math": math, "number": number})
+
+
+@lru_cache
+def find_scorer(name: str) -> Scorer:
+    """The scorer behind a name of SCORERS, or behind `regex:PATTERN`; the recipe has checked that there is one."""
+    if name.startswith(REGEX):
+        return partial(regex, re.compile(name.removeprefix(REGEX)))
+    return SCORERS[name]
+
+
+def _same(said: str | None, reference: str) -> Grade:
+    return Grade(said == reference, said)
+
+
+def _last_group(pattern: re.Pattern[str], text: str) -> str | None:
+    groups = [match[1].strip() for match in pattern.finditer(text) if match[1] is not None]
+    return groups[-1] if groups else None
+
+
+def _number(text: str) -> str | None:
+    """Digits, with a minus and a point where they have one."""
+    for spelled, plain in _SPELLINGS:
+        text = text.replace(spelled, plain)
+    marked = _MARKED_NUMBER.search(text)
+    last = deque([marked] if marked else _ANY_NUMBER.finditer(text), maxlen=1)
+    return next((_digits(match) for match in last), None)
+
+
+def _digits(match: re.Match[str]) -> str:
+    return ("-" if match["sign"] or match["inner"] else "") + match["size"].replace(",", "")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from transplant_ray.errors import RecipeError
@@ -55,6 +55,10 @@ class SweepPlan:
     entries: tuple[Planned, ...]
     notes: tuple[str, ...]
     """What was clipped, in words."""
+    arms: tuple[tuple[Planned, ...], ...] = ()
+    """What chance may choose from: for every arm as many random sets as there are trials, of their sizes and kinds."""
+    primary: str | None = None
+    """Label of the trial that was named beforehand."""
 
     @property
     def variants(self) -> tuple[Variant, ...]:
@@ -90,7 +94,10 @@ def plan_sweep(modules: Sequence[Module], orders: Mapping[str, Sequence[str]], s
     for ranker, order in orders.items():
         entries += _top_k("trial", ranker, order, kinds, sweep.k, sweep.alpha, extrapolate=sweep.extrapolate)
     entries += _controls(modules, kinds, sweep)
-    return SweepPlan(tuple(entries), tuple(_notes(kinds, sweep.k)))
+    trials = [entry for entry in entries if entry.role == "trial"]
+    primary = _primary(trials, kinds, sweep)
+    arms = _arms([primary] if primary else trials, kinds, sweep)
+    return SweepPlan(tuple(entries), tuple(_notes(kinds, sweep.k)), tuple(arms), primary.label if primary else None)
 
 
 def depth_order(modules: Sequence[Module]) -> list[str]:
@@ -111,6 +118,30 @@ def _controls(modules: Sequence[Module], kinds: Mapping[str, frozenset[str]], sw
     names = [module.name for module in modules]
     for alpha in sweep.controls.alpha:
         yield Planned("control", Variant.uniform(names, alpha), "uniform", "all", len(names), alpha)
+
+
+def _primary(trials: Sequence[Planned], kinds: Mapping[str, frozenset[str]], sweep: SweepSpec) -> Planned | None:
+    """The trial that the recipe names; its K is clipped as the grid's is."""
+    if sweep.primary is None:
+        return None
+    named = sweep.primary
+    point = (named.by, named.kind, min(named.k, len(kinds[named.kind])))
+    return next(trial for trial in trials if (trial.ranker, trial.kind, trial.k) == point)
+
+
+def _arms(points: Sequence[Planned], kinds: Mapping[str, frozenset[str]], sweep: SweepSpec) -> Iterator[tuple[Planned, ...]]:
+    """A random set of its own for every point."""
+    for arm in range(sweep.num_arms):
+        rng = random.Random(f"arm {arm}")
+        yield tuple(
+            replace(point, role="control", ranker="random", seed=arm, variant=_random_set(point, kinds, rng, sweep))
+            for point in points
+        )
+
+
+def _random_set(point: Planned, kinds: Mapping[str, frozenset[str]], rng: random.Random, sweep: SweepSpec) -> Variant:
+    names = rng.sample(sorted(kinds[str(point.kind)]), point.k or 0)
+    return Variant.uniform(names, point.alpha or 0, extrapolate=sweep.extrapolate)
 
 
 def _top_k(

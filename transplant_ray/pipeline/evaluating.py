@@ -9,6 +9,7 @@ from transplant_ray.distributed.cluster import Capacity
 from transplant_ray.distributed.pool import Pool, evaluator_pool, plan_work, working
 from transplant_ray.distributed.trials import Trials
 from transplant_ray.evaluate.answers import VariantShard
+from transplant_ray.evaluate.arms import Arms
 from transplant_ray.evaluate.example import Split
 from transplant_ray.evaluate.outcome import Tally
 from transplant_ray.evaluate.race import legs, num_answers, pass_rung, pass_screen
@@ -16,6 +17,7 @@ from transplant_ray.evaluate.results import Result, Stopped
 from transplant_ray.graft.export import describe_variant
 from transplant_ray.graft.plan import Planned, SweepPlan
 from transplant_ray.graft.variant import ORIGIN, Variant
+from transplant_ray.pipeline.arms import evaluate_arms
 from transplant_ray.pipeline.run import Run
 from transplant_ray.tracking.tracker import Tracker
 
@@ -24,7 +26,8 @@ def evaluate(run: Run, plan: SweepPlan, capacity: Capacity, tracker: Tracker) ->
     """All variants on select while Tune's trials wait for theirs, then the baselines on test."""
     job, resources = run.job, run.job.recipe.resources
     evaluation = Evaluation(run, plan)
-    used = frozenset(name for variant in plan.variants for name in variant.coefficients)
+    sets = [entry.variant for arm in plan.arms for entry in arm]
+    used = frozenset(name for variant in (*plan.variants, *sets) for name in variant.coefficients)
     rows = None if resources.batch_size == "auto" else resources.batch_size
     with evaluator_pool(
         job.comparison, used, run.workload, capacity, resources.evaluators, job.examples["select"][: resources.shard_size], rows
@@ -41,6 +44,8 @@ def evaluate(run: Run, plan: SweepPlan, capacity: Capacity, tracker: Tracker) ->
         with run.stopwatch.stage("baselines on test", len(baselines) * len(job.examples["test"])):
             work = plan_work(baselines, job.examples["test"], resources.shard_size)
             pool.run(work, lambda shard: run.take("test", shard))
+        if plan.arms:
+            evaluation.arms = evaluate_arms(run, plan.arms, pool)
     return evaluation
 
 
@@ -65,6 +70,8 @@ class Evaluation:
     """Variant id → why it was not evaluated on all of select."""
     reported: dict[str, Trial] = field(default_factory=dict)
     """What Tune reported, by label."""
+    arms: Arms | None = None
+    """What chance reached; None where it was not tried."""
 
     def row(self, entry: Planned, split: Split = "select") -> Result:
         """The row of a planned variant, as far as it has come."""

@@ -15,15 +15,13 @@ from transplant_ray.evaluate.results import OUTCOME_SCHEMA, RESULT_SCHEMA, Resul
 from transplant_ray.files import write_json
 from transplant_ray.pipeline.evaluating import Evaluation
 from transplant_ray.pipeline.exporting import write_winner_card
+from transplant_ray.pipeline.judging import EXPORTED, describe, intervals, judge_sweep
 from transplant_ray.pipeline.run import Run
 from transplant_ray.probe.agreement import compare_rankings, spearman_with_depth, stability
 from transplant_ray.probe.rankers import Ranking
 from transplant_ray.storage import RunFolder, write_rows
 from transplant_ray.tracking.figures import heat_map, k_curves
 from transplant_ray.tracking.tracker import Tracker, environment
-
-EXPORTED = "exported"
-"""The name under which the exported checkpoint's outcomes are kept."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +50,16 @@ def record(run: Run, evaluation: Evaluation, results: list[Result], probed: Prob
         winner = [row for row in results if row.winner]
         if winner:
             write_winner_card(run.job.recipe, run.job.comparison, evaluation.plan.trial(winner[0].label), winner, folder)
-        summary = summarise(run, results, probed, tracker.run_id) | {"rows_per_step": evaluation.rows_per_step}
+        verdict = judge_sweep(evaluation, next(iter(winner), None))
+        summary = summarise(run, results, probed, tracker.run_id) | {
+            "rows_per_step": evaluation.rows_per_step,
+            "verdict": None if verdict is None else describe(verdict, evaluation),
+        }
         write_json(folder.summary, summary)
         figures = {"k_curves": k_curves(results)}
         figures |= {f"scores_{r.ranker}": heat_map(r, run.job.comparison.modules) for r in probed.rankings}
         folder.publish()
-        tracker.log_summary(folder, _headline(results), figures)
+        tracker.log_summary(folder, _headline(results), figures, verdict)
         if winner:
             summary["model_version"] = tracker.log_winner(evaluation.reported[winner[0].label].run_id, winner[-1], folder)
     summary["seconds"] = run.stopwatch.seconds
@@ -111,6 +113,8 @@ def _describe_winner(run: Run, results: Sequence[Result], winner: Sequence[Resul
         if row.accuracy is not None and target is not None and all_swapped is not None:
             reachable = reachable_recovery(row.accuracy, target=target, all_swapped=all_swapped)
         described[row.split] = {**_numbers(row), "reachable_recovery": reachable}
+    if "test" in described:
+        described["test"]["intervals"] = intervals(run)
     controls = [row for row in results if row.role == "control" and row.split == "select" and row.accuracy is not None]
     best = max(controls, key=lambda row: row.accuracy or 0, default=None)
     described["best_control"] = None if best is None else {"label": best.label, **_numbers(best)}

@@ -14,7 +14,8 @@ from transplant_ray.graft.plan import SweepPlan, check_orders, plan_sweep
 from transplant_ray.models.checkpoint import open_checkpoint
 from transplant_ray.pipeline.evaluating import evaluate
 from transplant_ray.pipeline.exporting import export_winner
-from transplant_ray.pipeline.recording import EXPORTED, SweepResult, record
+from transplant_ray.pipeline.judging import EXPORTED
+from transplant_ray.pipeline.recording import SweepResult, record
 from transplant_ray.pipeline.run import Run, begin
 from transplant_ray.pipeline.watch import Watch
 from transplant_ray.probe.rankers import SCHEMA as RANKING_SCHEMA
@@ -50,7 +51,7 @@ def sweep(recipe: Recipe, watch: Watch | None = None) -> SweepResult:
         plan = _plan(run, probed.rankings)
         evaluation = evaluate(run, plan, capacity, tracker)
         results = evaluation.rows()
-        winner = choose_winner(results)
+        winner = choose_winner([row for row in results if plan.primary in (None, row.label)])
         if winner is not None:
             results = [replace(row, winner=(row.role, row.label) == ("trial", winner.label)) for row in results]
             results += _confirm(run, plan, winner, capacity)

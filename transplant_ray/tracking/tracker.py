@@ -23,6 +23,7 @@ from mlflow.exceptions import MlflowException
 
 from transplant_ray.errors import TrackingError
 from transplant_ray.evaluate.results import Result
+from transplant_ray.evaluate.verdict import Verdict
 from transplant_ray.recipe import Recipe, TrackingSpec, redact
 from transplant_ray.storage import RunFolder
 
@@ -89,8 +90,13 @@ class Tracker:
         self.client.set_terminated(run_id, "FAILED" if result.error else "FINISHED")
         return run_id
 
-    def log_summary(self, folder: RunFolder, summary: Mapping[str, float], figures: Mapping[str, Figure]) -> None:
-        """Tables and figures into the parent run."""
+    def log_summary(
+        self, folder: RunFolder, summary: Mapping[str, float], figures: Mapping[str, Figure], verdict: Verdict | None
+    ) -> None:
+        """Tables and figures into the parent run, and the verdict as its tag and description."""
+        if verdict is not None:
+            self.client.set_tag(self.run_id, "verdict", verdict.conclusion)
+            self.client.set_tag(self.run_id, "mlflow.note.content", f"**{verdict.conclusion}**: {verdict.sentence}")
         now = int(time.time() * 1000)
         self.client.log_batch(self.run_id, metrics=[Metric(name, value, now, 0) for name, value in summary.items()])
         for path in (folder.rankings, folder.results, folder.summary):

@@ -10,8 +10,8 @@ from tiny import EOS, tiny_model, tiny_tokenizer
 
 from transplant_ray.evaluate.answers import Answers, VariantShard
 from transplant_ray.evaluate.example import Rendered
-from transplant_ray.evaluate.generate import GenerationSettings, generate
-from transplant_ray.evaluate.outcome import Outcome, Tally, answer_examples
+from transplant_ray.evaluate.generate import Completion, GenerationSettings, generate
+from transplant_ray.evaluate.outcome import Outcome, Tally, answer_examples, score
 from transplant_ray.evaluate.results import OUTCOME_SCHEMA
 from transplant_ray.evaluate.scorers import exact
 from transplant_ray.storage import read_rows, write_rows
@@ -35,7 +35,7 @@ def outcomes(variant: str, *right: bool) -> tuple[Outcome, ...]:
     ],
 )
 def test_exact_is_equal_text_but_for_white_space_at_the_ends(completion: str, answer: str, right: bool) -> None:
-    assert exact(completion, answer) is right
+    assert exact(completion, answer).correct is right
 
 
 def test_examples_are_answered_in_order_and_scored() -> None:
@@ -51,6 +51,15 @@ def test_examples_are_answered_in_order_and_scored() -> None:
     for outcome, example, completion in zip(found, examples, completions, strict=True):
         told = (outcome.variant, outcome.example, outcome.completion, outcome.num_tokens, outcome.finished)
         assert told == ("v", example.id, completion.text, len(completion.token_ids), completion.finished)
+
+
+@pytest.mark.parametrize(
+    ("said", "right", "parsed"), [(r"\boxed{4}", True, True), (r"\boxed{5}", False, True), ("4", False, False)]
+)
+def test_an_outcome_tells_a_wrong_answer_from_none(said: str, right: bool, parsed: bool) -> None:
+    example = Rendered("e", (1,), (EOS,), r"\boxed{4}")
+    found = score("v", example, Completion((7, EOS), said, True, 1), "strict_boxed")
+    assert found == Outcome("v", "e", said, right, 2, True, 1, parsed)
 
 
 def test_outcomes_survive_their_table(tmp_path: Path) -> None:

@@ -219,3 +219,39 @@ def test_an_order_must_name_every_module_once() -> None:
     for broken in (names[1:], [*names, "model.layers.9.mlp.up_proj"], [*names, names[0]], [names[1], *names[1:]]):
         with pytest.raises(RecipeError, match=rf"ranking lae: {len(broken)} modules, expected the 12 compatible ones"):
             check_orders({"lae": broken}, MODULES)
+
+
+@settings(max_examples=20, deadline=None)
+@given(plans(), st.integers(19, 25))
+def test_an_arm_is_a_random_set_for_every_trial(drawn: Any, num_arms: int) -> None:
+    modules, orders, sweep, plan = drawn
+    assert plan.arms == ()
+    armed = plan_sweep(modules, orders, sweep.model_copy(update={"arms": num_arms}))
+    assert armed.entries == plan.entries
+    assert len(armed.arms) == num_arms
+    for arm in armed.arms:
+        assert [(e.kind, e.k, e.alpha) for e in arm] == [(t.kind, t.k, t.alpha) for t in plan.trials]
+        for entry in arm:
+            assert set(entry.variant.coefficients) <= of_kind(modules, str(entry.kind))
+            assert list(entry.variant.coefficients.values()) == [entry.alpha] * (entry.k or 0)
+    assert armed == plan_sweep(random.Random(1).sample(modules, len(modules)), orders, sweep.model_copy(update={"arms": num_arms}))
+
+
+def test_arms_are_not_each_other() -> None:
+    modules = [module(layer, path) for layer in range(8) for path in PATHS]
+    names = [m.name for m in modules]
+    plan = plan_sweep(modules, {"lae": names, "depth": names}, SweepSpec.model_validate({"k": [5, 9], "arms": 30}))
+    sets = [frozenset(entry.variant.coefficients) for arm in plan.arms for entry in arm]
+    assert len(set(sets)) == len(sets) == 30 * 4
+    counts = [sum(name in chosen for chosen in sets) for name in names]
+    assert min(counts) > 0  # drawn from all modules; expected 26 each
+
+
+def test_a_primary_trial_needs_plain_random_sets_of_its_own_size() -> None:
+    modules = [module(layer, path) for layer in range(4) for path in PATHS]
+    names = [m.name for m in modules]
+    sweep = SweepSpec.model_validate({"k": [2, 99], "kind": ["all", "ffn"], "primary": {"by": "lae", "kind": "ffn", "k": 99}})
+    plan = plan_sweep(modules, {"depth": names, "lae": names[::-1]}, sweep)
+    assert plan.primary == "lae ffn k=8"
+    assert plan.trial(plan.primary).ranker == "lae"
+    assert [(len(arm), arm[0].kind, arm[0].k) for arm in plan.arms] == [(1, "ffn", 8)] * 19

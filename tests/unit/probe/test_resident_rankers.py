@@ -110,10 +110,10 @@ def test_attribution_leaves_the_model_as_it_was(bench: Bench) -> None:
 
 def test_attribution_sums_to_what_the_full_swap_changes(comparison: Comparison) -> None:
     bench = make_bench(comparison)
-    fine = Bench(bench.engine, bench.source, bench.examples, 200)
+    fine = Bench(bench.engine, bench.source, bench.examples, 40)
     measured = measure("attribution", fine)
     change = mean_loss(bench, ORIGIN) - mean_loss(bench, Variant.uniform(bench.names))
-    assert sum(measured.scores.values()) == pytest.approx(change, rel=0.02)
+    assert sum(measured.scores.values()) == pytest.approx(change, rel=resident_rankers.PATH_ERROR)
     assert not measured.notes
 
 

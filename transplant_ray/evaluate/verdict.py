@@ -1,0 +1,206 @@
+"""The verdict: what a sweep has shown, in one of a few fixed phrases and one sentence of numbers (method.md, "Verdict").
+
+A fixed sequence, each step at 0.05: is there a gap (on select); then on test, is the winner better than the target; better than
+chance; and are the guards unharmed. What comes after the first step that fails describes, and proves nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from transplant_ray.evaluate.arms import Arms
+from transplant_ray.evaluate.significance import (
+    ALPHA,
+    FEWEST_ARMS,
+    Guard,
+    GuardTest,
+    McNemar,
+    Right,
+    arms_needed,
+    chance_p,
+    check_guards,
+    examples_needed,
+    mcnemar,
+)
+
+Conclusion = Literal[
+    "confirmed",
+    "confirmed, with loss",
+    "gain, chance not tested",
+    "gain, chance not testable",
+    "gain, not better than chance",
+    "not distinguishable from the target",
+    "worse than the target",
+    "no gap to close",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What a verdict is made from."""
+
+    select_target: Right
+    select_source: Right
+    target: Right
+    """On test, as everything that follows."""
+    winner: Right
+    """Of the exported checkpoint."""
+    k: int
+    num_modules: int
+    """Compatible modules of the winner's kind: what a random set is drawn from."""
+    chosen_from: int
+    """Trials that the winner was chosen from; 1 where it was named beforehand."""
+    arms: Arms | None = None
+    guards: tuple[Guard, ...] = ()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    conclusion: Conclusion
+    sentence: str
+    gap: McNemar
+    """Target → source on select."""
+    gain: McNemar | None = None
+    """Target → winner on test; None where there was no gap to close."""
+    chance: float | None = None
+    """p against the arms; None where it was not tested."""
+    guards: tuple[GuardTest, ...] = ()
+    examples_needed: int | None = None
+    """Examples of the split, or of each failed guard, at which what was observed would show with power 0.8."""
+    arms_needed: int | None = None
+
+
+def no_gap(select_target: Right, select_source: Right) -> Verdict | None:
+    """The verdict where the source is not better than the target, one-sided; None where it is. To be asked before test opens."""
+    return _by_gap(mcnemar(select_target, select_source))
+
+
+def _by_gap(gap: McNemar) -> Verdict | None:
+    if gap.p_better <= ALPHA:
+        return None
+    needed = examples_needed(gap, level=ALPHA)
+    sentence = f"the source {_compare(gap, 'select', gap.p_better, 'one-sided p')}; {_examples(needed, 'a gap')}."
+    return Verdict("no gap to close", sentence, gap, examples_needed=needed)
+
+
+def judge(evidence: Evidence) -> Verdict:
+    """The verdict. ValueError where answers are not to the same examples, or a margin is not in (0, 1)."""
+    gap = mcnemar(evidence.select_target, evidence.select_source)
+    closed = _by_gap(gap)
+    if closed:
+        return closed
+    gain, guards = mcnemar(evidence.target, evidence.winner), check_guards(evidence.guards)
+    end = _by_gain(gain) or _by_chance(evidence, guards)
+    return Verdict(
+        end.conclusion,
+        f"the winner {_compare(gain, 'test', gain.p, 'p')}; {end.why}.",
+        gap,
+        gain,
+        end.chance,
+        guards,
+        end.examples_needed,
+        end.arms_needed,
+    )
+
+
+@dataclass(frozen=True)
+class _End:
+    """The step at which the sequence ended."""
+
+    conclusion: Conclusion
+    why: str
+    chance: float | None = None
+    examples_needed: int | None = None
+    arms_needed: int | None = None
+
+
+def _by_gain(gain: McNemar) -> _End | None:
+    """None where there is one. The two-sided p decides, for both directions have a conclusion of their own."""
+    if gain.p > ALPHA:
+        needed = examples_needed(gain)
+        return _End("not distinguishable from the target", _examples(needed, "a gain"), examples_needed=needed)
+    if gain.lost > gain.gained:
+        return _End("worse than the target", "no number of examples would make this a gain")
+    return None
+
+
+def _by_chance(evidence: Evidence, guards: Sequence[GuardTest]) -> _End:
+    if 2 * evidence.k > evidence.num_modules:
+        return _End("gain, chance not testable", _too_many(evidence))
+    arms = evidence.arms
+    if arms is None or len(arms.correct) < FEWEST_ARMS or arms.sets_each < evidence.chosen_from:
+        return _End("gain, chance not tested", _arms_missing(arms, evidence.chosen_from), arms_needed=FEWEST_ARMS)
+    correct, num_arms = int(evidence.winner.sum()), len(arms.correct)
+    p, as_good = chance_p(correct, arms.correct), sum(arm >= correct for arm in arms.correct)
+    against = f"{as_good} of {_name_arms(num_arms, arms.sets_each)} did as well (p = {p:.2g})"
+    if p > ALPHA:
+        needed = arms_needed(as_good, num_arms)
+        return _End("gain, not better than chance", f"{against}; {_more_arms(needed)}", p, arms_needed=needed)
+    return _by_guards(guards, against, p)
+
+
+def _by_guards(guards: Sequence[GuardTest], against: str, chance: float) -> _End:
+    if not guards:
+        return _End("confirmed", f"{against}; no guard was measured", chance)
+    failed = [guard for guard in guards if not guard.holds]
+    if not failed:
+        return _End("confirmed", f"{against}; no guard lost more than its margin ({', '.join(map(_guard, guards))})", chance)
+    needed = [examples_needed(g.pairs, margin=g.margin, level=ALPHA / len(guards)) for g in failed]
+    listed = ", ".join(f"{_guard(g)}: {_guard_examples(n)}" for g, n in zip(failed, needed, strict=True))
+    most = None if None in needed else max(n for n in needed if n is not None)
+    return _End("confirmed, with loss", f"{against}; a loss over the margin is not ruled out ({listed})", chance, most)
+
+
+# Words.
+
+
+def _compare(test: McNemar, split: str, p: float, name: str) -> str:
+    return (
+        f"is right on {_percent(test.after)} of {test.n} {split} examples, the target on {_percent(test.before)} "
+        f"({test.gained} gained, {test.lost} lost, {name} = {p:.2g})"
+    )
+
+
+def _examples(needed: int | None, what: str) -> str:
+    if needed is None:
+        return f"nothing points to {what}, so no number of examples would show it"
+    return f"about {needed:,} examples would show {what} of this size"
+
+
+def _name_arms(num_arms: int, sets_each: int) -> str:
+    return f"{num_arms} random sets" if sets_each == 1 else f"{num_arms} arms of {sets_each} random sets each"
+
+
+def _arms_missing(arms: Arms | None, chosen_from: int) -> str:
+    there = f"there are {_name_arms(len(arms.correct), arms.sets_each)}" if arms and arms.correct else "there are none"
+    return f"to tell it from chance takes {_name_arms(FEWEST_ARMS, chosen_from)} or more, and {there}"
+
+
+def _too_many(evidence: Evidence) -> str:
+    return (
+        f"{evidence.k} of {evidence.num_modules} modules are over half, where random sets are nearly the same set: "
+        f"chance can be tested up to K = {evidence.num_modules // 2}"
+    )
+
+
+def _more_arms(needed: int | None) -> str:
+    return f"with this share, {'no number of' if needed is None else f'about {needed:,}'} arms would tell"
+
+
+def _guard(guard: GuardTest) -> str:
+    worst = "" if guard.interval.low is None else f", at worst {_points(guard.interval.low)}"
+    return f"{guard.name} {_points(guard.pairs.difference)} points{worst}, margin {100 * guard.margin:.1f}, p = {guard.p_holm:.2g}"
+
+
+def _guard_examples(needed: int | None) -> str:
+    return "no number of examples would rule it out" if needed is None else f"about {needed:,} examples would rule it out"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _points(difference: float) -> str:
+    return f"{100 * difference:+.1f}"
