@@ -170,6 +170,11 @@ def print_plan(console: Console, report: PlanReport) -> None:
     console.print(f"variants: {roles}; at most {report.num_distinct} to evaluate, equal ones once", highlight=False)
     examples = ", ".join(f"{n} {split}" for split, n in report.examples.items())
     console.print(f"examples: {examples}; at most {report.num_answers} answers on select", highlight=False)
+    if report.arms.num_arms:
+        each = "one random set" if report.arms.sets_each == 1 else f"{report.arms.sets_each} random sets"
+        console.print(
+            f"arms: {report.arms.num_arms} of {each} each; at most {report.arms.num_answers} answers more", highlight=False
+        )
     for actor, memory in report.memory.items():
         console.print(f"memory per {actor}: {_memory(memory)}", highlight=False)
     for line in report.placement:

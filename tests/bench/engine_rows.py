@@ -417,7 +417,7 @@ def peers(options: Namespace) -> Iterator[Row]:
     with TemporaryDirectory() as folder:
         theirs = Peers(options.peers, Path(folder))
         theirs.prepare(job, Variant.uniform(list(job.comparison.pairs)[:8]))
-        rounds = [sum(theirs.round()) for _ in range(1 if options.quick else 3)]
+        rounds = [sum(theirs.round()) for _ in range(1 if options.quick else 5)]
     ours = [_own_process(count) for _ in range(1 if options.quick else 5)]
     ratio = count * median(rounds) / median(ours)
     result = f"{ratio:.0f} × ({count} × {median(rounds):.1f} s, {median(ours):.1f} s)"

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from integration.helpers import Place, Swept, folder_bytes, run_main, weight_bytes
+from integration.helpers import SPLIT, Place, Swept, folder_bytes, run_main, weight_bytes
 
 from transplant_ray import cli
 
@@ -64,6 +64,16 @@ def test_plan_tells_modules_variants_memory_and_placement_and_writes_nothing(pla
     ):  # fmt: skip
         assert words in finished.out, finished.out
     assert folder_bytes(place.path) == before
+
+
+def test_plan_says_what_the_arms_take(place: Place) -> None:
+    """19 arms of a random set for each of the 6 trials; those of all 12 attention modules are one and the same set."""
+    words = " ".join(run_main("plan", place.recipe(), "sweep.arms=19").out.split())
+    sets = 19 * 5 + 1
+    assert f"arms: 19 of 6 random sets each; at most {sets * SPLIT['select'] + 19 * SPLIT['test']} answers more" in words
+    words = " ".join(run_main("plan", place.recipe(), "sweep.primary={by: lae, kind: all, k: 2}").out.split())
+    assert f"arms: 19 of one random set each; at most {19 * SPLIT['test']} answers more" in words
+    assert "arms:" not in run_main("plan", place.recipe()).out
 
 
 def test_plan_measures_on_request(place: Place) -> None:

@@ -95,9 +95,20 @@ def test_a_paper_recipe_is_planned_against_full_size_headers(paper: tuple[str, P
     assert report.variants["control"] > report.variants["trial"] > 0
 
 
+@pytest.mark.parametrize("name", PAPER)
+def test_a_paper_recipe_takes_a_chat_template(name: str) -> None:
+    """The instruction is the system's message, or the user's where the template knows no system (Gemma)."""
+    overrides = ["task.chat_template=true", *(["task.system=null"] if "gemma" in name else [])]
+    task = load_recipe(RECIPES / f"{name}.yaml", overrides).task
+    assert (task.system is None) == ("gemma" in name)
+    assert "boxed" in (task.prompt if task.system is None else task.system)
+
+
 def test_a_paper_recipe_names_the_papers_direction_and_budget() -> None:
     phi, gemma = (load_recipe(RECIPES / f"{name}.yaml") for name in PAPER)
     assert (phi.source.model, phi.target.model) == ("microsoft/Phi-3.5-mini-instruct", "microsoft/Phi-3-mini-4k-instruct")
     assert (gemma.source.model, gemma.target.model) == ("google/gemma-2-2b", "google/gemma-2-2b-it")
     assert phi.task.max_new_tokens == gemma.task.max_new_tokens == 32
+    assert phi.task.scorer == gemma.task.scorer == "strict_boxed"
+    assert phi.task.answer == "\\boxed{{{answer}}}"
     assert phi.sweep.k == gemma.sweep.k == (8, 16, 32, 64, 128)

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from transplant_ray import recipe as recipes
 from transplant_ray.errors import RecipeError
+from transplant_ray.evaluate import significance
 from transplant_ray.recipe import Recipe, parse_recipe
 
 PRIMARY = {"by": "lae", "kind": "ffn", "k": 4}
@@ -68,6 +70,11 @@ def test_settings_of_rankers_that_are_not_there_are_refused(rank: dict[str, Any]
 def test_a_reversed_ranker_is_measured_upright() -> None:
     spec = recipe({"by": ["reverse:lae", "attribution", "depth"], "steps": 8, "trajectory": "reference"}).rank
     assert spec.measured == {"lae", "attribution", "depth"}
+
+
+def test_the_recipe_and_the_verdict_agree_on_how_many_arms_are_too_few() -> None:
+    assert recipes.FEWEST_ARMS == significance.FEWEST_ARMS
+    assert significance.chance_p(1, [0] * recipes.FEWEST_ARMS) <= significance.ALPHA < significance.chance_p(1, [0] * 18)
 
 
 def test_what_is_named_beforehand_and_how_finely_is_integrated_change_the_identity() -> None:

@@ -15,6 +15,7 @@ from transplant_ray.evaluate.engine import VARIANTS_PER_PACK
 from transplant_ray.evaluate.generate import GenerationSettings
 from transplant_ray.evaluate.measure_rows import measure_rows
 from transplant_ray.evaluate.race import num_answers
+from transplant_ray.graft.plan import SweepPlan
 from transplant_ray.graft.resident import load_resident_pair
 from transplant_ray.models.catalogue import Exclusion
 from transplant_ray.models.loading import load_tokenizer, placement
@@ -50,6 +51,16 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class Arms:
+    """What telling the winner from chance takes."""
+
+    num_arms: int
+    sets_each: int
+    num_answers: int
+    """Completions on select and test, at most."""
+
+
+@dataclass(frozen=True)
 class PlanReport:
     """Everything `plan` prints."""
 
@@ -65,7 +76,8 @@ class PlanReport:
     """Variants to evaluate, equal ones once; rankings that agree make it smaller."""
     examples: dict[str, int]
     num_answers: int
-    """Completions to generate on select, at most; fewer with a screen or a race."""
+    """Completions to generate on select, at most; fewer with a screen or a race. Without those of the arms."""
+    arms: Arms
     memory: dict[str, Memory]
     placement: tuple[str, ...]
 
@@ -90,6 +102,7 @@ def make_plan(job: Job) -> PlanReport:
         num_distinct=len(sweep_plan.variants),
         examples={split: len(examples) for split, examples in job.examples.items()},
         num_answers=_num_select_answers(job),
+        arms=_arms(job, sweep_plan),
         memory={"probe actor": _memory(job, evaluator=False), "evaluator": _memory(job, evaluator=True)},
         placement=_placement(recipe.resources.gpus_per_model, recipe.resources.cpus_per_model, recipe.resources.evaluators),
     )
@@ -110,7 +123,12 @@ def measure(job: Job) -> Calibration:
     start = time.perf_counter()
     deque(decode(pair.model, tokenizer, prompts, settings, lambda _: None, rows), maxlen=0)
     per_example = (time.perf_counter() - start) / rows * limit / settings.max_new_tokens
-    answers = _num_select_answers(job) + 4 * len(job.examples["test"]) + 2 * len(job.examples["probe"])
+    answers = (
+        _num_select_answers(job)
+        + _arms(job, job.provisional_plan()).num_answers
+        + 4 * len(job.examples["test"])
+        + 2 * len(job.examples["probe"])
+    )
     return Calibration(per_example, answers, per_example * answers / 3600, str(pair.model.device), rows)
 
 
@@ -119,6 +137,14 @@ def _num_select_answers(job: Job) -> int:
     plan, sweep, num_examples = job.provisional_plan(), job.recipe.sweep, len(job.examples["select"])
     racers = len(plan.racers)
     return num_answers(racers, len(plan.variants) - racers, num_examples, sweep.screen, sweep.race) + num_examples
+
+
+def _arms(job: Job, plan: SweepPlan) -> Arms:
+    """Arms of one set have nothing to choose from, and answer on test alone."""
+    sets_each = len(plan.arms[0]) if plan.arms else 0
+    sets = {entry.id for arm in plan.arms for entry in arm} if sets_each > 1 else set()
+    answers = len(sets) * len(job.examples["select"]) + len(plan.arms) * len(job.examples["test"])
+    return Arms(len(plan.arms), sets_each, answers)
 
 
 def _memory(job: Job, *, evaluator: bool) -> Memory:
