@@ -78,7 +78,7 @@ class ResidentPair:
             for name in now.keys() | then.keys():
                 if now.get(name, 0) != then.get(name, 0):
                     self.grafts[name].point(then.get(name, 0))
-        except BaseException:
+        except BaseException:  # Ctrl-C between two modules would leave half a variant too
             self.undo()
             raise
         self._variant = variant

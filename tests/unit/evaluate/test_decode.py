@@ -79,6 +79,7 @@ def test_every_family_decodes_what_it_generates(model: PreTrainedModel, rows: in
 @settings(max_examples=10, deadline=None)
 @given(st.integers(0, 10**6))
 def test_drawn_prompts_ends_and_sizes_too(phi3: PreTrainedModel, seed: int) -> None:
+    """`share_of_close` asserts that both say the same up to the first close step; how many are close is not the point here."""
     rng = random.Random(seed)
     prompts = draw_prompts(rng, rng.randint(1, 12), longest=rng.choice((1, 40)))
     ends = tuple(rng.sample(range(3, VOCABULARY), rng.choice((0, 1, 8))))

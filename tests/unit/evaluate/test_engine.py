@@ -93,10 +93,11 @@ def test_seconds_are_shared_among_the_variants(pair: ResidentPair, examples: lis
 
 
 def test_an_engine_that_is_left_in_the_middle_leaves_the_target(pair: ResidentPair, examples: list[Rendered]) -> None:
-    """`pair` looks at it afterwards."""
     results = make_engine(pair).answer(pack(pair), examples)
     next(results)
+    assert any("forward" in part.__dict__ for part in pair.model.modules())
     results.close()
+    assert not any("forward" in part.__dict__ for part in pair.model.modules())
 
 
 def test_a_model_that_cannot_be_decoded_generates(

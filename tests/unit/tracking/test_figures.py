@@ -50,7 +50,10 @@ def test_alphas_are_curves_of_their_own() -> None:
 
 def test_a_sweep_whose_trials_all_failed_still_draws() -> None:
     failed = [replace(row, accuracy=None, winner=False, error="broken") for row in results()]
-    k_curves(failed).savefig(io.BytesIO(), format="png")
+    figure, png = k_curves(failed), io.BytesIO()
+    figure.savefig(png, format="png")
+    assert png.getvalue()
+    assert not any(len(line.get_xdata()) > 1 and line.get_label() == "lae" for axis in figure.axes for line in axis.lines)
 
 
 def test_the_heat_map_has_every_score_at_its_layer_and_projection() -> None:
