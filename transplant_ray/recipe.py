@@ -1,10 +1,4 @@
-"""The recipe: everything a user decides, as frozen pydantic models read from YAML; unknown keys are refused.
-
-    recipe = load_recipe("jobs/recipes/cross-generation.yaml", ["sweep.k=[1,2]"])
-
-Paths of inputs (models, data) are relative to the recipe's folder, so that a recipe and its data travel together; paths in
-overrides, `storage` and `tracking.uri` are relative to the working directory, where results belong.
-"""
+"""The recipe: everything a user decides, as frozen pydantic models; unknown keys are refused. `recipe_file` reads one from YAML."""
 
 from __future__ import annotations
 
@@ -12,15 +6,12 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from transplant_ray import zoo
-from transplant_ray.errors import RecipeError
 from transplant_ray.named_tasks import NAMED_TASKS
 
 Kind = str
@@ -357,128 +348,6 @@ class Recipe(Part):
 def redact(address: str) -> str:
     """An address without the user and password in it."""
     return re.sub(r"//[^/\s]*@", "//", address)
-
-
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and apply `key=value` overrides, e.g. `sweep.k=[1,2]`; values are YAML.
-
-    Raises RecipeError for a missing file, broken YAML, an unknown key or a value out of range.
-    """
-    path = Path(path)
-    mapping = _read_mapping(path)
-    _absolute_inputs(mapping, path.resolve().parent)
-    changes = _overrides(overrides)
-    _absolute_inputs(changes, Path.cwd())
-    return parse_recipe(_merge(mapping, changes), where=str(path))
-
-
-def parse_recipe(mapping: dict[str, Any], where: str = "recipe") -> Recipe:
-    try:
-        return Recipe.model_validate(mapping)
-    except ValidationError as error:
-        problems = [f"{where}: {_explain(problem)}" for problem in error.errors()]
-        raise RecipeError("\n".join(problems)) from None
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML lets the last of two equal keys win in silence; we do not."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [str(key.value) for key, _ in node.value]
-        if repeated := sorted({key for key in keys if keys.count(key) > 1}):
-            raise yaml.constructor.ConstructorError(None, None, f"key {repeated[0]!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def _yaml(text: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_UniqueKeyLoader)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
-        # PyYAML lets these out where a value does not fit its tag (`!!int x`, the date 2024-13-45), or nests too deep
-        raise yaml.YAMLError(f"a value cannot be read ({type(error).__name__}: {error})") from error
-
-
-def _read_mapping(path: Path) -> dict[str, Any]:
-    try:
-        mapping = _yaml(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read ({error}). Give the path of a YAML recipe.") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(mapping, dict):
-        raise RecipeError(f"{path}: found {type(mapping).__name__}, expected a mapping with the keys of a recipe.")
-    return mapping
-
-
-def _overrides(pairs: Iterable[str]) -> dict[str, Any]:
-    changes: dict[str, Any] = {}
-    for pair in pairs:
-        key, separator, text = pair.partition("=")
-        if not separator or not all(key.split(".")):
-            raise RecipeError(f"override {pair!r}: expected key=value, for example sweep.k=[1,2].")
-        try:
-            value = _yaml(text)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"override {pair!r}: the value is not valid YAML: {error}") from error
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        changes = _merge(changes, value)
-    return changes
-
-
-def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(old)
-    for key, value in new.items():
-        both = isinstance(merged.get(key), dict) and isinstance(value, dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
-def _absolute_inputs(mapping: dict[str, Any], base: Path) -> None:
-    """Make the paths of models and data absolute, in place; what is not a path (a hub id) stays."""
-    for part, key in (("source", "model"), ("target", "model"), ("task", "data")):
-        section = mapping.get(part)
-        if isinstance(section, dict) and isinstance(section.get(key), str):
-            section[key] = _absolute(section[key], base, is_file=key == "data")
-
-
-def _absolute(text: str, base: Path, *, is_file: bool) -> str:
-    if text.startswith(zoo.PREFIX):
-        return text
-    try:
-        path = base / Path(text).expanduser()
-        return str(path) if is_file or text.startswith((".", "/", "~")) or path.exists() else text
-    except (OSError, RuntimeError) as error:  # a name that is too long, the home of a user who is not there
-        raise RecipeError(f"{text[:100]!r} cannot be a path ({error}).") from error
-
-
-_UNION = ("str", "HubData")
-"""What pydantic calls the alternatives of `task.data`; users never wrote them."""
-
-
-def _explain(problem: Any) -> str:
-    """One pydantic problem in our words: place, finding, expectation."""
-    place = ".".join(str(part) for part in problem["loc"] if part not in _UNION) or "the recipe"
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "extra_forbidden":
-        return f"`{place}` is not a key of a recipe.{_nearest(place)}"
-    if problem["type"] == "missing":
-        return f"`{place}` is missing; it has no default."
-    if isinstance(problem["input"], dict) and problem["type"] == "value_error":  # about several keys: the message names them
-        return f"{place}: {message}."
-    return f"`{place}` is {problem['input']!r}: {message}."
-
-
-def _nearest(place: str) -> str:
-    near = difflib.get_close_matches(place, list(_keys(Recipe)), n=2, cutoff=0.6)
-    return f" Did you mean {' or '.join(f'`{key}`' for key in near)}?" if near else " See `transplant-ray plan --help`."
-
-
-def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, field in model.model_fields.items():
-        yield prefix + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _keys(field.annotation, f"{prefix}{name}.")
 
 
 def _pattern(text: str) -> str:

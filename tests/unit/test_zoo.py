@@ -15,7 +15,8 @@ from transplant_ray.evaluate.task import make_example, read_data, tokenize
 from transplant_ray.models.checkpoint import open_checkpoint, read_generation_ends
 from transplant_ray.models.compare import compare
 from transplant_ray.models.loading import load_model, load_tokenizer
-from transplant_ray.recipe import TaskSpec, load_recipe
+from transplant_ray.recipe import TaskSpec
+from transplant_ray.recipe_file import load_recipe
 
 RECORD: dict[str, Any] = json.loads((zoo.HOME / "zoo.json").read_text())
 MEGABYTE = 1_000_000

@@ -26,8 +26,6 @@ RESAMPLES = 10_000
 MOST_UNDEFINED = 0.01
 """Share of resamples without a value, over which what is left says little."""
 MOST_ARMS = 10_000
-FEWEST_ARMS = 19
-"""With fewer, no winner has a p of 0.05."""
 
 
 @dataclass(frozen=True)

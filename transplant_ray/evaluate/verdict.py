@@ -13,7 +13,6 @@ from typing import Literal
 from transplant_ray.evaluate.arms import Arms
 from transplant_ray.evaluate.significance import (
     ALPHA,
-    FEWEST_ARMS,
     Guard,
     GuardTest,
     McNemar,
@@ -24,6 +23,7 @@ from transplant_ray.evaluate.significance import (
     examples_needed,
     mcnemar,
 )
+from transplant_ray.recipe import FEWEST_ARMS
 
 Conclusion = Literal[
     "confirmed",

@@ -16,7 +16,8 @@ from transplant_ray.graft.plan import Planned, SweepPlan, check_orders, plan_swe
 from transplant_ray.models.checkpoint import open_checkpoint
 from transplant_ray.models.compare import Comparison, compare
 from transplant_ray.probe.rankers import read_rankings
-from transplant_ray.recipe import Recipe, load_recipe
+from transplant_ray.recipe import Recipe
+from transplant_ray.recipe_file import load_recipe
 from transplant_ray.storage import RunFolder, read_rows
 
 CARD_METRICS = ("split", "n", "accuracy", "interval", "TIR", "Recovery")
