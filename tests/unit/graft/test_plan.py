@@ -125,11 +125,8 @@ def test_labels_and_ids_find_their_entries(drawn: Any) -> None:
     assert len(set(labels)) == len(labels)
     assert [plan.trial(label) for label in labels] == list(plan.trials)
     for entry in plan.entries:
-        found = plan.find(entry.id)
-        assert found is not None
-        assert found.id == entry.id
-        assert found.variant == entry.variant
-    assert plan.find("no such id") is None
+        found = plan.entry(entry.role, entry.label)
+        assert (found.id, found.variant) == (entry.id, entry.variant)
 
 
 @settings(max_examples=20, deadline=None)
