@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from transplant_ray.errors import RunError
@@ -12,6 +13,7 @@ from transplant_ray.evaluate.results import Result
 from transplant_ray.files import write_text
 from transplant_ray.graft.card import write_card
 from transplant_ray.graft.export import apply_delta, export_checkpoint, export_delta
+from transplant_ray.graft.mergekit import variant_yaml
 from transplant_ray.graft.plan import Planned, SweepPlan, check_orders, plan_sweep
 from transplant_ray.models.checkpoint import open_checkpoint
 from transplant_ray.models.compare import Comparison, compare
@@ -23,18 +25,39 @@ from transplant_ray.storage import RunFolder, read_rows
 CARD_METRICS = ("split", "n", "accuracy", "interval", "TIR", "Recovery")
 
 
-def export(run: str | Path, variant: str | None = None, out: str | Path | None = None) -> Path:
-    """Write any variant of a finished sweep, the winner by default, as a checkpoint folder; returns the folder.
+def export(run: str | Path, variant: str | None = None, out: str | Path | None = None, format: str = "checkpoint") -> Path:
+    """Write a variant of a finished sweep, the winner by default, as a checkpoint folder or a YAML for mergekit; returns the path.
 
-    Nothing is loaded but the changed tensors. RunError where the run or the variant is not there, or `out` exists.
+    Nothing is loaded but the changed tensors. RunError where the run, the variant or the format is not there, or `out` exists.
     """
+    write = FORMATS.get(format)
+    if write is None:
+        raise RunError(f"format {format!r}: expected one of {', '.join(FORMATS)}.")
     folder = RunFolder.open(str(run))
     recipe = load_recipe(folder.require(folder.recipe))
     comparison = compare_models(recipe)
     planned = _find(_plan_again(folder, recipe, comparison), variant or _winner(folder))
+    return write(folder, recipe, comparison, planned, None if out is None else Path(out))
+
+
+def _write_checkpoint(folder: RunFolder, recipe: Recipe, comparison: Comparison, planned: Planned, out: Path | None) -> Path:
     rows = [row for row in read_results(folder) if row.variant == planned.id and row.role == planned.role]
-    place = Path(out) if out is not None else folder.path / f"checkpoint-{planned.id}"
+    place = out or folder.path / f"checkpoint-{planned.id}"
     return export_checkpoint(comparison, planned.variant, place, make_card(recipe, comparison, planned, rows))
+
+
+def _write_mergekit(folder: RunFolder, _: Recipe, comparison: Comparison, planned: Planned, out: Path | None) -> Path:
+    place = out or folder.path / f"mergekit-{planned.id}.yaml"
+    text = variant_yaml(comparison, planned.variant)
+    if place.exists():
+        raise RunError(f"{place}: is there already. Choose another place, or move it away; nothing was written.")
+    write_text(place, text)
+    return place
+
+
+FORMATS: Mapping[str, Callable[[RunFolder, Recipe, Comparison, Planned, Path | None], Path]] = MappingProxyType(
+    {"checkpoint": _write_checkpoint, "mergekit": _write_mergekit}
+)
 
 
 def apply(delta: str | Path, target: str, out: str | Path, *, undo: bool = False, revision: str | None = None) -> Path:
