@@ -98,7 +98,7 @@ def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 def _absolute_inputs(mapping: dict[str, Any], base: Path) -> None:
     """Make the paths of models and data absolute, in place; what is not a path (a hub id) stays."""
-    for part, key in (("source", "model"), ("target", "model"), ("task", "data")):
+    for part, key in (("source", "model"), ("target", "model"), ("base", "model"), ("task", "data")):
         section = mapping.get(part)
         if isinstance(section, dict) and isinstance(section.get(key), str):
             section[key] = _absolute(section[key], base, is_file=key == "data")

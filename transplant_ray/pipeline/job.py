@@ -5,16 +5,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from transplant_ray.errors import RecipeError
 from transplant_ray.evaluate.example import Rendered, Split, check_answers, check_lengths
 from transplant_ray.evaluate.generate import GenerationSettings, end_ids
 from transplant_ray.evaluate.scorers import FORCED
 from transplant_ray.evaluate.task import load_task, tokenize
+from transplant_ray.graft.mergekit import COMMAND, PIP_LINE, PLACE, find_mergekit
 from transplant_ray.graft.plan import SweepPlan, depth_order, plan_sweep
-from transplant_ray.models.checkpoint import open_checkpoint, read_generation_ends
+from transplant_ray.models.checkpoint import Checkpoint, open_checkpoint, read_generation_ends
 from transplant_ray.models.compare import Comparison, check_segmentation, check_vocabulary, compare
 from transplant_ray.models.loading import load_tokenizer
 from transplant_ray.models.rope import max_positions
-from transplant_ray.recipe import ACTIVATION_RANKERS, RESIDENT_RANKERS, Recipe
+from transplant_ray.recipe import ACTIVATION_RANKERS, RESIDENT_RANKERS, SPARSE_MERGES, Recipe
 
 DEFAULT_ROWS = 64
 """Rows of a batch where one model answers by itself and the recipe names no number."""
@@ -28,6 +30,8 @@ class Job:
     comparison: Comparison
     examples: dict[Split, tuple[Rendered, ...]]
     generation: GenerationSettings
+    base: Comparison | None = None
+    """The base model, as a source, beside the target; None where the recipe names none."""
 
     @property
     def activations(self) -> bool:
@@ -55,6 +59,7 @@ def prepare(recipe: Recipe) -> Job:
     source = open_checkpoint(recipe.source.model, recipe.source.revision, accept=recipe.accept)
     target = open_checkpoint(recipe.target.model, recipe.target.revision, accept=recipe.accept)
     comparison = compare(source, target)
+    base = _base(recipe, target)
     task = load_task(recipe.task)
     ours, theirs = load_tokenizer(target), load_tokenizer(source)
     check_vocabulary(theirs.get_vocab(), ours.get_vocab(), recipe.accept)
@@ -64,7 +69,7 @@ def prepare(recipe: Recipe) -> Job:
     ends = end_ids(read_generation_ends(target), ours)
     rows = DEFAULT_ROWS if recipe.resources.batch_size == "auto" else recipe.resources.batch_size
     generation = GenerationSettings(recipe.task.max_new_tokens, ends, recipe.task.stop, rows)
-    job = Job(recipe, comparison, examples, generation)
+    job = Job(recipe, comparison, examples, generation, base)
     everything = [example for split in SPLITS for example in examples[split]]
     limit = max(recipe.task.max_new_tokens, recipe.rank.max_new_tokens or 0)
     if recipe.task.scorer == FORCED:
@@ -74,3 +79,15 @@ def prepare(recipe: Recipe) -> Job:
     check_lengths(everything, limit, max_positions(target.config))
     job.provisional_plan()
     return job
+
+
+def _base(recipe: Recipe, target: Checkpoint) -> Comparison | None:
+    """RecipeError where merges are asked for that need mergekit, and it is not installed."""
+    if recipe.base is None:
+        return None
+    if (wanted := sorted(SPARSE_MERGES & set(recipe.sweep.controls.merges))) and find_mergekit() is None:
+        raise RecipeError(
+            f"`sweep.controls.merges`: {wanted} are made by {COMMAND}, which is not installed. `{PIP_LINE}`, here or in a venv of "
+            f"its own with {PLACE}=VENV/bin/{COMMAND}, or leave them out."
+        )
+    return compare(open_checkpoint(recipe.base.model, recipe.base.revision, accept=recipe.accept), target)

@@ -15,6 +15,7 @@ from transplant_ray.models.checkpoint import open_checkpoint
 from transplant_ray.pipeline.evaluating import evaluate
 from transplant_ray.pipeline.exporting import export_winner
 from transplant_ray.pipeline.judging import EXPORTED
+from transplant_ray.pipeline.merging import evaluate_merges
 from transplant_ray.pipeline.recording import SweepResult, record
 from transplant_ray.pipeline.run import Run, begin
 from transplant_ray.pipeline.watch import Watch
@@ -51,7 +52,7 @@ def sweep(recipe: Recipe, watch: Watch | None = None) -> SweepResult:
             run.answers.add(split, shard)
         plan = _plan(run, probed.rankings)
         evaluation = evaluate(run, plan, capacity, tracker)
-        results = evaluation.rows()
+        results = [*evaluation.rows(), *evaluate_merges(run, capacity)]
         winner = choose_winner([row for row in results if plan.primary in (None, row.label)])
         if winner is not None:
             results = [replace(row, winner=(row.role, row.label) == ("trial", winner.label)) for row in results]
