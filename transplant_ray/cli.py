@@ -81,12 +81,16 @@ def sweep(recipe: RecipePath, overrides: Overrides = None) -> None:
 def export(
     run: RunPath,
     variant: Annotated[str | None, typer.Option(help="Variant id of the results table; the winner by default.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write; RUN/checkpoint-ID by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Place to write; in RUN, named for the variant, by default.")] = None,
+    format: Annotated[
+        str,
+        typer.Option(help="`checkpoint`, a folder that loads anywhere; or `mergekit`, a YAML that `mergekit-yaml` makes it from."),
+    ] = "checkpoint",
 ) -> None:
-    """Write a variant of a finished sweep as a checkpoint that loads anywhere."""
+    """Write a variant of a finished sweep as a checkpoint, or as a recipe for mergekit."""
     from transplant_ray.pipeline.exporting import export as run_export
 
-    console.print(f"wrote {run_export(run, variant, out)}", markup=False, soft_wrap=True)
+    console.print(f"wrote {run_export(run, variant, out, format)}", markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -199,6 +199,9 @@ def print_plan(console: Console, report: PlanReport) -> None:
         console.print(
             f"arms: {report.arms.num_arms} of {each} each; at most {report.arms.num_answers} answers more", highlight=False
         )
+    if report.merges:
+        cost = f"each a checkpoint to make and load, and {report.examples['select']} answers more"
+        console.print(f"merges: {', '.join(report.merges)}; {cost}", highlight=False)
     for actor, memory in report.memory.items():
         console.print(f"memory per {actor}: {_memory(memory)}", highlight=False)
     for line in report.placement:

@@ -28,6 +28,9 @@ CHANNEL_RANKERS = frozenset({"attribution", "channel"})
 RANKERS = (*sorted(ACTIVATION_RANKERS | RESIDENT_RANKERS), "depth", "random")
 REVERSE = "reverse:"
 """In front of a ranker: its ranking upside down."""
+MERGES = ("task_arithmetic", "ties", "dare_ties", "dare_linear")
+SPARSE_MERGES = frozenset({"ties", "dare_ties", "dare_linear"})
+"""Merges that keep a share of every task vector; mergekit makes them."""
 FEWEST_ARMS = 19
 """With fewer, (1 + 0) / (arms + 1) is over 0.05."""
 SCORERS = ("exact", "forced", "strict_boxed", "math", "number")
@@ -220,11 +223,30 @@ class ControlSpec(Part):
     """Seeds of random sets, for every kind and K."""
     alpha: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.25, 0.5, 0.75)
     """Uniform coefficients over all modules, a linear merge."""
+    merges: tuple[str, ...] = ()
+    """Merges of target and source around `base`: `task_arithmetic`, and by mergekit `ties`, `dare_ties`, `dare_linear`."""
+    scales: tuple[Annotated[float, Field(gt=0)], ...] = (0.5, 1.0)
+    """λ of every merge: base + λ · (what it makes of the two task vectors)."""
+    density: float = Field(0.5, gt=0, le=1)
+    """Share of each task vector that TIES and DARE keep."""
 
-    @field_validator("alpha")
+    @field_validator("alpha", "scales")
     @classmethod
     def _some(cls, value: tuple[float, ...]) -> tuple[float, ...]:
         return _grid_axis(value)
+
+    @field_validator("merges")
+    @classmethod
+    def _known_merges(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return _distinct([_one_of(merge, MERGES, "merge") for merge in value])
+
+    @model_validator(mode="after")
+    def _merge_settings_have_effect(self) -> ControlSpec:
+        if self.scales != (0.5, 1.0) and not self.merges:
+            raise ValueError("`scales` has no effect without `merges`")
+        if self.density != 0.5 and not SPARSE_MERGES & set(self.merges):
+            raise ValueError(f"`density` has no effect: {list(self.merges)} has none of {sorted(SPARSE_MERGES)}")
+        return self
 
 
 class ScreenSpec(Part):
@@ -383,6 +405,8 @@ class Recipe(Part):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
     source: ModelSpec
     target: ModelSpec
+    base: ModelSpec | None = None
+    """What source and target were both trained from; `sweep.controls.merges` need it."""
     task: TaskSpec
     rank: RankSpec = RankSpec()
     guards: GuardSpec = GuardSpec()
@@ -411,6 +435,17 @@ class Recipe(Part):
     def _guards_decide(self) -> Recipe:
         if self.sweep.objective is not None and not self.guards.choosing:
             raise ValueError("`sweep.objective` weighs guards, and there is none that is not held out; add one to `guards.tasks`")
+        return self
+
+    @model_validator(mode="after")
+    def _base_is_merged(self) -> Recipe:
+        merges = list(self.sweep.controls.merges)
+        if merges and self.base is None:
+            raise ValueError(
+                f"`sweep.controls.merges` {merges} need a `base`: the model that source and target were both trained from"
+            )
+        if self.base is not None and not merges:
+            raise ValueError(f"`base` has no effect without `sweep.controls.merges`, for example {list(MERGES[:1])}")
         return self
 
     @model_validator(mode="after")

@@ -107,7 +107,7 @@ def _absolute_inputs(mapping: dict[str, Any], base: Path) -> None:
 def _sections(mapping: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The parts of a recipe that name a model or data."""
     guards = _mapping(mapping.get("guards"))
-    parts = [mapping.get(name) for name in ("source", "target", "task")]
+    parts = [mapping.get(name) for name in ("source", "target", "base", "task")]
     yield from map(_mapping, (*parts, guards.get("text"), *_mapping(guards.get("tasks")).values()))
 
 

@@ -89,6 +89,10 @@ class RunFolder:
         return self.path / "variants.parquet"
 
     @property
+    def modules(self) -> Path:
+        return self.path / "modules.parquet"
+
+    @property
     def guards(self) -> Path:
         return self.path / "guards.parquet"
 

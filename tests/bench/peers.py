@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 import yaml
@@ -17,6 +16,7 @@ from measure import seconds_of
 from safetensors.torch import load_file
 
 from transplant_ray.evaluate.task import load_task
+from transplant_ray.graft.mergekit import variant_yaml
 from transplant_ray.graft.variant import Variant
 from transplant_ray.pipeline.job import Job
 
@@ -51,7 +51,7 @@ class Peers:
         limits = {"until": ["</s>"], "max_gen_toks": job.generation.max_new_tokens, "do_sample": False}
         (self.folder / "tasks").mkdir()
         (self.folder / "examples.jsonl").write_text("\n".join(rows))
-        (self.folder / "merge.yml").write_text(yaml.safe_dump(merge_config(job, variant)))
+        (self.folder / "merge.yml").write_text(variant_yaml(job.comparison, variant))
         (self.folder / "tasks" / "lost.yaml").write_text(yaml.safe_dump({**TASK, "generation_kwargs": limits}))
 
     def round(self) -> tuple[float, float]:
@@ -81,13 +81,3 @@ class Peers:
         if done.returncode:
             raise RuntimeError(f"{command} exited with {done.returncode}:\n{done.stderr[-2000:]}")
         return done.stdout
-
-
-def merge_config(job: Job, variant: Variant) -> dict[str, Any]:
-    """The variant as a linear merge. A filter is a substring, and the first that matches wins: whole names are given."""
-    pairs = job.comparison.pairs
-    source = [{"filter": pairs[name].target.disk_weight, "value": c} for name, c in variant.coefficients.items()]
-    target = [{**entry, "value": 1 - entry["value"]} for entry in source]
-    weights = ((job.comparison.target, [*target, {"value": 1.0}]), (job.comparison.source, [*source, {"value": 0.0}]))
-    models = [{"model": str(model.fetch()), "parameters": {"weight": weight}} for model, weight in weights]
-    return {"merge_method": "linear", "dtype": "float32", "models": models}

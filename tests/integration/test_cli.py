@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from integration.helpers import SPLIT, Place, Swept, folder_bytes, run_main, weight_bytes
 
 from transplant_ray import cli
@@ -146,6 +147,21 @@ def test_apply_refuses_a_checkpoint_that_is_not_the_deltas_target(swept: Swept, 
     assert "CheckpointError" in finished.err
     assert "differs from the target that this delta was made for" in finished.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_export_writes_a_recipe_for_mergekit(swept: Swept, tmp_path: Path) -> None:
+    """Whose tensors are those of the checkpoint: tests/unit/graft/test_mergekit.py."""
+    out = tmp_path / "winner.yaml"
+    command = ("export", swept.folder, "--format", "mergekit", "--out", out)
+    assert f"wrote {out}" in run_main(*command).out
+    target, source = yaml.safe_load(out.read_text())["models"]
+    assert target["model"] == str(swept.place.path / "target")
+    taken = [entry["filter"] for entry in source["parameters"]["weight"] if entry.get("filter") and entry["value"] == 1]
+    assert len(taken) == swept.summary["winner"]["num_modules"]
+    again = run_main(*command)
+    assert (again.code, "is there already" in again.err) == (2, True)
+    unknown = run_main("export", swept.folder, "--format", "gguf")
+    assert (unknown.code, "format 'gguf': expected one of checkpoint, mergekit" in unknown.err) == (2, True)
 
 
 @pytest.mark.parametrize("command", ["show", "export"])

@@ -23,6 +23,7 @@ WHOLE: dict[str, Any] = {
     "name": "cross-generation",
     "source": {"model": "org/new", "revision": None},
     "target": {"model": "org/old", "revision": "main"},
+    "base": {"model": "org/base", "revision": "v1"},
     "task": {
         "data": "/data/arithmetic.jsonl",
         "prompt": "{prompt}",
@@ -69,7 +70,7 @@ WHOLE: dict[str, Any] = {
         "race": {"rungs": [50, 100], "keep": 0.4},
         "primary": None,
         "arms": 20,
-        "controls": {"random": 4, "alpha": [0.25, 0.5]},
+        "controls": {"random": 4, "alpha": [0.25, 0.5], "merges": ["task_arithmetic", "ties"], "scales": [0.5], "density": 0.2},
     },
     "resources": {
         "address": None,
@@ -463,6 +464,7 @@ def leaves(mapping: dict[str, Any], prefix: str = "") -> list[str]:
 
 OTHER = {
     "name": "other", "source.model": "org/x", "source.revision": "v1", "target.model": "org/x", "target.revision": "v1",
+    "base.model": "org/x", "base.revision": "v2",
     "task.data": "/x.jsonl",
     "task.prompt": "{x}", "task.answer": "{x}", "task.max_new_tokens": 9, "task.stop": ["x"], "task.system": "x",
     "task.split.probe": 7, "task.split.select": 270, "task.split.test": 7, "task.split.seed": 7, "rank.by": ["depth", "lae"],
@@ -477,6 +479,7 @@ OTHER = {
     "guards.tasks.reversal.split.seed": 7,
     "guards.text.data": "/x.jsonl", "guards.text.text": "{x}", "guards.text.tokens": 7, "guards.text.split.probe": 7,
     "guards.text.split.select": 7, "guards.text.split.test": 7, "guards.text.split.seed": 7,
+    "sweep.controls.merges": ["ties"], "sweep.controls.scales": [1.0], "sweep.controls.density": 0.3,
     "resources.dtype": "float16", "resources.batch_size": 7,
     "resources.shard_size": 7, "accept": [],
 }  # fmt: skip

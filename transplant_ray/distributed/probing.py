@@ -19,6 +19,7 @@ from transplant_ray.distributed.cluster import Capacity
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.example import Rendered, Split
 from transplant_ray.evaluate.generate import GenerationSettings, Rules
+from transplant_ray.graft.norms import Norms, delta_norms
 from transplant_ray.models.checkpoint import Checkpoint
 from transplant_ray.models.compare import Comparison
 from transplant_ray.probe.measured import Cost, Measured
@@ -71,17 +72,20 @@ class ProbeResult:
     """The source's own answers."""
     places: dict[str, dict[str, Any]]
     """Where each model was: device, node, GPUs."""
+    norms: Norms
+    """How far source and target are apart, module by module."""
 
 
 def run_probe(comparison: Comparison, plan: ProbePlan, workload: Workload, capacity: Capacity, advance: Advance) -> ProbeResult:
     """Load, measure, rank, and release the actors again. `advance` is told how many examples were measured."""
+    norms = measure_norms.remote(comparison)  # reads files while models load
     stage = _Stage(comparison, plan, workload, capacity, advance)
     if plan.resident:
         stage.measure_resident()
     roles = _needed_models(plan)
     for group in [roles] if capacity.num_actors >= len(roles) else [[role] for role in roles]:
         stage.measure(group)
-    return ProbeResult(stage.rank(), stage.answers, stage.places)
+    return ProbeResult(stage.rank(), stage.answers, stage.places, ray.get(norms))
 
 
 def _needed_models(plan: ProbePlan) -> list[Role]:
@@ -195,6 +199,12 @@ def collect(
 def rank_modules(ranker: str, evidence: Evidence) -> Ranking:
     """The ranking task."""
     return rank(ranker, evidence)
+
+
+@ray.remote(num_cpus=0, max_retries=-1)
+def measure_norms(comparison: Comparison) -> Norms:
+    """On a node of the cluster, for that is where the files are."""
+    return delta_norms(comparison)
 
 
 @contextmanager

@@ -38,10 +38,12 @@ class Planned:
     """Share of the output channels of each chosen module; None where whole modules are meant."""
     penalty: float | None = None
     """What a fitted variant paid for what the guards lose."""
+    name: str | None = None
+    """What it is known by where it is no variant of the pair but a model of its own: a merge."""
 
     @property
     def id(self) -> str:
-        return "source" if self.role == "source" else self.variant.id
+        return self.name or ("source" if self.role == "source" else self.variant.id)
 
     @property
     def label(self) -> str:
@@ -106,10 +108,6 @@ class SweepPlan:
 
     def trial(self, label: str) -> Planned:
         return next(entry for entry in self.trials if entry.label == label)
-
-    def entry(self, role: PlanRole, label: str) -> Planned:
-        """The first with both: the ranker `depth` has trials of the labels that controls have."""
-        return next(entry for entry in self.entries if (entry.role, entry.label) == (role, label))
 
 
 def plan_sweep(

@@ -17,6 +17,7 @@ from transplant_ray.evaluate.outcome import Tally
 from transplant_ray.evaluate.race import legs, pass_rung, pass_screen
 from transplant_ray.evaluate.results import Result, Stopped, choose_winner
 from transplant_ray.graft.export import describe_variant
+from transplant_ray.graft.norms import Norms, moved
 from transplant_ray.graft.plan import Planned, SweepPlan
 from transplant_ray.graft.variant import ORIGIN, Variant
 from transplant_ray.pipeline.arms import evaluate_arms
@@ -27,10 +28,10 @@ from transplant_ray.recipe import MAIN
 from transplant_ray.tracking.tracker import Tracker
 
 
-def evaluate(run: Run, plan: SweepPlan, capacity: Capacity, tracker: Tracker) -> Evaluation:
+def evaluate(run: Run, plan: SweepPlan, norms: Norms, capacity: Capacity, tracker: Tracker) -> Evaluation:
     """All variants on select while Tune's trials wait for theirs; the winner; then on test what it is held against."""
     job, resources = run.job, run.job.recipe.resources
-    evaluation = Evaluation(run, plan)
+    evaluation = Evaluation(run, plan, norms)
     sets = [entry.variant for arm in plan.arms for entry in arm]
     used = frozenset(name for variant in (*plan.variants, *sets) for name in variant.coefficients)
     rows = None if resources.batch_size == "auto" else resources.batch_size
@@ -91,6 +92,7 @@ class Evaluation:
 
     run: Run
     plan: SweepPlan
+    norms: Norms
     rows_per_step: int = 0
     losses: dict[str, float | None] = field(default_factory=dict)
     """Variant id → mean token loss on select."""
@@ -112,7 +114,8 @@ class Evaluation:
         who = name or entry.id
         tally = self.run.tally(MAIN, split, who) or Tally(0, 0, 0.0)
         row = with_guards(self.run, self.run.row(entry, split, tally), entry, who)
-        row = replace(row, kl=self._divergence(entry, split))
+        share = None if entry.role == "source" else moved(entry.variant, self.norms)
+        row = replace(row, kl=self._divergence(entry, split), moved=share)
         return replace(row, loss=self.losses.get(entry.id), stopped=self.stopped.get(entry.id)) if split == "select" else row
 
     @property

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from transplant_ray.errors import RunError
@@ -12,6 +14,7 @@ from transplant_ray.evaluate.results import Result
 from transplant_ray.files import write_text
 from transplant_ray.graft.card import write_card
 from transplant_ray.graft.export import apply_delta, export_checkpoint, export_delta
+from transplant_ray.graft.mergekit import variant_yaml
 from transplant_ray.graft.variant import Variant, read_variant
 from transplant_ray.models.checkpoint import open_checkpoint
 from transplant_ray.models.compare import Comparison, compare
@@ -22,18 +25,50 @@ from transplant_ray.storage import RunFolder, read_rows
 CARD_METRICS = ("split", "n", "accuracy", "interval", "TIR", "Recovery")
 
 
-def export(run: str | Path, variant: str | None = None, out: str | Path | None = None) -> Path:
-    """Write any variant of a finished sweep, the winner by default, as a checkpoint folder; returns the folder.
+def export(run: str | Path, variant: str | None = None, out: str | Path | None = None, format: str = "checkpoint") -> Path:
+    """Write a variant of a finished sweep, the winner by default, as a checkpoint folder or a YAML for mergekit; returns the path.
 
-    Nothing is loaded but the changed tensors. RunError where the run or the variant is not there, or `out` exists.
+    Nothing is loaded but the changed tensors. RunError where the run, the variant or the format is not there, or `out` exists.
     """
+    write = FORMATS.get(format)
+    if write is None:
+        raise RunError(f"format {format!r}: expected one of {', '.join(FORMATS)}.")
     folder = RunFolder.open(str(run))
     recipe = load_recipe(folder.require(folder.recipe))
     comparison = compare_models(recipe)
     rows = _find(read_results(folder), variant or _winner(folder))
-    found = _read_variant(folder, rows[0].variant)
-    place = Path(out) if out is not None else folder.path / f"checkpoint-{found.id}"
-    return export_checkpoint(comparison, found, place, make_card(recipe, comparison, found, rows))
+    found = Found(recipe, comparison, _read_variant(folder, rows[0].variant), rows)
+    return write(folder, found, None if out is None else Path(out))
+
+
+@dataclass(frozen=True)
+class Found:
+    """A variant of a run, with what was measured of it."""
+
+    recipe: Recipe
+    comparison: Comparison
+    variant: Variant
+    rows: Sequence[Result]
+
+
+def _write_checkpoint(folder: RunFolder, found: Found, out: Path | None) -> Path:
+    place = out or folder.path / f"checkpoint-{found.variant.id}"
+    card = make_card(found.recipe, found.comparison, found.variant, found.rows)
+    return export_checkpoint(found.comparison, found.variant, place, card)
+
+
+def _write_mergekit(folder: RunFolder, found: Found, out: Path | None) -> Path:
+    place = out or folder.path / f"mergekit-{found.variant.id}.yaml"
+    text = variant_yaml(found.comparison, found.variant)
+    if place.exists():
+        raise RunError(f"{place}: is there already. Choose another place, or move it away; nothing was written.")
+    write_text(place, text)
+    return place
+
+
+FORMATS: Mapping[str, Callable[[RunFolder, Found, Path | None], Path]] = MappingProxyType(
+    {"checkpoint": _write_checkpoint, "mergekit": _write_mergekit}
+)
 
 
 def apply(delta: str | Path, target: str, out: str | Path, *, undo: bool = False, revision: str | None = None) -> Path:

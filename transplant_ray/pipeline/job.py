@@ -8,16 +8,18 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
+from transplant_ray.errors import RecipeError
 from transplant_ray.evaluate.example import Rendered, Split, check_answers, check_lengths
 from transplant_ray.evaluate.generate import GenerationSettings, Rules, end_ids
 from transplant_ray.evaluate.scorers import FORCED
 from transplant_ray.evaluate.task import Task, check_apart, load_passages, load_task, tokenize
+from transplant_ray.graft.mergekit import COMMAND, PIP_LINE, PLACE, find_mergekit
 from transplant_ray.graft.plan import SweepPlan, depth_order, plan_sweep
-from transplant_ray.models.checkpoint import open_checkpoint, read_generation_ends
+from transplant_ray.models.checkpoint import Checkpoint, open_checkpoint, read_generation_ends
 from transplant_ray.models.compare import Comparison, check_segmentation, check_vocabulary, compare
 from transplant_ray.models.loading import load_tokenizer
 from transplant_ray.models.rope import max_positions
-from transplant_ray.recipe import ACTIVATION_RANKERS, CHANNEL_RANKERS, MAIN, RESIDENT_RANKERS, Recipe, TaskSpec
+from transplant_ray.recipe import ACTIVATION_RANKERS, CHANNEL_RANKERS, MAIN, RESIDENT_RANKERS, SPARSE_MERGES, Recipe, TaskSpec
 
 DEFAULT_ROWS = 64
 """Rows of a batch where one model answers by itself and the recipe names no number."""
@@ -42,6 +44,8 @@ class Job:
     """The task itself under MAIN, and the guards by their names."""
     passages: Mapping[Split, tuple[Rendered, ...]]
     """General text: the first token of each is its prompt. Empty where the recipe wants none."""
+    base: Comparison | None = None
+    """The base model, as a source, beside the target; None where the recipe names none."""
 
     @property
     def examples(self) -> Mapping[Split, tuple[Rendered, ...]]:
@@ -86,6 +90,7 @@ def prepare(recipe: Recipe) -> Job:
     source = open_checkpoint(recipe.source.model, recipe.source.revision, accept=recipe.accept)
     target = open_checkpoint(recipe.target.model, recipe.target.revision, accept=recipe.accept)
     comparison = compare(source, target)
+    base = _base(recipe, target)
     specs: dict[str, TaskSpec] = {MAIN: recipe.task, **recipe.guards.tasks}
     texts = {name: load_task(spec) for name, spec in specs.items()}
     check_apart(texts)
@@ -96,7 +101,7 @@ def prepare(recipe: Recipe) -> Job:
     ends = end_ids(read_generation_ends(target), ours)
     tasks = {name: _prepare_task(recipe, spec, texts[name], ours, ends) for name, spec in specs.items()}
     passages = {} if recipe.guards.text is None else load_passages(recipe.guards.text, ours)
-    job = Job(recipe, comparison, tasks, passages)
+    job = Job(recipe, comparison, tasks, passages, base)
     _check_positions(job, max_positions(target.config))
     job.provisional_plan()
     return job
@@ -123,3 +128,15 @@ def _check_positions(job: Job, positions: int | None) -> None:
         check_lengths(everything, limit, positions)
     for passages in job.passages.values():
         check_lengths(passages, max(len(passage.answer_ids) for passage in passages), positions)
+
+
+def _base(recipe: Recipe, target: Checkpoint) -> Comparison | None:
+    """RecipeError where merges are asked for that need mergekit, and it is not installed."""
+    if recipe.base is None:
+        return None
+    if (wanted := sorted(SPARSE_MERGES & set(recipe.sweep.controls.merges))) and find_mergekit() is None:
+        raise RecipeError(
+            f"`sweep.controls.merges`: {wanted} are made by {COMMAND}, which is not installed. `{PIP_LINE}`, here or in a venv of "
+            f"its own with {PLACE}=VENV/bin/{COMMAND}, or leave them out."
+        )
+    return compare(open_checkpoint(recipe.base.model, recipe.base.revision, accept=recipe.accept), target)

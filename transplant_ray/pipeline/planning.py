@@ -15,6 +15,7 @@ from transplant_ray.evaluate.engine import VARIANTS_PER_PACK
 from transplant_ray.evaluate.generate import GenerationSettings
 from transplant_ray.evaluate.measure_rows import measure_rows
 from transplant_ray.evaluate.race import num_answers, num_live
+from transplant_ray.graft.merges import planned_merges
 from transplant_ray.graft.plan import SweepPlan
 from transplant_ray.graft.resident import load_resident_pair
 from transplant_ray.models.catalogue import Exclusion
@@ -78,6 +79,8 @@ class PlanReport:
     num_answers: int
     """Completions to generate on select, at most; fewer with a screen or a race. Without those of the arms."""
     arms: Arms
+    merges: tuple[str, ...]
+    """Merging baselines; each is a checkpoint to make, to load, and to answer select."""
     memory: dict[str, Memory]
     placement: tuple[str, ...]
 
@@ -103,6 +106,7 @@ def make_plan(job: Job) -> PlanReport:
         examples={split: len(examples) for split, examples in job.examples.items()},
         num_answers=_num_select_answers(job, sweep_plan),
         arms=_arms(job, sweep_plan),
+        merges=tuple(merge.label for merge in planned_merges(recipe.sweep.controls)),
         memory={"probe actor": _memory(job, evaluator=False), "evaluator": _memory(job, evaluator=True)},
         placement=_placement(recipe.resources.gpus_per_model, recipe.resources.cpus_per_model, recipe.resources.evaluators),
     )
@@ -126,6 +130,7 @@ def measure(job: Job) -> Calibration:
     answers = (
         _num_select_answers(job, plan := job.provisional_plan())
         + _arms(job, plan).num_answers
+        + len(planned_merges(job.recipe.sweep.controls)) * len(examples)
         + 4 * sum(len(task.examples["test"]) for task in job.tasks.values())
         + 2 * len(job.examples["probe"])
     )

@@ -13,6 +13,7 @@ from transplant_ray.evaluate.example import Split
 from transplant_ray.evaluate.metrics import reachable_recovery
 from transplant_ray.evaluate.results import EXAMPLE_SCHEMA, GUARD_SCHEMA, OUTCOME_SCHEMA, RESULT_SCHEMA, GuardResult, Result
 from transplant_ray.files import write_json
+from transplant_ray.graft.merges import planned_merges
 from transplant_ray.graft.plan import SweepPlan
 from transplant_ray.graft.variant import VARIANT_SCHEMA, variant_rows
 from transplant_ray.pipeline.evaluating import Evaluation
@@ -97,10 +98,12 @@ def _examples(run: Run) -> Iterator[dict[str, str]]:
 
 def _guards(evaluation: Evaluation, results: Sequence[Result]) -> list[GuardResult]:
     """Every variant on select; on test the baselines, and the winner as its exported checkpoint."""
-    run, plan = evaluation.run, evaluation.plan
+    run = evaluation.run
+    planned = (*planned_merges(run.job.recipe.sweep.controls), *evaluation.plan.entries)
+    entries = {(entry.role, entry.label): entry for entry in planned}
     rows = []
     for result in results:
-        entry = plan.entry(result.role, result.label)
+        entry = entries[result.role, result.label]
         name = EXPORTED if result.winner and result.split == "test" else entry.id
         rows += [replace(row, winner=result.winner) for row in guard_rows(run, entry, result.split, name)]
     return rows

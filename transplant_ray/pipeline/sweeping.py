@@ -10,11 +10,13 @@ from transplant_ray.distributed.cluster import Capacity, connect, plain_errors
 from transplant_ray.distributed.probing import Asked, ProbePlan, ProbeResult, answer_alone, num_probe_steps, run_probe
 from transplant_ray.evaluate.example import Split
 from transplant_ray.evaluate.results import Result
+from transplant_ray.graft.norms import write_norms
 from transplant_ray.graft.plan import SweepPlan, check_orders, plan_sweep
 from transplant_ray.models.checkpoint import open_checkpoint
 from transplant_ray.pipeline.evaluating import Evaluation, evaluate
 from transplant_ray.pipeline.exporting import export_winner
 from transplant_ray.pipeline.judging import EXPORTED
+from transplant_ray.pipeline.merging import evaluate_merges
 from transplant_ray.pipeline.recording import SweepResult, record
 from transplant_ray.pipeline.run import Run, begin
 from transplant_ray.pipeline.watch import Watch
@@ -49,7 +51,8 @@ def sweep(recipe: Recipe, watch: Watch | None = None) -> SweepResult:
         probed = _probe(run, capacity, run.asked(MEASURED))
         for asked, shard in probed.source:
             run.answered[asked.task].add(asked.split, shard)
-        evaluation = evaluate(run, _plan(run, probed.rankings), capacity, tracker)
+        evaluation = evaluate(run, _plan(run, probed.rankings), probed.norms, capacity, tracker)
+        evaluation.results += evaluate_merges(evaluation, capacity)
         confirmed = _confirm(evaluation, capacity)
         return record(run, evaluation, [*evaluation.results, *confirmed], probed, tracker)
 
@@ -73,6 +76,7 @@ def _probe(run: Run, capacity: Capacity, baselines: Sequence[Asked]) -> ProbeRes
     for ranking in probed.rankings:
         for note in ranking.measured.notes if ranking.measured else ():
             run.stopwatch.watch.note(note)
+    write_norms(run.folder.modules, probed.norms, job.comparison.modules)
     write_rows(run.folder.rankings, ranking_rows(probed.rankings, job.comparison.modules), RANKING_SCHEMA)
     return probed
 
