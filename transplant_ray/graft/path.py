@@ -2,9 +2,10 @@
 
 Shapes: B rows of a batch, S positions, I and O a module's inputs and outputs.
 
-At W(c) = Wt + diag(c)·(Ws − Wt) the derivative by the coefficient of channel o in row b is Σ_s g_bso · (x·(Ws − Wt)ᵀ + bs − bt)_bso,
-with g the gradient of what the module says. W(c) and the difference are made when they are needed and dropped again, so a pass
-holds one module's worth of weights beside the pair. No gradient of a weight is ever computed.
+At W(c) = Wt + diag(c)·(Ws − Wt) the derivative by the coefficient of channel o in row b is
+Σ_s g_bso · (x·(Ws − Wt)ᵀ + bs − bt)_bso, with g the gradient of what the module says. W(c) and the difference are made when they
+are needed and dropped again, so a pass holds one module's worth of weights beside the pair. No gradient of a weight is ever
+computed.
 
     along_path   all coefficients are one share of the straight path c·1; a derivative for every row and channel
     at_point     any coefficients, shared by all rows; a derivative for every channel, or for the module
@@ -86,7 +87,8 @@ class _AtPoint(torch.autograd.Function):
         bias = None if graft.target.bias is None else graft.source.bias - graft.target.bias
         moved_BSO = linear(x_BSI, _turned(graft, graft.source.weight - graft.target.weight), bias)
         wanted = _summed(moved_BSO.mul_(gradient_BSO), ctx.like)
-        return gradient_BSO @ _weight(graft, ctx.coefficient), wanted, None, None
+        below = gradient_BSO @ _weight(graft, ctx.coefficient) if ctx.needs_input_grad[0] else None
+        return below, wanted, None, None
 
 
 def _weight(graft: Graft, coefficient: torch.Tensor) -> torch.Tensor:

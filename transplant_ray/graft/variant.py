@@ -133,9 +133,7 @@ def blend(target: torch.Tensor, source: torch.Tensor, coefficient: Coefficient, 
 ENDS = frozenset((0.0, 1.0))
 
 
-def interpolate(
-    target: torch.Tensor, source: torch.Tensor, coefficient: torch.Tensor, *, transposed: bool = False
-) -> torch.Tensor:
+def interpolate(target: torch.Tensor, source: torch.Tensor, coefficient: torch.Tensor, *, transposed: bool = False) -> torch.Tensor:
     """W(c) of a tensor c: a number, or (O,). Exact at both ends, in the target's dtype."""
     wide = torch.promote_types(target.dtype, torch.float32)
     c = over_outputs(coefficient.to(wide), target, transposed=transposed)
