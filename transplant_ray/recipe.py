@@ -284,7 +284,7 @@ class GatesSpec(_Penalised):
     """A gate for every output channel, or for every module."""
     steps: int = Field(60, ge=1)
     """Of Adam, each over all probe examples of task and guards."""
-    learning_rate: float = Field(0.05, gt=0, le=1)
+    learning_rate: float = Field(0.1, gt=0, le=1)
 
 
 class GreedySpec(_Penalised):
