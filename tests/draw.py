@@ -27,7 +27,7 @@ def left_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def draw_variant(pair: ResidentPair, rng: random.Random, what: str) -> Variant:
-    """`nested`: the first few modules; `rows`: some channels of some; `mixed`: every module is left out, taken, blended, or either."""
+    """`nested`: the first few modules; `rows`: some channels of some; `mixed`: every module by a way of its own."""
     names = list(pair.modules)
     size = rng.randint(1, len(names))
 

@@ -129,7 +129,7 @@ def test_a_recipe_cannot_be_changed(whole: Path) -> None:
         ("resources.gpus_per_modell", "`resources.gpus_per_model`"),
         ("source.modle", "`source.model`"),
         ("search.gates.penlty", "`search.gates.penalty`"),
-        ("search.greedy.unit", "plan --help"),
+        ("search.greedy.kk", "`search.greedy.k`"),
         ("sweep.race.rung", "`sweep.race.rungs`"),
         ("zzz", "plan --help"),
     ],

@@ -53,8 +53,8 @@ def make_search(comparison: Comparison, hidden: str = "rows", dtype: str = "floa
     pair = load_resident_pair(comparison, dtype)
     engine = Engine(pair, tiny_tokenizer(), GenerationSettings(4, (EOS,)), "exact")
     rng = random.Random(2)
-    task = said_by(pair, draw_variant(pair, rng, hidden), [prompt + [5, 6] for prompt in draw_prompts(rng, 6, 8)])
-    guard = said_by(pair, ORIGIN, [prompt + [7, 8] for prompt in draw_prompts(rng, 4, 8)])
+    task = said_by(pair, draw_variant(pair, rng, hidden), [[*prompt, 5, 6] for prompt in draw_prompts(rng, 6, 8)])
+    guard = said_by(pair, ORIGIN, [[*prompt, 7, 8] for prompt in draw_prompts(rng, 4, 8)])
     texts = [[1, *prompt, 4] for prompt in draw_prompts(rng, 4, 8)]
     return Search(Bench(engine, lambda: load_model(comparison.source, dtype), task, 4), {"held": guard}, texts)
 
