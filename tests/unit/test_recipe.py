@@ -185,7 +185,7 @@ OUT_OF_RANGE: list[tuple[str, Sequence[Any]]] = [
     ("sweep.race.keep", [0, 1]),
     ("sweep.controls.random", [0, 2, 2.5]),
     ("sweep.controls.alpha", [[], [0.0], [1.0], [0.5, 0.5], [NAN]]),
-    ("search", ["", 3, [], {}, ["gates", 3], ["gates", "gates"], {"gates": None, "greedy": None}, True]),
+    ("search", ["", 3, [], ["gates", 3], ["gates", "gates"], True]),
     ("search.gates", ["row", [], True, 3]),
     ("search.gates.unit", ["channel", None, True]),
     ("search.gates.penalty", [[], 0.3, [-0.1], [1, 1.0], [INF], [NAN], [True], None]),
@@ -234,6 +234,8 @@ def test_a_value_out_of_range_is_named_with_its_place(place: str, value: Any) ->
         ("search", {"greed": {}}, r"unknown search 'greed'.*nearest: greedy"),
         ("search", 3, "expected a name, a list of names, or a mapping name → settings"),
         ("search", [], "names no search; expected some of"),
+        ("search", {}, "search: names no search; expected some of"),
+        ("search", {"gates": None, "greedy": None}, "search: names no search"),
         ("search", {"gates": {"steps": 0}}, r"`search\.gates\.steps` is 0"),
     ],
 )
