@@ -16,7 +16,7 @@ from transplant_ray.evaluate.outcome import Outcome, answer_examples
 from transplant_ray.graft.resident import ResidentPair
 from transplant_ray.graft.variant import Coefficient, Variant
 
-HARD, BLENDED = ("target", "all", "nested", "random"), ("alpha", "channels", "mixed")
+HARD, BLENDED = ("target", "all", "nested", "random", "rows"), ("alpha", "channels", "mixed")
 Said = Outcome | Completion
 
 
@@ -27,17 +27,18 @@ def left_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def draw_variant(pair: ResidentPair, rng: random.Random, what: str) -> Variant:
-    """`nested`: the first few modules; `mixed`: every module is left out, taken, blended, or taken by channels."""
+    """`nested`: the first few modules; `rows`: some channels of some; `mixed`: every module by a way of its own."""
     names = list(pair.modules)
     size = rng.randint(1, len(names))
 
     def coefficient(name: str, kind: str) -> Coefficient:
-        if kind == "channels":
-            return tuple(rng.choice((0.0, 1.0, rng.random())) for _ in range(pair.modules[name].num_channels))
+        if kind in ("channels", "rows"):
+            ends = (0.0, 1.0) if kind == "rows" else (0.0, 1.0, rng.random())
+            return tuple(rng.choice(ends) for _ in range(pair.modules[name].num_channels))
         return {"target": 0.0, "alpha": rng.random()}.get(kind, 1.0)
 
     chosen = names if what == "all" else names[:size] if what == "nested" else rng.sample(names, size)
-    kinds = ("target", "hard", "alpha", "channels") if what == "mixed" else (what,)
+    kinds = ("target", "hard", "alpha", "channels", "rows") if what == "mixed" else (what,)
     return Variant({name: coefficient(name, rng.choice(kinds)) for name in chosen})
 
 

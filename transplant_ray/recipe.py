@@ -363,6 +363,71 @@ class SweepSpec(Part):
         return value
 
 
+class _Penalised(Part):
+    """A search that weighs what is gained on the task against what is lost on guards."""
+
+    penalty: tuple[Annotated[float, Field(ge=0)], ...] = (0.0, 0.3, 1.0, 3.0)
+    """λ, one result each: how many nats of task loss a nat of guard loss is worth. Only 0 has an effect where nothing guards."""
+    kind: Kind = "all"
+    """Modules that may change."""
+
+    @field_validator("penalty")
+    @classmethod
+    def _some(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        return _grid_axis(value)
+
+
+class GatesSpec(_Penalised):
+    """Coefficients that are fitted by projected gradient on the probe set, then rounded to 0 or 1."""
+
+    unit: Literal["row", "module"] = "row"
+    """A gate for every output channel, or for every module."""
+    steps: int = Field(60, ge=1)
+    """Of Adam, each over all probe examples of task and guards."""
+    learning_rate: float = Field(0.1, gt=0, le=1)
+
+
+class GreedySpec(_Penalised):
+    """Modules that are added one by one, each time the one that lowers loss plus penalty most, while one does."""
+
+    k: int | None = Field(None, ge=1)
+    """At most so many modules."""
+
+
+SEARCHES = ("gates", "greedy")
+
+
+class SearchSpec(Part):
+    """Variants that are searched for instead of ranked: a name, a list of names, or a mapping name → settings."""
+
+    gates: GatesSpec | None = None
+    greedy: GreedySpec | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            for name in value:
+                _one_of(str(name), SEARCHES, "search")
+            return value
+        names = [value] if isinstance(value, str) else value
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"expected a name, a list of names, or a mapping name → settings; names are {list(SEARCHES)}")
+        return {_one_of(name, SEARCHES, "search"): {} for name in _distinct(names)}
+
+    @model_validator(mode="after")
+    def _some(self) -> SearchSpec:
+        if self.gates is None and self.greedy is None:
+            raise ValueError(f"names no search; expected some of {list(SEARCHES)}, or no `search` at all")
+        return self
+
+    @property
+    def wanted(self) -> dict[str, GatesSpec | GreedySpec]:
+        """Name → settings."""
+        both = {"gates": self.gates, "greedy": self.greedy}
+        return {name: spec for name, spec in both.items() if spec is not None}
+
+
 class ResourceSpec(Part):
     address: str | None = None
     """Address of a Ray cluster; without one Ray starts in this process (or `RAY_ADDRESS` is joined)."""
@@ -411,6 +476,8 @@ class Recipe(Part):
     rank: RankSpec = RankSpec()
     guards: GuardSpec = GuardSpec()
     sweep: SweepSpec
+    search: SearchSpec | None = None
+    """Variants that are fitted, beside those of the grid."""
     resources: ResourceSpec = ResourceSpec()
     tracking: TrackingSpec = TrackingSpec()
     storage: str = "runs"
@@ -429,6 +496,17 @@ class Recipe(Part):
     def _channels_are_ranked(self) -> Recipe:
         if self.sweep.channels and not CHANNEL_RANKERS & self.rank.measured:
             raise ValueError(f"`sweep.channels` needs a ranker that scores channels: one of {sorted(CHANNEL_RANKERS)} in `rank.by`")
+        return self
+
+    @model_validator(mode="after")
+    def _penalties_are_paid(self) -> Recipe:
+        guarded = bool(self.guards.choosing) or self.guards.text is not None
+        for name, spec in {} if self.search is None or guarded else self.search.wanted.items():
+            if any(spec.penalty):
+                raise ValueError(
+                    f"`search.{name}.penalty` has no effect: there is neither a guard that is not held out nor general text to "
+                    f"lose on; add one, or use `search.{name}.penalty: [0]`"
+                )
         return self
 
     @model_validator(mode="after")

@@ -44,6 +44,7 @@ def guarded(cluster: None, template: Place, tmp_path_factory: pytest.TempPathFac
         name="guarded",
         guards={"tasks": tasks, "text": {"tokens": 16, "split": {"probe": 3, "select": 4, "test": 5}}},
         rank={"by": ["attribution"]},
+        search={"gates": {"steps": 12, "penalty": [0, 1]}, "greedy": {"penalty": [0.5]}},
         sweep={"k": [2, 5], "kind": ["all"], "channels": [0.5], "arms": 19, "objective": {"price": PRICE}},
     )
     finished = run_main("sweep", recipe)
@@ -58,6 +59,27 @@ def outcomes(swept: Swept, name: str) -> pd.DataFrame:
 def accuracy(swept: Swept, name: str, variant: str) -> float:
     found = outcomes(swept, name)
     return float(found[found["variant"] == variant].drop_duplicates("example")["correct"].mean())
+
+
+def found(swept: Swept) -> list[dict[str, Any]]:
+    """What the searches came upon, the target itself aside."""
+    return [result for results in swept.summary["searches"].values() for result in results if result["num_modules"]]
+
+
+def test_what_a_search_finds_is_a_trial_like_any_other(guarded: Swept) -> None:
+    results = guarded.results
+    trials = results[(results["split"] == "select") & (results["role"] == "trial")].set_index("variant")
+    assert [result["penalty"] for result in guarded.summary["searches"]["gates"]] == [0, 1]
+    assert found(guarded)
+    variants = read_rows(guarded.folder / "variants.parquet")
+    for result in found(guarded):
+        row = trials.loc[[result["variant"]]].query("ranker in ['gates row', 'greedy']").iloc[0]
+        assert (row["penalty"], row["k"], row["n"]) == (result["penalty"], result["num_modules"], SPLIT["select"])
+        coefficients = read_variant(variants, result["variant"]).coefficients
+        assert {c for each in coefficients.values() for c in (each if isinstance(each, tuple) else (each,))} <= {0.0, 1.0}
+        shares = [sum(c) / len(c) if isinstance(c, tuple) else c for c in coefficients.values()]
+        assert row["size"] == pytest.approx(sum(shares))
+        assert result["num_coefficients"] > 0
 
 
 def test_every_variant_answers_every_guard_on_select(guarded: Swept) -> None:
@@ -77,7 +99,7 @@ def test_every_variant_answers_every_guard_on_select(guarded: Swept) -> None:
 def test_the_worth_of_a_trial_is_its_accuracy_less_the_price_of_what_the_first_guard_lost(guarded: Swept) -> None:
     results = guarded.results
     trials = results[(results["split"] == "select") & (results["role"] == "trial")]
-    assert len(trials) == 4
+    assert len(trials) == 4 + len(found(guarded))
     for row in trials.itertuples():
         lost = max(0.0, 1 - accuracy(guarded, "guard-one-select", row.variant))
         assert row.worth == pytest.approx(row.accuracy - PRICE * lost)
@@ -140,7 +162,7 @@ def test_console_and_mlflow_tell_the_price(guarded: Swept) -> None:
     client = MlflowClient(tracking_uri=guarded.place.uri)
     run = client.get_run(guarded.summary["mlflow_run"])
     children = client.search_runs([run.info.experiment_id], f"tags.mlflow.parentRunId = '{run.info.run_id}'")
-    assert len(children) == 4
+    assert len(children) == 4 + len(found(guarded))
     assert all({"kl", "guard_share", "worth"} <= child.data.metrics.keys() for child in children)
 
 

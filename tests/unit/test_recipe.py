@@ -72,6 +72,10 @@ WHOLE: dict[str, Any] = {
         "arms": 20,
         "controls": {"random": 4, "alpha": [0.25, 0.5], "merges": ["task_arithmetic", "ties"], "scales": [0.5], "density": 0.2},
     },
+    "search": {
+        "gates": {"penalty": [0.0, 0.5], "kind": "ffn", "unit": "module", "steps": 20, "learning_rate": 0.01},
+        "greedy": {"penalty": [1.0], "kind": "attn", "k": 5},
+    },
     "resources": {
         "address": None,
         "gpus_per_model": 0.5,
@@ -127,6 +131,7 @@ def test_defaults_are_those_of_the_method(tmp_path: Path) -> None:
     assert (recipe.resources.dtype, recipe.resources.gpus_per_model) == ("float32", 0)
     assert recipe.tracking.upload == "checkpoint"
     assert recipe.accept == ()
+    assert recipe.search is None
 
 
 def test_a_recipe_cannot_be_changed(whole: Path) -> None:
@@ -149,6 +154,9 @@ def test_a_recipe_cannot_be_changed(whole: Path) -> None:
         ("max_new_tokens", r"`task.max_new_tokens`"),
         ("resources.gpus_per_modell", "`resources.gpus_per_model`"),
         ("source.modle", "`source.model`"),
+        ("search.gates.penlty", "`search.gates.penalty`"),
+        ("search.greedy.kk", "`search.greedy.k`"),
+        ("sweep.race.rung", "`sweep.race.rungs`"),
         ("zzz", "plan --help"),
     ],
 )
@@ -203,6 +211,14 @@ OUT_OF_RANGE: list[tuple[str, Sequence[Any]]] = [
     ("sweep.race.keep", [0, 1]),
     ("sweep.controls.random", [0, 2, 2.5]),
     ("sweep.controls.alpha", [[], [0.0], [1.0], [0.5, 0.5], [NAN]]),
+    ("search", ["", 3, [], ["gates", 3], ["gates", "gates"], True]),
+    ("search.gates", ["row", [], True, 3]),
+    ("search.gates.unit", ["channel", None, True]),
+    ("search.gates.penalty", [[], 0.3, [-0.1], [1, 1.0], [INF], [NAN], [True], None]),
+    ("search.gates.steps", [0, 1.5, True, None]),
+    ("search.gates.learning_rate", [0, -1, 1.1, NAN, True]),
+    ("search.greedy.k", [0, 2.5, True, "all"]),
+    ("search.greedy.kind", [None, ["ffn"]]),
     ("resources.gpus_per_model", [-1, 1.5, INF, NAN, True, "all"]),
     ("resources.cpus_per_model", [0, -1, INF, NAN]),
     ("resources.evaluators", [0, 1.5]),
@@ -240,6 +256,13 @@ def test_a_value_out_of_range_is_named_with_its_place(place: str, value: Any) ->
         ("sweep.kind", ["ffn", "ffn"], r"\['ffn', 'ffn'\] has a value twice"),
         ("task.data", {"path": "x"}, r"`task\.data\.split` is missing"),
         ("sweep.k", [True], r"`sweep\.k` is \[True\]: true and false are not expected here"),
+        ("search", "gate", r"unknown search 'gate'; expected one of \['gates', 'greedy'\] \(nearest: gates\)"),
+        ("search", {"greed": {}}, r"unknown search 'greed'.*nearest: greedy"),
+        ("search", 3, "expected a name, a list of names, or a mapping name → settings"),
+        ("search", [], "names no search; expected some of"),
+        ("search", {}, "search: names no search; expected some of"),
+        ("search", {"gates": None, "greedy": None}, "search: names no search"),
+        ("search", {"gates": {"steps": 0}}, r"`search\.gates\.steps` is 0"),
     ],
 )
 def test_the_message_says_what_was_found_and_expected(place: str, value: Any, words: str) -> None:
@@ -266,6 +289,38 @@ def test_a_setting_without_effect_is_refused(change: dict[str, Any], words: str)
         made = changed(made, place, value)
     with pytest.raises(RecipeError, match=words):
         parse_recipe(made)
+
+
+# Searches.
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("gates", {"gates": {}}),
+        (["greedy"], {"greedy": {}}),
+        (["gates", "greedy"], {"gates": {}, "greedy": {}}),
+        ({"gates": None, "greedy": {"k": 3}}, {"greedy": {"k": 3}}),
+    ],
+)
+def test_a_search_is_named_listed_or_spelled_out(written: Any, meant: Any) -> None:
+    recipe = parse_recipe({**LEAST, "search": written})
+    assert recipe == parse_recipe({**LEAST, "search": meant})
+    assert recipe.search is not None
+    asked = [name for name in ("gates", "greedy") if getattr(recipe.search, name) is not None]
+    assert asked == sorted(meant)
+    assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+    assert recipe.identity() != parse_recipe(LEAST).identity()
+
+
+def test_a_search_starts_from_the_methods_settings() -> None:
+    search = parse_recipe({**LEAST, "search": ["gates", "greedy"]}).search
+    assert search is not None
+    assert search.gates is not None
+    assert search.greedy is not None
+    assert (search.gates.unit, search.gates.steps, search.gates.kind) == ("row", 60, "all")
+    assert search.gates.penalty == search.greedy.penalty == (0.0, 0.3, 1.0, 3.0)
+    assert search.greedy.k is None
 
 
 # YAML.
@@ -471,6 +526,8 @@ OTHER = {
     "rank.trajectory": "own", "rank.max_new_tokens": 7, "sweep.k": [7], "sweep.kind": ["attn"], "sweep.alpha": [1.0],
     "sweep.extrapolate": True, "sweep.screen.keep": 0.5, "sweep.race.rungs": [50], "sweep.race.keep": 0.5,
     "sweep.arms": 30, "sweep.controls.random": 7, "sweep.controls.alpha": [0.1],
+    "search.gates.penalty": [2.0], "search.gates.kind": "attn", "search.gates.unit": "row", "search.gates.steps": 7,
+    "search.gates.learning_rate": 0.5, "search.greedy.penalty": [2.0], "search.greedy.kind": "ffn", "search.greedy.k": 7,
     "sweep.objective.price": 0.7, "sweep.objective.veto": False,
     "guards.tasks.reversal.data": "/x.jsonl", "guards.tasks.reversal.prompt": "{x}", "guards.tasks.reversal.answer": "{x}",
     "guards.tasks.reversal.scorer": "number", "guards.tasks.reversal.max_new_tokens": 9, "guards.tasks.reversal.stop": ["x"],

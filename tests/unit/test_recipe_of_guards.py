@@ -107,3 +107,11 @@ def test_data_of_guards_is_relative_to_the_recipe(tmp_path: Path) -> None:
 def test_the_identity_changes_with_the_guards(change: dict[str, Any]) -> None:
     two = {"tasks": {"a": TASK, "b": {**TASK, "data": "e.jsonl"}}}
     assert recipe({**two, **change}).identity() != recipe(two).identity()
+
+
+def test_a_penalty_that_nothing_pays_is_refused() -> None:
+    made = {**content({"text": None}), "search": "gates"}
+    with pytest.raises(RecipeError, match=r"`search.gates.penalty` has no effect"):
+        parse_recipe(made)
+    assert parse_recipe({**made, "search": {"gates": {"penalty": [0]}}}).search is not None
+    assert parse_recipe({**made, "guards": {"text": None, "tasks": {"a": TASK}}}).search is not None

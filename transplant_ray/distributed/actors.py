@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +26,10 @@ from transplant_ray.models.compare import Comparison
 from transplant_ray.models.loading import load_model, load_tokenizer, placement
 from transplant_ray.probe.measured import Measured
 from transplant_ray.probe.resident_rankers import Bench, measure
+from transplant_ray.probe.search import Found, Search
+from transplant_ray.probe.searches import SEARCHES
 from transplant_ray.probe.statistics import ActivationStats, Continuations, greedy_continuations, stream_stats
+from transplant_ray.recipe import GatesSpec, GreedySpec
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,16 @@ class Workload:
     dtype: str
     num_gpus: float
     num_threads: int
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a search may look at, all of it probe examples."""
+
+    examples: Sequence[Rendered]
+    guards: Mapping[str, Sequence[Rendered]]
+    """Without the one that is held out."""
+    texts: Sequence[Rendered]
 
 
 @ray.remote
@@ -131,10 +144,17 @@ class Evaluator:
     def measure(self, ranker: str, examples: Sequence[Rendered], rules: Rules, rows: int, steps: int) -> Measured:
         """What a ranker finds that needs both models; `steps` are those of `attribution`."""
         engine = self._engine(rules, rows)
-        place = placement(self.workload.num_gpus)
-        bench = Bench(engine, lambda: load_model(self.comparison.source, self.workload.dtype, place), examples, steps)
-        measured = measure(ranker, bench)
+        measured = measure(ranker, Bench(engine, self._source, examples, steps))
         return replace(measured, notes=(*measured.notes, *self._new_notes()))
+
+    def search(self, name: str, spec: GatesSpec | GreedySpec, seen: Seen, rules: Rules, rows: int) -> list[Found]:
+        """What one of the searches finds."""
+        bench = Bench(self._engine(rules, rows), self._source, seen.examples, steps=1)
+        return SEARCHES[name](Search(bench, seen.guards, seen.texts), spec)
+
+    def _source(self) -> PreTrainedModel:
+        """The source as it is, with embeddings and norms of its own."""
+        return load_model(self.comparison.source, self.workload.dtype, placement(self.workload.num_gpus))
 
     def _engine(self, rules: Rules, rows: int) -> Engine:
         """At most `rows`; fewer where memory once ran out."""

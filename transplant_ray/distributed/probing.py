@@ -14,7 +14,7 @@ from typing import Any, Literal
 import ray
 from ray.actor import ActorHandle
 
-from transplant_ray.distributed.actors import Evaluator, ModelActor, Workload
+from transplant_ray.distributed.actors import Evaluator, ModelActor, Seen, Workload
 from transplant_ray.distributed.cluster import Capacity
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.example import Rendered, Split
@@ -24,8 +24,9 @@ from transplant_ray.models.checkpoint import Checkpoint
 from transplant_ray.models.compare import Comparison
 from transplant_ray.probe.measured import Cost, Measured
 from transplant_ray.probe.rankers import Evidence, Ranking, rank
+from transplant_ray.probe.search import Found
 from transplant_ray.probe.statistics import ActivationStats, Continuations
-from transplant_ray.recipe import ACTIVATION_RANKERS, REVERSE
+from transplant_ray.recipe import ACTIVATION_RANKERS, REVERSE, GatesSpec, GreedySpec
 
 Advance = Callable[[int], None]
 Role = Literal["source", "target"]
@@ -60,6 +61,12 @@ class ProbePlan:
     probe: Sequence[Rendered]
     rules: Rules
     """How the probe set would be answered: what rankers by loss read it by."""
+    searches: Mapping[str, GatesSpec | GreedySpec]
+    """What is searched for, by name, with its settings."""
+    guards: Mapping[str, Sequence[Rendered]]
+    """Probe examples of the guards that may be fitted on."""
+    texts: Sequence[Rendered]
+    """General text that may be fitted on."""
     baselines: Sequence[Asked]
     """What the source answers for itself."""
     seed: int
@@ -74,18 +81,20 @@ class ProbeResult:
     """Where each model was: device, node, GPUs."""
     norms: Norms
     """How far source and target are apart, module by module."""
+    found: Mapping[str, list[Found]]
+    """What each search came upon."""
 
 
 def run_probe(comparison: Comparison, plan: ProbePlan, workload: Workload, capacity: Capacity, advance: Advance) -> ProbeResult:
     """Load, measure, rank, and release the actors again. `advance` is told how many examples were measured."""
     norms = measure_norms.remote(comparison)  # reads files while models load
     stage = _Stage(comparison, plan, workload, capacity, advance)
-    if plan.resident:
+    if plan.resident or plan.searches:
         stage.measure_resident()
     roles = _needed_models(plan)
     for group in [roles] if capacity.num_actors >= len(roles) else [[role] for role in roles]:
         stage.measure(group)
-    return ProbeResult(stage.rank(), stage.answers, stage.places, ray.get(norms))
+    return ProbeResult(stage.rank(), stage.answers, stage.places, ray.get(norms), stage.found)
 
 
 def _needed_models(plan: ProbePlan) -> list[Role]:
@@ -102,18 +111,23 @@ class _Stage:
         self.capacity, self.advance = capacity, advance
         self.statistics: dict[Role, ActivationStats] = {}
         self.resident: dict[str, Measured] = {}
+        self.found: dict[str, list[Found]] = {}
         self.seconds = 0.0
         self.answers: Said = []
         self.places: dict[str, dict[str, Any]] = {}
         self.texts: Continuations | None = None
 
     def measure_resident(self) -> None:
-        """One ranker after another, on one resident pair; then it is gone."""
+        """One ranker after another, and the searches, on one resident pair; then it is gone."""
         plan, names = self.plan, frozenset(self.comparison.pairs)
         with released(self.capacity.start(Evaluator, self.comparison, names, self.workload)) as actor:
             for ranker in plan.resident:
                 measuring = actor.measure.remote(ranker, plan.probe, plan.rules, plan.settings.batch_size, plan.steps)
                 self.resident[ranker] = ray.get(measuring)
+                self.advance(len(plan.probe))
+            seen = Seen(plan.probe, plan.guards, plan.texts)
+            for name, spec in plan.searches.items():
+                self.found[name] = ray.get(actor.search.remote(name, spec, seen, plan.rules, plan.settings.batch_size))
                 self.advance(len(plan.probe))
 
     def measure(self, roles: Sequence[Role]) -> None:
@@ -218,7 +232,7 @@ def released(actor: ActorHandle) -> Iterator[ActorHandle]:
 
 def num_probe_steps(plan: ProbePlan) -> int:
     """How often `advance` will be called for, in examples."""
-    return len(plan.probe) * (2 * plan.activations + len(plan.resident))
+    return len(plan.probe) * (2 * plan.activations + len(plan.resident) + len(plan.searches))
 
 
 def answer_alone(checkpoint: Checkpoint, name: str, asked: Sequence[Asked], workload: Workload, capacity: Capacity) -> Said:

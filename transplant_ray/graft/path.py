@@ -1,10 +1,14 @@
-"""The straight path from the target to all swapped, c·1, and how the loss changes with every coefficient at a point of it.
+"""The model at a point of coefficient space, and how the loss changes with every coefficient there.
 
 Shapes: B rows of a batch, S positions, I and O a module's inputs and outputs.
 
-At W(c) = Wt + c·(Ws − Wt) the derivative by the coefficient of channel o in row b is Σ_s g_bso · (x·(Ws − Wt)ᵀ + bs − bt)_bso, with
-g the gradient of what the module says. W(c) and the difference are made when they are needed and dropped again, so a pass
-holds one module's worth of weights beside the pair. No gradient of a weight is ever computed.
+At W(c) = Wt + diag(c)·(Ws − Wt) the derivative by the coefficient of channel o in row b is
+Σ_s g_bso · (x·(Ws − Wt)ᵀ + bs − bt)_bso, with g the gradient of what the module says. W(c) and the difference are made when they
+are needed and dropped again, so a pass holds one module's worth of weights beside the pair. No gradient of a weight is ever
+computed.
+
+    along_path   all coefficients are one share of the straight path c·1; a derivative for every row and channel
+    at_point     any coefficients, shared by all rows; a derivative for every channel, or for the module
 """
 
 from __future__ import annotations
@@ -15,10 +19,11 @@ from typing import Any
 
 import torch
 from torch.nn.functional import linear
+from transformers import PreTrainedModel
 
 from transplant_ray.graft.resident import Graft, ResidentPair
 from transplant_ray.graft.routed import give_back, override
-from transplant_ray.graft.variant import blend
+from transplant_ray.graft.variant import interpolate
 
 Offsets = Mapping[str, torch.Tensor]
 """Module → zeros (B, O) in float32, to be added to the coefficient of every row and channel; their gradient is what is wanted."""
@@ -27,13 +32,31 @@ Offsets = Mapping[str, torch.Tensor]
 @contextmanager
 def along_path(pair: ResidentPair, share: float, num_rows: int) -> Iterator[Offsets]:
     """The model with all coefficients at `share`, for batches of `num_rows` rows."""
-    pair.undo()
-    offsets = {}
-    try:
-        for name, graft in pair.grafts.items():
-            offsets[name] = _zeros(num_rows, graft)
-            override(graft.linear, _forward(offsets[name], graft, share))
+    offsets = {name: _zeros(num_rows, graft) for name, graft in pair.grafts.items()}
+    point = {name: torch.tensor(share, dtype=torch.float64) for name in offsets}
+    with _at(pair, point, offsets):
         yield offsets
+
+
+@contextmanager
+def at_point(pair: ResidentPair, coefficients: Mapping[str, torch.Tensor]) -> Iterator[PreTrainedModel]:
+    """The model with these coefficients, differentiable in them; modules that are not named stay the target's.
+
+    A tensor is a number, or one number per output channel (O,). It may have any float dtype, and lie on any device.
+    """
+    with _at(pair, {name: coefficient.detach() for name, coefficient in coefficients.items()}, coefficients):
+        yield pair.model
+
+
+@contextmanager
+def _at(pair: ResidentPair, point: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """The model at `point`; gradients flow to `wanted`."""
+    pair.undo()
+    try:
+        for name, coefficient in point.items():
+            graft = pair.grafts[name]
+            override(graft.linear, _forward(wanted[name], graft, coefficient.to(graft.target.weight.device)))
+        yield
     finally:
         for graft in pair.grafts.values():
             give_back(graft.linear)
@@ -43,41 +66,51 @@ def _zeros(num_rows: int, graft: Graft) -> torch.Tensor:
     return torch.zeros(num_rows, graft.module.num_channels, device=graft.target.weight.device, requires_grad=True)
 
 
-def _forward(offset_BO: torch.Tensor, graft: Graft, share: float) -> Any:
-    apply: Any = _OnPath.apply
-    return lambda x_BSI: apply(x_BSI, offset_BO, graft, share)
+def _forward(wanted: torch.Tensor, graft: Graft, coefficient: torch.Tensor) -> Any:
+    apply: Any = _AtPoint.apply
+    return lambda x_BSI: apply(x_BSI, wanted, graft, coefficient)
 
 
-class _OnPath(torch.autograd.Function):
+class _AtPoint(torch.autograd.Function):
     """y = x·W(c)ᵀ + b(c). Keeps x alone, where the two products of both sides would keep two outputs."""
 
     @staticmethod
-    def forward(ctx: Any, x_BSI: torch.Tensor, offset_BO: torch.Tensor, graft: Graft, share: float) -> torch.Tensor:
+    def forward(ctx: Any, x_BSI: torch.Tensor, wanted: torch.Tensor, graft: Graft, coefficient: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x_BSI)
-        ctx.graft, ctx.share, ctx.num_rows, ctx.dtype = graft, share, offset_BO.shape[0], offset_BO.dtype
-        bias = None if graft.target.bias is None else _bias(graft, share)
-        return linear(x_BSI, _weight(graft, share), bias)
+        ctx.graft, ctx.coefficient, ctx.like = graft, coefficient, wanted.detach()
+        bias = None if graft.target.bias is None else _bias(graft, coefficient)
+        return linear(x_BSI, _weight(graft, coefficient), bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         (x_BSI,), (gradient_BSO,), graft = ctx.saved_tensors, gradients, ctx.graft
         bias = None if graft.target.bias is None else graft.source.bias - graft.target.bias
         moved_BSO = linear(x_BSI, _turned(graft, graft.source.weight - graft.target.weight), bias)
-        offset_BO = _by_row(moved_BSO * gradient_BSO, ctx.num_rows, ctx.dtype)
-        return gradient_BSO @ _weight(graft, ctx.share), offset_BO, None, None
+        wanted = _summed(moved_BSO.mul_(gradient_BSO), ctx.like)
+        below = gradient_BSO @ _weight(graft, ctx.coefficient) if ctx.needs_input_grad[0] else None
+        return below, wanted, None, None
 
 
-def _weight(graft: Graft, share: float) -> torch.Tensor:
-    """W(share) as (O, I)."""
-    return _turned(graft, blend(graft.target.weight, graft.source.weight, share, transposed=graft.module.transposed))
+def _weight(graft: Graft, coefficient: torch.Tensor) -> torch.Tensor:
+    """W(c) as (O, I)."""
+    mixed = interpolate(graft.target.weight, graft.source.weight, coefficient, transposed=graft.module.transposed)
+    return _turned(graft, mixed)
 
 
-def _bias(graft: Graft, share: float) -> torch.Tensor:
-    return blend(graft.target.bias, graft.source.bias, share)  # type: ignore[arg-type]
+def _bias(graft: Graft, coefficient: torch.Tensor) -> torch.Tensor:
+    return interpolate(graft.target.bias, graft.source.bias, coefficient)  # type: ignore[arg-type]
 
 
 def _turned(graft: Graft, weight: torch.Tensor) -> torch.Tensor:
     return weight.T if graft.module.transposed else weight
+
+
+def _summed(product: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Σ of (…, O) in the shape, dtype and place of `like`: (B, O), (O,) or a number."""
+    if like.dim() == 2:
+        return _by_row(product, like.shape[0], like.dtype)
+    total = product.flatten(0, -2).sum(0, dtype=like.dtype) if like.dim() == 1 else product.sum(dtype=like.dtype)
+    return total.to(like.device)
 
 
 def _by_row(product: torch.Tensor, num_rows: int, dtype: torch.dtype) -> torch.Tensor:

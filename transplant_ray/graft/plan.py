@@ -132,6 +132,7 @@ def plan_sweep(
     entries += [*found, *_controls(modules, kinds, sweep)]
     trials = [entry for entry in entries if entry.role == "trial"]
     primary = _primary(trials, kinds, sweep)
+    kinds |= {str(entry.kind): frozenset(m.name for m in select_kind(modules, str(entry.kind))) for entry in found}
     arms = _arms([primary] if primary else trials, kinds, {module.name: module.num_channels for module in modules}, sweep)
     return SweepPlan(tuple(entries), tuple(_notes(kinds, sweep.k)), tuple(arms), primary.label if primary else None)
 

@@ -8,7 +8,8 @@ Shapes: B rows of a batch, S positions, I and O a module's inputs and outputs.
         router.assign([0, 0, 1])           # rows 0 and 1 of the batches that follow are variants[0], row 2 is variants[1]
         pair.model(...)
 
-Rows with c = 0 or 1 pay for one matrix product, as they would alone; only rows in between pay for two.
+Rows with c = 0 or 1 pay for one matrix product, as they would alone, and so do channels of which each is 0 or 1: their weight is
+chosen channel by channel while such a variant is in flight. Only what lies in between pays for two.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from transplant_ray.errors import VariantError
-from transplant_ray.graft.resident import Graft, ResidentPair, Weights
-from transplant_ray.graft.variant import Coefficient, Variant, check_variant
+from transplant_ray.graft.resident import Graft, ResidentPair
+from transplant_ray.graft.variant import ENDS, Coefficient, Variant, check_variant, choose_rows
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 Run = tuple[int, int, int]
@@ -33,6 +34,8 @@ Run = tuple[int, int, int]
 
 MAX_SPANS = 3
 """Up to so many spans of rows are computed as slices; more are gathered, one product a side."""
+MAX_CHOSEN = 2
+"""Weights of a module that are chosen channel by channel and kept at a time; rows of further variants pay for both products."""
 
 
 def nested_order(variants: Sequence[Variant]) -> list[int]:
@@ -72,6 +75,7 @@ class Router:
         """Make the model the target again."""
         for module in self._modules:
             module.release()
+            module.made.clear()
 
     def assign(self, rows: Sequence[int]) -> None:
         """rows[b] is the index of the variant of row b. Rows of one variant should be neighbours."""
@@ -120,41 +124,52 @@ class _RoutedModule:
     """One linear map: a pointer where all rows agree, a forward of its own where they do not."""
 
     def __init__(self, graft: Graft, coefficients: Sequence[Coefficient]) -> None:
-        """`coefficients` by variant."""
+        """`coefficients` by variant. They are told apart once: to compare thousands of channels costs more than to multiply."""
         self.graft = graft
-        self.coefficients = coefficients
+        numbers: dict[Coefficient, int] = {}
+        self.number_of = [numbers.setdefault(coefficient, len(numbers)) for coefficient in coefficients]
+        self.coefficients = list(numbers)
+        self.made: dict[int, _Side] = {}
 
     def assign(self, runs: Sequence[Run]) -> None:
         spans: list[_Span] = []
-        for coefficient, group in groupby(runs, key=lambda run: self.coefficients[run[0]]):
+        for number, group in groupby(runs, key=lambda run: self.number_of[run[0]]):
             members = list(group)
-            spans.append(_Span(members[0][1], members[-1][2], coefficient))
+            spans.append(_Span(members[0][1], members[-1][2], number))
         self.release()
-        if len(spans) == 1 and spans[0].coefficient in (0, 1):
-            self.graft.point(spans[0].coefficient)
+        if len(spans) == 1 and self.coefficients[spans[0].number] in (0, 1):
+            self.graft.point(self.coefficients[spans[0].number])
         elif spans:
-            override(self.graft.linear, _routed(self.graft, spans))
+            override(self.graft.linear, _routed(self.graft, spans, self._sides({span.number for span in spans})))
 
     def release(self) -> None:
         give_back(self.graft.linear)
         self.graft.point(0)
 
+    def _sides(self, numbers: Collection[int]) -> Mapping[int, _Side]:
+        """By number of coefficient. What was made for rows that are no longer in flight is dropped first."""
+        self.made = {number: side for number, side in self.made.items() if number in numbers or not isinstance(side, _Chosen)}
+        for number in sorted(numbers - self.made.keys()):
+            room = sum(isinstance(side, _Chosen) for side in self.made.values()) < MAX_CHOSEN
+            self.made[number] = _side(self.graft, self.coefficients[number], may_choose=room)
+        return self.made
+
 
 @dataclass(frozen=True)
 class _Span:
-    """Neighbouring rows with the same coefficient of a module."""
+    """Neighbouring rows with the same coefficient of a module, by its number."""
 
     start: int
     stop: int
-    coefficient: Coefficient
+    number: int
 
 
-def _routed(graft: Graft, spans: Sequence[_Span]) -> Forward:
+def _routed(graft: Graft, spans: Sequence[_Span], sides: Mapping[int, _Side]) -> Forward:
     """A forward for these rows, made anew whenever they change, so that a step only multiplies."""
     if len(spans) == 1:
-        return _side(graft, spans[0].coefficient)
+        return sides[spans[0].number]
     num_rows = spans[-1].stop
-    by_rows = _sliced(graft, spans) if len(spans) <= MAX_SPANS else _gathered(graft, spans)
+    by_rows = _sliced(graft, spans, sides) if len(spans) <= MAX_SPANS else _gathered(graft, spans, sides)
 
     def forward(x_BSI: torch.Tensor) -> torch.Tensor:
         if x_BSI.shape[0] != num_rows:
@@ -167,8 +182,8 @@ def _routed(graft: Graft, spans: Sequence[_Span]) -> Forward:
     return forward
 
 
-def _sliced(graft: Graft, spans: Sequence[_Span]) -> Forward:
-    pieces = [(slice(span.start, span.stop), _side(graft, span.coefficient)) for span in spans]
+def _sliced(graft: Graft, spans: Sequence[_Span], sides: Mapping[int, _Side]) -> Forward:
+    pieces = [(slice(span.start, span.stop), sides[span.number]) for span in spans]
 
     def forward(x_BSI: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled():
@@ -181,37 +196,40 @@ def _sliced(graft: Graft, spans: Sequence[_Span]) -> Forward:
     return forward
 
 
-def _gathered(graft: Graft, spans: Sequence[_Span]) -> Forward:
-    rows: dict[Coefficient, list[int]] = {}
+def _gathered(graft: Graft, spans: Sequence[_Span], sides: Mapping[int, _Side]) -> Forward:
+    rows: dict[int, list[int]] = {}
     for span in spans:
-        rows.setdefault(span.coefficient, []).extend(range(span.start, span.stop))
+        rows.setdefault(span.number, []).extend(range(span.start, span.stop))
     device = graft.target.weight.device
-    sides = [(torch.tensor(members, device=device), _side(graft, coefficient)) for coefficient, members in rows.items()]
+    pieces = [(torch.tensor(members, device=device), sides[number]) for number, members in rows.items()]
 
     def forward(x_BSI: torch.Tensor) -> torch.Tensor:
         y_BSO = x_BSI.new_empty(*x_BSI.shape[:-1], graft.module.num_channels)
-        for rows_N, side in sides:
+        for rows_N, side in pieces:
             y_BSO.index_copy_(0, rows_N, side(x_BSI.index_select(0, rows_N)))
         return y_BSO
 
     return forward
 
 
-def _side(graft: Graft, coefficient: Coefficient) -> _Product | _Mix:
+def _side(graft: Graft, coefficient: Coefficient, *, may_choose: bool) -> _Side:
+    transposed = graft.module.transposed
     if coefficient == 0:
-        return _Product(graft.target, graft.module.transposed)
+        return _Product(graft.target.weight, graft.target.bias, transposed)
     if coefficient == 1:
-        return _Product(graft.source, graft.module.transposed)
+        return _Product(graft.source.weight, graft.source.bias, transposed)
     weight = graft.target.weight
+    if may_choose and isinstance(coefficient, tuple) and ENDS.issuperset(coefficient):
+        return _Chosen.of(graft, torch.tensor(coefficient, dtype=torch.bool, device=weight.device))
     return _Mix(graft, torch.tensor(coefficient, dtype=weight.dtype, device=weight.device))
 
 
 class _Product:
     """x·Wᵀ + b."""
 
-    def __init__(self, weights: Weights, transposed: bool) -> None:
-        self.weight_OI = weights.weight.T if transposed else weights.weight
-        self.bias_O = weights.bias
+    def __init__(self, weight: torch.Tensor, bias_O: torch.Tensor | None, transposed: bool) -> None:
+        self.weight_OI = weight.T if transposed else weight
+        self.bias_O = bias_O
 
     def __call__(self, x_BSI: torch.Tensor) -> torch.Tensor:
         return linear(x_BSI, self.weight_OI, self.bias_O)
@@ -225,11 +243,23 @@ class _Product:
             torch.addmm(self.bias_O, x_NI, self.weight_OI.T, out=y_NO)
 
 
+class _Chosen(_Product):
+    """The product with a weight that takes every channel from one side: bit by bit the weight that an export writes."""
+
+    @classmethod
+    def of(cls, graft: Graft, chosen_O: torch.Tensor) -> _Chosen:
+        transposed, (target, source) = graft.module.transposed, (graft.target, graft.source)
+        weight = choose_rows(target.weight, source.weight, chosen_O, transposed=transposed)
+        both = target.bias is not None and source.bias is not None
+        return cls(weight, choose_rows(target.bias, source.bias, chosen_O) if both else None, transposed)  # type: ignore[arg-type]
+
+
 class _Mix:
     """Both products, and between them by coefficient: the one way that also has a gradient."""
 
     def __init__(self, graft: Graft, coefficient: torch.Tensor) -> None:
-        self.target, self.source = (_Product(weights, graft.module.transposed) for weights in (graft.target, graft.source))
+        both = (graft.target, graft.source)
+        self.target, self.source = (_Product(weights.weight, weights.bias, graft.module.transposed) for weights in both)
         self.coefficient = coefficient
 
     def __call__(self, x_BSI: torch.Tensor) -> torch.Tensor:
@@ -238,6 +268,10 @@ class _Mix:
 
     def into(self, y_BSO: torch.Tensor, x_BSI: torch.Tensor) -> None:
         y_BSO.copy_(self(x_BSI))
+
+
+_Side = _Product | _Mix
+"""How the rows of one coefficient are computed."""
 
 
 def override(module: nn.Module, forward: Forward) -> None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -40,10 +42,11 @@ class Variant:
         nonzero = {name: c for name, c in plain.items() if not (isinstance(c, float) and c == 0)}
         object.__setattr__(self, "coefficients", MappingProxyType(nonzero))
 
-    @property
+    @cached_property
     def id(self) -> str:
-        """Content hash: equal variants have equal ids."""
-        text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
+        """Content hash: equal variants have equal ids. Computed once; channels are hashed as numbers, not as text."""
+        content = {name: _digest(c) if isinstance(c, tuple) else c for name, c in self.coefficients.items()}
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:10]
 
     def to_json(self) -> dict[str, Any]:
@@ -94,6 +97,14 @@ def read_variant(rows: Iterable[Mapping[str, Any]], id: str) -> Variant:
     return Variant({name: c[0] if len(c) == 1 else tuple(c) for name, c in mine.items()}, extrapolate=True)
 
 
+def _digest(channels: tuple[Any, ...]) -> Any:
+    """Of one coefficient per channel: gates have hundreds of thousands, whose text would be megabytes."""
+    try:
+        return {"channels": hashlib.sha256(array("d", channels).tobytes()).hexdigest()}
+    except (TypeError, OverflowError):  # no coefficients at all, which `check_variant` will say
+        return list(channels)
+
+
 ORIGIN = Variant({})
 """The target itself."""
 
@@ -130,8 +141,28 @@ def blend(target: torch.Tensor, source: torch.Tensor, coefficient: Coefficient, 
         return target
     if coefficient == 1:
         return source.to(target.dtype)
+    if isinstance(coefficient, tuple) and ENDS.issuperset(coefficient):  # a choice: nothing is widened
+        return choose_rows(target, source, torch.tensor(coefficient, dtype=torch.bool, device=target.device), transposed=transposed)
     wide = torch.promote_types(target.dtype, torch.float32)
-    weight = torch.tensor(coefficient, dtype=wide, device=target.device)
-    if weight.dim() == 1 and target.dim() == 2 and not transposed:
-        weight = weight[:, None]
-    return torch.lerp(target.to(wide), source.to(device=target.device, dtype=wide), weight).to(target.dtype)
+    return interpolate(target, source, torch.tensor(coefficient, dtype=wide, device=target.device), transposed=transposed)
+
+
+ENDS = frozenset((0.0, 1.0))
+
+
+def interpolate(target: torch.Tensor, source: torch.Tensor, coefficient: torch.Tensor, *, transposed: bool = False) -> torch.Tensor:
+    """W(c) of a tensor c: a number, or (O,). Exact at both ends, in the target's dtype."""
+    wide = torch.promote_types(target.dtype, torch.float32)
+    c = over_outputs(coefficient.to(wide), target, transposed=transposed)
+    return torch.lerp(target.to(wide), source.to(device=target.device, dtype=wide), c).to(target.dtype)
+
+
+def choose_rows(target: torch.Tensor, source: torch.Tensor, chosen_O: torch.Tensor, *, transposed: bool = False) -> torch.Tensor:
+    """The source's channels where `chosen_O`, the target's elsewhere."""
+    source = source.to(device=target.device, dtype=target.dtype)
+    return torch.where(over_outputs(chosen_O, target, transposed=transposed), source, target)
+
+
+def over_outputs(values: torch.Tensor, weight: torch.Tensor, *, transposed: bool) -> torch.Tensor:
+    """One value per channel, laid along the output dimension of a weight or a bias."""
+    return values[:, None] if values.dim() == 1 and weight.dim() == 2 and not transposed else values

@@ -98,17 +98,17 @@ def skeleton(checkpoint: Checkpoint) -> nn.Module:
         ) from error
 
 
-def select_kind(modules: Iterable[Module], kind: str) -> tuple[Module, ...]:
+def select_kind(modules: Iterable[Module], kind: str, where: str = "sweep.kind") -> tuple[Module, ...]:
     """Modules of a kind: `attn`, `ffn`, `all`, a projection (`down_proj`) or a path in the layer (`mlp.c_proj`).
 
-    RecipeError, with the nearest names, where nothing matches.
+    RecipeError, with the nearest names, where nothing matches; `where` is the key of the recipe that says the kind.
     """
     modules = tuple(modules)
     if chosen := tuple(module for module in modules if _is_kind(module, kind)):
         return chosen
     names = ["attn", "ffn", "all", *sorted({module.path.rpartition(".")[2] for module in modules})]
     near = difflib.get_close_matches(kind, names, n=2) or names
-    raise RecipeError(f"`sweep.kind`: {kind!r} matches no compatible module. Nearest: {', '.join(near)}.")
+    raise RecipeError(f"`{where}`: {kind!r} matches no compatible module. Nearest: {', '.join(near)}.")
 
 
 def _is_kind(module: Module, kind: str) -> bool:

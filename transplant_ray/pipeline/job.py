@@ -14,7 +14,9 @@ from transplant_ray.evaluate.generate import GenerationSettings, Rules, end_ids
 from transplant_ray.evaluate.scorers import FORCED
 from transplant_ray.evaluate.task import Task, check_apart, load_passages, load_task, tokenize
 from transplant_ray.graft.mergekit import COMMAND, PIP_LINE, PLACE, find_mergekit
-from transplant_ray.graft.plan import SweepPlan, depth_order, plan_sweep
+from transplant_ray.graft.plan import Planned, SweepPlan, depth_order, plan_sweep
+from transplant_ray.graft.variant import Variant
+from transplant_ray.models.catalogue import select_kind
 from transplant_ray.models.checkpoint import Checkpoint, open_checkpoint, read_generation_ends
 from transplant_ray.models.compare import Comparison, check_segmentation, check_vocabulary, compare
 from transplant_ray.models.loading import load_tokenizer
@@ -78,11 +80,23 @@ class Job:
         return replace(self.generation, max_new_tokens=self.recipe.rank.max_new_tokens or self.generation.max_new_tokens)
 
     def provisional_plan(self) -> SweepPlan:
-        """The plan's shape before anything is ranked: every ranker stands in depth order. Refuses kinds that match nothing."""
+        """The plan's shape before anything is ranked: every ranker stands in depth order, and what a search may find is a blend.
+
+        Refuses kinds that match nothing.
+        """
         modules, recipe = self.comparison.modules, self.recipe
         alike = {module.name: (0.0,) * module.num_channels for module in modules} if recipe.sweep.channels else {}
         channels = {ranker: alike for ranker in recipe.rank.by if ranker in CHANNEL_RANKERS}
-        return plan_sweep(modules, dict.fromkeys(recipe.rank.by, depth_order(modules)), recipe.sweep, channels)
+        return plan_sweep(modules, dict.fromkeys(recipe.rank.by, depth_order(modules)), recipe.sweep, channels, self._to_be_found())
+
+    def _to_be_found(self) -> list[Planned]:
+        found = []
+        for name, spec in {} if self.recipe.search is None else self.recipe.search.wanted.items():
+            members = [module.name for module in select_kind(self.comparison.modules, spec.kind, f"search.{name}.kind")]
+            for place, penalty in enumerate(spec.penalty, start=1):
+                blend = Variant.uniform(members, place / (len(spec.penalty) + 1.5))
+                found.append(Planned("trial", blend, name, spec.kind, len(members), 1.0, penalty=penalty))
+        return found
 
 
 def prepare(recipe: Recipe) -> Job:
@@ -119,13 +133,14 @@ def _prepare_task(
 
 def _check_positions(job: Job, positions: int | None) -> None:
     """Prompts with what is generated after them, and answers where they are read."""
-    reads = job.recipe.sweep.screen is not None or bool(job.resident_rankers)
+    searched = job.recipe.search is not None
+    read = {MAIN: job.recipe.sweep.screen is not None or bool(job.resident_rankers) or searched}
+    read |= dict.fromkeys(job.recipe.guards.choosing, searched)
     for name, task in job.tasks.items():
         everything = [example for split in SPLITS for example in task.examples[split]]
-        limit = task.rules.generation.max_new_tokens
-        if name == MAIN:
-            limit = max(limit, job.recipe.rank.max_new_tokens or 0, *(len(e.answer_ids) for e in everything if reads))
-        check_lengths(everything, limit, positions)
+        steps = job.recipe.rank.max_new_tokens or 0 if name == MAIN else 0
+        longest = max(len(example.answer_ids) for example in everything) if read.get(name) else 0
+        check_lengths(everything, max(task.rules.generation.max_new_tokens, steps, longest), positions)
     for passages in job.passages.values():
         check_lengths(passages, max(len(passage.answer_ids) for passage in passages), positions)
 

@@ -22,6 +22,7 @@ from transplant_ray.pipeline.guarding import guard_rows
 from transplant_ray.pipeline.job import SPLITS
 from transplant_ray.pipeline.judging import EXPORTED, describe, intervals, judge_sweep
 from transplant_ray.pipeline.run import Run
+from transplant_ray.pipeline.searching import describe_searches
 from transplant_ray.probe.agreement import compare_rankings, spearman_with_depth, stability
 from transplant_ray.probe.rankers import Ranking
 from transplant_ray.recipe import MAIN
@@ -60,6 +61,7 @@ def record(run: Run, evaluation: Evaluation, results: list[Result], probed: Prob
         summary = summarise(run, results, probed, tracker.run_id) | {
             "rows_per_step": evaluation.rows_per_step,
             "test_opened": evaluation.test_opened,
+            "searches": describe_searches(probed.found),
             "verdict": None if verdict is None else describe(verdict, evaluation),
             "guards": [asdict(row) for row in guards if row.winner or row.role in ("target", "source", "all")],
         }

@@ -19,6 +19,7 @@ from transplant_ray.pipeline.judging import EXPORTED
 from transplant_ray.pipeline.merging import evaluate_merges
 from transplant_ray.pipeline.recording import SweepResult, record
 from transplant_ray.pipeline.run import Run, begin
+from transplant_ray.pipeline.searching import planned_searches
 from transplant_ray.pipeline.watch import Watch
 from transplant_ray.probe.rankers import SCHEMA as RANKING_SCHEMA
 from transplant_ray.probe.rankers import Ranking, ranking_rows
@@ -51,7 +52,7 @@ def sweep(recipe: Recipe, watch: Watch | None = None) -> SweepResult:
         probed = _probe(run, capacity, run.asked(MEASURED))
         for asked, shard in probed.source:
             run.answered[asked.task].add(asked.split, shard)
-        evaluation = evaluate(run, _plan(run, probed.rankings), probed.norms, capacity, tracker)
+        evaluation = evaluate(run, _plan(run, probed), probed.norms, capacity, tracker)
         evaluation.results += evaluate_merges(evaluation, capacity)
         confirmed = _confirm(evaluation, capacity)
         return record(run, evaluation, [*evaluation.results, *confirmed], probed, tracker)
@@ -68,6 +69,9 @@ def _probe(run: Run, capacity: Capacity, baselines: Sequence[Asked]) -> ProbeRes
         settings=job.probe_settings,
         probe=job.examples["probe"],
         rules=job.rules,
+        searches={} if job.recipe.search is None else job.recipe.search.wanted,
+        guards={name: job.tasks[name].examples["probe"] for name in job.recipe.guards.choosing},
+        texts=job.passages.get("probe", ()),
         baselines=baselines,
         seed=job.recipe.task.split.seed,
     )
@@ -81,12 +85,12 @@ def _probe(run: Run, capacity: Capacity, baselines: Sequence[Asked]) -> ProbeRes
     return probed
 
 
-def _plan(run: Run, rankings: Sequence[Ranking]) -> SweepPlan:
-    modules = run.job.comparison.modules
+def _plan(run: Run, probed: ProbeResult) -> SweepPlan:
+    modules, rankings = run.job.comparison.modules, probed.rankings
     orders = {ranking.ranker: ranking.order for ranking in rankings}
     check_orders(orders, modules)
     channels = {r.ranker: r.measured.channels for r in rankings if r.measured and r.measured.channels}
-    plan = plan_sweep(modules, orders, run.job.recipe.sweep, channels)
+    plan = plan_sweep(modules, orders, run.job.recipe.sweep, channels, planned_searches(run.job.recipe, probed.found))
     for note in plan.notes:
         run.stopwatch.watch.note(note)
     return plan

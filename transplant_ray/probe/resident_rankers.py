@@ -86,7 +86,7 @@ def attribution(bench: Bench) -> Measured:
     channels = {name: torch.zeros(module.num_channels, dtype=torch.float64) for name, module in engine.pair.modules.items()}
 
     def work(requests: Sequence[Request], rows: int) -> Iterator[tuple[int, NDArray[np.float64]]]:
-        for batch in _batches([request.example for request in requests], (engine.pair.model,), rows):
+        for batch in batches([request.example for request in requests], (engine.pair.model,), rows):
             parts = _path_gradients(engine, [requests[i].example for i in batch], bench.steps)
             for name, part_BO in parts.items():
                 channels[name] -= part_BO.sum(0) / len(bench.examples)
@@ -137,7 +137,7 @@ def channel(bench: Bench) -> Measured:
     def work(requests: Sequence[Request], rows: int) -> Iterator[tuple[int, NDArray[np.float64]]]:
         longest = max(len(request.example.answer_ids) for request in requests)
         fitting = min(rows, max(1, most // longest))
-        for batch in _batches([request.example for request in requests], (engine.pair.model, source), fitting):
+        for batch in batches([request.example for request in requests], (engine.pair.model, source), fitting):
             examples = [requests[i].example for i in batch]
             lengths = [len(example.answer_ids) for example in examples]
             difference = _lockstep(engine.pair.model, source, examples, names)
@@ -245,7 +245,7 @@ RESIDENT: Mapping[str, Ranker] = MappingProxyType(
 )
 
 
-def _batches(examples: Sequence[Rendered], models: Sequence[PreTrainedModel], rows: int) -> Iterator[list[int]]:
+def batches(examples: Sequence[Rendered], models: Sequence[PreTrainedModel], rows: int) -> Iterator[list[int]]:
     """Of similar length, and of no more tokens than a pass takes."""
     lengths = [len(example.prompt_ids) + len(example.answer_ids) - 1 for example in examples]
     size = max(1, min(rows, *(pass_tokens(model) // max(lengths) for model in models)))

@@ -90,7 +90,7 @@ def test_hard_variants_say_in_a_pack_what_they_say_by_pointer(pair: ResidentPair
 
 def test_hard_variants_say_in_a_pack_what_their_checkpoints_say(comparison: Comparison, pair: ResidentPair, tmp_path: Path) -> None:
     rng = random.Random(1)
-    pack = [draw_variant(pair, rng, what) for what in ("random", "nested")]
+    pack = [draw_variant(pair, rng, what) for what in ("random", "nested", "rows", "rows")]
     examples = draw_examples(rng, 12)
     found = packed_answers(pair, [*pack, ORIGIN, Variant.uniform(pair.modules)], examples, 16)
     for variant in pack:

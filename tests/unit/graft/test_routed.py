@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -123,6 +124,62 @@ def test_only_rows_in_between_pay_for_two_products(
         router.assign(rows)
         last_logits(llama_pair.model, [[4, 5, 6]] * len(rows))
     assert products.counted == expected
+
+
+def some_channels(pair: ResidentPair, seed: int) -> Variant:
+    rng, name = random.Random(seed), down(pair)
+    return Variant({name: tuple(rng.choice((0.0, 1.0)) for _ in range(pair.modules[name].num_channels))})
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([1, 1, 1], {}),
+        ([0, 1, 1], {"target": 1}),
+        ([0, 1, 2, 0, 1, 2], {"target": 2}),  # gathered
+        ([1, 2, 3, 3], {"target": 2, "source": 2}),  # no room for a third weight
+        ([0, 1, 2, 3, 1], {"target": 2, "source": 1}),
+    ],
+)
+def test_channels_that_are_0_or_1_pay_for_one_product_while_there_is_room(
+    llama_pair: ResidentPair, rows: list[int], expected: dict[str, int]
+) -> None:
+    pack = [ORIGIN, *(some_channels(llama_pair, seed) for seed in range(3))]
+    with Router(llama_pair, pack) as router, Products(llama_pair.grafts[down(llama_pair)]) as products:
+        router.assign(rows)
+        last_logits(llama_pair.model, [[4, 5, 6]] * len(rows))
+    assert products.counted == expected
+
+
+def test_a_chosen_weight_is_made_once_and_dropped_with_its_rows(llama_pair: ResidentPair, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[torch.Tensor]] = []
+    plain = routed.choose_rows
+
+    def noting(*args: Any, **kwargs: Any) -> torch.Tensor:
+        weight = plain(*args, **kwargs)
+        made.append(weakref.ref(weight))
+        return weight
+
+    monkeypatch.setattr(routed, "choose_rows", noting)
+    with Router(llama_pair, [some_channels(llama_pair, seed) for seed in range(5)]) as router:
+        for rows, most in (([0, 0, 1], 2), ([0, 1], 2), ([1, 1], 2), ([1, 2], 3), ([3, 4, 4], 5), ([3], 5)):
+            router.assign(rows)
+            assert len(made) == most
+            assert sum(weight() is not None for weight in made) == len(set(rows))
+    assert not any(weight() is not None for weight in made)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 10**6))
+def test_routed_channels_have_the_numbers_of_the_resident_weight(llama_pair: ResidentPair, seed: int) -> None:
+    """Bit for bit: it is the same weight in the same product."""
+    variant = draw_variant(llama_pair, random.Random(seed), "rows")
+    prompts = draw_prompts(random.Random(seed), 4)
+    with Router(llama_pair, [variant]) as router:
+        router.assign([0] * 4)
+        routed_logits = last_logits(llama_pair.model, prompts)
+    with llama_pair.grafted(variant) as resident:
+        assert torch.equal(routed_logits, last_logits(resident, prompts))
 
 
 def test_gathered_rows_have_the_numbers_of_slices(llama_pair: ResidentPair, monkeypatch: pytest.MonkeyPatch) -> None:

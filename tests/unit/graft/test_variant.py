@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import random
@@ -83,6 +84,27 @@ def test_the_origin_is_the_empty_variant() -> None:
     assert Variant.uniform(NAMES, 0.0) == ORIGIN
     assert Variant({NAMES[0]: -0.0}).id == ORIGIN.id
     assert Variant.uniform(NAMES).coefficients == dict.fromkeys(NAMES, 1.0)
+
+
+def test_ids_of_whole_modules_are_hashes_of_their_text() -> None:
+    """Runs on disk are known by them."""
+    assert ORIGIN.id == "44136fa355"
+    point = {NAMES[1]: 0.25, NAMES[0]: 1.0}
+    text = json.dumps(point, sort_keys=True, separators=(",", ":"))
+    assert Variant(point).id == hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def test_an_id_is_computed_once_and_no_text_of_channels_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    channels = tuple(float(i % 3 == 0) for i in range(300_000))
+    texts = []
+    plain = json.dumps
+    monkeypatch.setattr(json, "dumps", lambda *args, **kwargs: texts.append(plain(*args, **kwargs)) or texts[-1])
+    variant = Variant({NAMES[0]: channels, NAMES[1]: 0.5})
+    again = Variant({NAMES[1]: 0.5, NAMES[0]: channels})
+    assert len({variant.id, variant.id, again.id, pickle.loads(pickle.dumps(variant)).id}) == 1
+    assert len(texts) == 3
+    assert max(map(len, texts)) < 300
+    assert Variant({NAMES[0]: (*channels[:-1], 1.0)}).id != Variant({NAMES[0]: channels}).id
 
 
 @pytest.mark.parametrize(
