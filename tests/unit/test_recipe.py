@@ -499,6 +499,8 @@ OTHER = {
     "rank.trajectory": "own", "rank.max_new_tokens": 7, "sweep.k": [7], "sweep.kind": ["attn"], "sweep.alpha": [1.0],
     "sweep.extrapolate": True, "sweep.screen.keep": 0.5, "sweep.race.rungs": [50], "sweep.race.keep": 0.5,
     "sweep.arms": 30, "sweep.controls.random": 7, "sweep.controls.alpha": [0.1],
+    "search.gates.penalty": [2.0], "search.gates.kind": "attn", "search.gates.unit": "row", "search.gates.steps": 7,
+    "search.gates.learning_rate": 0.5, "search.greedy.penalty": [2.0], "search.greedy.kind": "ffn", "search.greedy.k": 7,
     "resources.dtype": "float16", "resources.batch_size": 7,
     "resources.shard_size": 7, "accept": [],
 }  # fmt: skip
