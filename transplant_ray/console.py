@@ -128,7 +128,7 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
     winner = summary["winner"]
     verdict = [f"{summary['verdict']['conclusion']}: {summary['verdict']['sentence']}"] if summary.get("verdict") else []
     if winner is None:
-        return ["no winner: every trial failed; the reasons are in the table", *verdict]
+        return [_no_winner(summary), *verdict]
     test, target, source = (
         winner["test"],
         summary["baselines"]["test"]["target"],
@@ -146,11 +146,35 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
         f"of what swapping everything reaches {_percent(test['reachable_recovery'])}",
         f"exported = resident: the same completion on {agrees['equal']} of {agrees['n']} select examples",
     ]
+    lines += _price_lines(summary)
     if winner["same_as"]:
         lines.append(f"the ranking made no difference here: {', '.join(winner['same_as'])} hold the same modules")
     if winner["best_control"] is not None:
         lines.append(f"best control on select: {winner['best_control']['label']}, {_interval(winner['best_control'])}")
     return lines
+
+
+def _no_winner(summary: dict[str, Any]) -> str:
+    if summary["vetoed"]:
+        return "no winner: every trial that was evaluated loses more than its margin on a guard (`sweep.objective.veto`)"
+    return "no winner: every trial failed; the reasons are in the table"
+
+
+def _price_lines(summary: dict[str, Any]) -> list[str]:
+    """What the winner costs elsewhere, on test, and how often test was looked at."""
+    test, swapped = summary["winner"]["test"], summary["baselines"]["test"]["all"]
+    prices = (
+        []
+        if test["kl"] is None or swapped["kl"] is None
+        else [f"KL on general text {test['kl']:.3g} nats a token (all swapped {swapped['kl']:.3g})"]
+    )
+    for guard in summary["guards"]:
+        if guard["winner"] and guard["split"] == "test" and guard["share"] is not None:
+            held_out = " (held out)" if guard["held_out"] else ""
+            prices.append(f"{guard['guard']}{held_out} {_percent(guard['share'])} of the target's accuracy")
+    lines = [f"price: {', '.join(prices)}"] if prices else []
+    opened = summary["test_opened"]
+    return [*lines, f"these test examples were opened {opened} times under this storage"] if opened > 1 else lines
 
 
 def print_plan(console: Console, report: PlanReport) -> None:

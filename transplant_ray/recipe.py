@@ -23,6 +23,8 @@ ACTIVATION_RANKERS = frozenset({"lae", "lae_relative"})
 """Rankers that two actors stream statistics for."""
 RESIDENT_RANKERS = frozenset({"attribution", "channel", "layers", "leave_one_out", "single", "weight_delta"})
 """Rankers that need both models in one place."""
+CHANNEL_RANKERS = frozenset({"attribution", "channel"})
+"""Those of them that score every output channel too."""
 RANKERS = (*sorted(ACTIVATION_RANKERS | RESIDENT_RANKERS), "depth", "random")
 REVERSE = "reverse:"
 """In front of a ranker: its ranking upside down."""
@@ -32,6 +34,11 @@ SPARSE_MERGES = frozenset({"ties", "dare_ties", "dare_linear"})
 FEWEST_ARMS = 19
 """With fewer, (1 + 0) / (arms + 1) is over 0.05."""
 SCORERS = ("exact", "forced", "strict_boxed", "math", "number")
+MAIN = "task"
+"""What is being transplanted, among tasks that have names."""
+GENERAL_TEXT = "zoo:general.jsonl"
+"""Passages of many sorts that come with the package."""
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,49}$"
 REGEX = "regex:"
 """In front of a pattern: the scorer that it makes."""
 
@@ -125,6 +132,54 @@ class TaskSpec(Part):
         if self.stop and self.scorer == "forced":
             raise ValueError("`stop` has no effect with `scorer: forced`, which compares tokens up to the end token")
         return self
+
+
+class GuardTask(TaskSpec):
+    """A task that the transplant should not harm."""
+
+    margin: float = Field(0.05, gt=0, lt=1)
+    """Loss of accuracy that is put up with."""
+    split: SplitSpec = SplitSpec(probe=64, select=150, test=150)
+
+
+class TextSpec(Part):
+    """General text: on it a variant should go on saying what the target says. A guard that needs no labels."""
+
+    data: str | HubData = GENERAL_TEXT
+    """A JSONL or Parquet file, a hub dataset, or the passages that come with the package."""
+    text: str = "{text}"
+    """Template over the columns of the data."""
+    tokens: int = Field(128, ge=2)
+    """Of each passage, so many are read."""
+    split: SplitSpec = SplitSpec(probe=40, select=40, test=40)
+
+
+class GuardSpec(Part):
+    """What the transplant should not harm."""
+
+    tasks: dict[Annotated[str, Field(pattern=NAME)], GuardTask] = {}
+    held_out: str | None = None
+    """The task that nothing is fitted on or chosen by; of two or more the last, where none is named."""
+    text: TextSpec | None = TextSpec()
+    """Where KL(target ‖ variant) is measured; null measures none."""
+
+    @model_validator(mode="after")
+    def _held_out_is_there(self) -> GuardSpec:
+        if MAIN in self.tasks:
+            raise ValueError(f"{MAIN!r} is what the task itself is called; give this guard another name")
+        if self.held_out is not None:
+            _one_of(self.held_out, tuple(self.tasks), "guard")
+        return self
+
+    @property
+    def spared(self) -> str | None:
+        """The guard that is held out."""
+        return self.held_out or (list(self.tasks)[-1] if len(self.tasks) > 1 else None)
+
+    @property
+    def choosing(self) -> tuple[str, ...]:
+        """Guards that may be fitted on and chosen by."""
+        return tuple(name for name in self.tasks if name != self.spared)
 
 
 class RankSpec(Part):
@@ -226,8 +281,23 @@ class PrimarySpec(Part):
     k: int = Field(ge=1)
 
 
+class ObjectiveSpec(Part):
+    """What the winner is chosen by, beside its accuracy on select; the guard that is held out has no say."""
+
+    price: float = Field(0.0, ge=0)
+    """Points of accuracy that are given up for a point that the guards lose, on average."""
+    veto: bool = False
+    """Whether a trial that loses more than the margin on a guard is out."""
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> ObjectiveSpec:
+        if self.price == 0 and not self.veto:
+            raise ValueError("an objective without a `price` or a `veto` has no effect")
+        return self
+
+
 class SweepSpec(Part):
-    """The grid: ranker × kind × K × alpha."""
+    """The grid: ranker × kind × K × alpha, and the same again for every share of channels."""
 
     k: tuple[Annotated[int, Field(ge=1)], ...]
     kind: tuple[Kind, ...] = ("all",)
@@ -235,6 +305,9 @@ class SweepSpec(Part):
     """Allow coefficients outside [0, 1]."""
     alpha: tuple[float, ...] = Field((1.0,), validate_default=True)
     """Coefficient of the chosen modules, in (0, 1]; 1 is the hard transplant."""
+    channels: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
+    """Shares of the output channels of the chosen modules, those that score highest; whole modules are always tried too."""
+    objective: ObjectiveSpec | None = None
     screen: ScreenSpec | None = None
     race: RaceSpec | None = None
     primary: PrimarySpec | None = None
@@ -268,6 +341,11 @@ class SweepSpec(Part):
         if self.screen is not None or self.race is not None:
             raise ValueError("`screen` and `race` choose among trials, and `primary` names the winner beforehand; drop one of them")
         return self
+
+    @field_validator("channels")
+    @classmethod
+    def _each_once(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        return _distinct(value)
 
     @field_validator("k", "kind", "alpha")
     @classmethod
@@ -331,6 +409,7 @@ class Recipe(Part):
     """What source and target were both trained from; `sweep.controls.merges` need it."""
     task: TaskSpec
     rank: RankSpec = RankSpec()
+    guards: GuardSpec = GuardSpec()
     sweep: SweepSpec
     resources: ResourceSpec = ResourceSpec()
     tracking: TrackingSpec = TrackingSpec()
@@ -344,6 +423,18 @@ class Recipe(Part):
         primary = self.sweep.primary
         if primary is not None and primary.by not in self.rank.by:
             raise ValueError(f"`sweep.primary.by` is {primary.by!r}, which is not in `rank.by` {list(self.rank.by)}")
+        return self
+
+    @model_validator(mode="after")
+    def _channels_are_ranked(self) -> Recipe:
+        if self.sweep.channels and not CHANNEL_RANKERS & self.rank.measured:
+            raise ValueError(f"`sweep.channels` needs a ranker that scores channels: one of {sorted(CHANNEL_RANKERS)} in `rank.by`")
+        return self
+
+    @model_validator(mode="after")
+    def _guards_decide(self) -> Recipe:
+        if self.sweep.objective is not None and not self.guards.choosing:
+            raise ValueError("`sweep.objective` weighs guards, and there is none that is not held out; add one to `guards.tasks`")
         return self
 
     @model_validator(mode="after")

@@ -98,10 +98,21 @@ def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 def _absolute_inputs(mapping: dict[str, Any], base: Path) -> None:
     """Make the paths of models and data absolute, in place; what is not a path (a hub id) stays."""
-    for part, key in (("source", "model"), ("target", "model"), ("base", "model"), ("task", "data")):
-        section = mapping.get(part)
-        if isinstance(section, dict) and isinstance(section.get(key), str):
-            section[key] = _absolute(section[key], base, is_file=key == "data")
+    for section in _sections(mapping):
+        for key in ("model", "data"):
+            if isinstance(section.get(key), str):
+                section[key] = _absolute(section[key], base, is_file=key == "data")
+
+
+def _sections(mapping: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The parts of a recipe that name a model or data."""
+    guards = _mapping(mapping.get("guards"))
+    parts = [mapping.get(name) for name in ("source", "target", "base", "task")]
+    yield from map(_mapping, (*parts, guards.get("text"), *_mapping(guards.get("tasks")).values()))
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _absolute(text: str, base: Path, *, is_file: bool) -> str:

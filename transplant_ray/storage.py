@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -17,7 +18,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 
 from transplant_ray.errors import RunError
-from transplant_ray.files import whole_file, writable_folder, write_text
+from transplant_ray.files import whole_file, writable_folder, write_json, write_text
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class RunFolder:
             return cls(_expanded(run))
         folder = cls(_local_copy(run), run)
         writable_folder(folder.path)
-        for path in (folder.recipe, folder.rankings, folder.results, folder.summary):
+        for path in (folder.recipe, folder.rankings, folder.results, folder.variants, folder.summary):
             folder.fetch(path)
         return folder
 
@@ -84,6 +85,22 @@ class RunFolder:
         return self.path / "results.parquet"
 
     @property
+    def variants(self) -> Path:
+        return self.path / "variants.parquet"
+
+    @property
+    def modules(self) -> Path:
+        return self.path / "modules.parquet"
+
+    @property
+    def guards(self) -> Path:
+        return self.path / "guards.parquet"
+
+    @property
+    def examples(self) -> Path:
+        return self.path / "examples.parquet"
+
+    @property
     def summary(self) -> Path:
         return self.path / "summary.json"
 
@@ -98,6 +115,31 @@ class RunFolder:
     @property
     def delta(self) -> Path:
         return self.path / "delta"
+
+    @property
+    def openings(self) -> Path:
+        """Beside the runs of this storage: which test splits were opened, when, and by which run."""
+        return self.path.parent / "test-splits.json"
+
+    def open_test(self, examples: Sequence[str]) -> int:
+        """Say that a run looks at a test split, known by the ids of its examples; returns how often one did, this time included."""
+        split = hashlib.sha256("\n".join(sorted(examples)).encode()).hexdigest()[:16]
+        if self.address is not None:
+            self._mirror_openings()
+        opened = _read_json(self.openings) if self.openings.exists() else {}
+        opened.setdefault(split, []).append({"run": self.path.name, "at": datetime.now(UTC).isoformat(timespec="seconds")})
+        write_json(self.openings, opened)
+        if self.address is not None:
+            with _remote(self.address) as (system, root), system.open_output_stream(_beside(root, self.openings)) as stream:
+                stream.write(self.openings.read_bytes())
+        return len(opened[split])
+
+    def _mirror_openings(self) -> None:
+        self.openings.unlink(missing_ok=True)
+        with _remote(self.address or "") as (system, root):
+            there = _beside(root, self.openings)
+            if system.get_file_info(there).is_file:
+                self.openings.write_bytes(system.open_input_stream(there).read())
 
     def check_owner(self, identity: str) -> None:
         """RunError where the folder holds the results of another recipe."""
@@ -122,12 +164,17 @@ class RunFolder:
         return path
 
     def read_summary(self) -> dict[str, Any]:
-        path = self.require(self.summary)
-        try:
-            summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise RunError(f"{path}: not a readable summary ({error}). Run the sweep again.") from error
-        return summary
+        return _read_json(self.require(self.summary))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"found {type(content).__name__}, expected an object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"{path}: not readable as JSON ({error}). Move it away and run the sweep again.") from error
+    return content
 
 
 def _expanded(text: str) -> Path:
@@ -152,6 +199,11 @@ def _mirror_claim(folder: RunFolder, mark: Path) -> None:
         path.unlink(missing_ok=True)
         if info.is_file:
             folder.fetch(path)
+
+
+def _beside(root: str, path: Path) -> str:
+    """The place of a local file next to a run, at the address of the run."""
+    return f"{root.rpartition('/')[0]}/{path.name}"
 
 
 @contextmanager

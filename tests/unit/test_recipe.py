@@ -36,11 +36,36 @@ WHOLE: dict[str, Any] = {
         "split": {"probe": 128, "select": 300, "test": 300, "seed": 42},
     },
     "rank": {"by": ["lae", "depth"], "trajectory": "source", "max_new_tokens": 4, "steps": 4},
+    "guards": {
+        "tasks": {
+            "reversal": {
+                "data": "/data/reversal.jsonl",
+                "prompt": "{prompt}",
+                "answer": "{answer}",
+                "scorer": "exact",
+                "max_new_tokens": 8,
+                "stop": [],
+                "chat_template": False,
+                "system": None,
+                "split": {"probe": 64, "select": 150, "test": 150, "seed": 42},
+                "margin": 0.1,
+            }
+        },
+        "held_out": None,
+        "text": {
+            "data": "/data/text.jsonl",
+            "text": "{text}",
+            "tokens": 64,
+            "split": {"probe": 10, "select": 20, "test": 30, "seed": 1},
+        },
+    },
     "sweep": {
         "k": [1, 2, 24],
         "kind": ["attn", "ffn", "all"],
         "extrapolate": False,
         "alpha": [0.5, 1.0],
+        "channels": [],
+        "objective": {"price": 0.5, "veto": True},
         "screen": {"keep": 0.25, "by": "loss"},
         "race": {"rungs": [50, 100], "keep": 0.4},
         "primary": None,
@@ -446,6 +471,14 @@ OTHER = {
     "rank.trajectory": "own", "rank.max_new_tokens": 7, "sweep.k": [7], "sweep.kind": ["attn"], "sweep.alpha": [1.0],
     "sweep.extrapolate": True, "sweep.screen.keep": 0.5, "sweep.race.rungs": [50], "sweep.race.keep": 0.5,
     "sweep.arms": 30, "sweep.controls.random": 7, "sweep.controls.alpha": [0.1],
+    "sweep.objective.price": 0.7, "sweep.objective.veto": False,
+    "guards.tasks.reversal.data": "/x.jsonl", "guards.tasks.reversal.prompt": "{x}", "guards.tasks.reversal.answer": "{x}",
+    "guards.tasks.reversal.scorer": "number", "guards.tasks.reversal.max_new_tokens": 9, "guards.tasks.reversal.stop": ["x"],
+    "guards.tasks.reversal.chat_template": True, "guards.tasks.reversal.margin": 0.2,
+    "guards.tasks.reversal.split.probe": 7, "guards.tasks.reversal.split.select": 7, "guards.tasks.reversal.split.test": 7,
+    "guards.tasks.reversal.split.seed": 7,
+    "guards.text.data": "/x.jsonl", "guards.text.text": "{x}", "guards.text.tokens": 7, "guards.text.split.probe": 7,
+    "guards.text.split.select": 7, "guards.text.split.test": 7, "guards.text.split.seed": 7,
     "sweep.controls.merges": ["ties"], "sweep.controls.scales": [1.0], "sweep.controls.density": 0.3,
     "resources.dtype": "float16", "resources.batch_size": 7,
     "resources.shard_size": 7, "accept": [],
@@ -460,6 +493,9 @@ LEFT_OUT = {
     "sweep.screen.by",
     "rank.steps",
     "sweep.primary",
+    "sweep.channels",
+    "guards.held_out",
+    "guards.tasks.reversal.system",
 }  # tried below and in another file
 
 

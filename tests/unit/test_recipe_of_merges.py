@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from transplant_ray.errors import RecipeError
-from transplant_ray.graft.merges import MASK_SEED, merge_id, planned_merges
+from transplant_ray.graft.merges import MASK_SEED, planned_merges
 from transplant_ray.recipe import MERGES, Recipe
 from transplant_ray.recipe_file import load_recipe, parse_recipe
 
@@ -58,5 +58,5 @@ def test_every_merge_has_a_place_of_its_own() -> None:
     planned = planned_merges(recipe(merges=list(MERGES), scales=[0.25, 1.0]).sweep.controls)
     assert [(entry.ranker, entry.alpha) for entry in planned] == [(merge, scale) for merge in MERGES for scale in (0.25, 1.0)]
     assert {entry.ranker for entry in planned if entry.seed == MASK_SEED} == {"dare_ties", "dare_linear"}
-    assert len({merge_id(entry) for entry in planned}) == len(planned) == len({entry.label for entry in planned})
+    assert len({entry.id for entry in planned}) == len(planned) == len({entry.label for entry in planned})
     assert {(entry.role, entry.kind) for entry in planned} == {("control", "all")}

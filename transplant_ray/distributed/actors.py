@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.engine import Engine
 from transplant_ray.evaluate.example import Rendered
-from transplant_ray.evaluate.generate import GenerationSettings
+from transplant_ray.evaluate.generate import GenerationSettings, Rules
 from transplant_ray.evaluate.measure_rows import measure_rows
 from transplant_ray.evaluate.outcome import answer_examples
 from transplant_ray.graft.resident import ResidentPair, load_resident_pair
@@ -31,15 +31,13 @@ from transplant_ray.probe.statistics import ActivationStats, Continuations, gree
 
 @dataclass(frozen=True)
 class Workload:
-    """What every model actor is told once: how to load, to generate and to score."""
+    """What every model actor is told once: how to load a model."""
 
     tokenizer: Checkpoint
     """The target: its tokenizer reads and writes for both models."""
     dtype: str
     num_gpus: float
     num_threads: int
-    generation: GenerationSettings
-    scorer: str
 
 
 @ray.remote
@@ -76,10 +74,10 @@ class ModelActor:
     ) -> Iterator[ActivationStats]:
         yield from stream_stats(*self._load(), examples, modules, settings, continuations)
 
-    def answer(self, examples: Sequence[Rendered]) -> VariantShard:
-        loaded, workload = self._load(), self.workload
+    def answer(self, examples: Sequence[Rendered], rules: Rules) -> VariantShard:
+        loaded = self._load()
         start = time.perf_counter()
-        outcomes = answer_examples(self.name, *loaded, examples, workload.generation, workload.scorer)
+        outcomes = answer_examples(self.name, *loaded, examples, rules.generation, rules.scorer)
         return VariantShard(self.name, outcomes, time.perf_counter() - start)
 
 
@@ -94,7 +92,7 @@ class Evaluator:
         self.workload = workload
 
         self._loaded: tuple[ResidentPair, PreTrainedTokenizerBase] | None = None
-        self.engine: Engine | None = None
+        self.engines: dict[Rules, Engine] = {}
         self.notes: list[str] = []
 
     def _load(self) -> tuple[ResidentPair, PreTrainedTokenizerBase]:
@@ -107,36 +105,45 @@ class Evaluator:
     def where(self) -> dict[str, Any]:
         return _where(str(self._load()[0].model.device))
 
-    def measure_rows(self, examples: Sequence[Rendered], most: int) -> int:
+    def measure_rows(self, examples: Sequence[Rendered], rules: Rules, most: int) -> int:
         """How many rows at a time this device likes, for these examples."""
         pair, _ = self._load()
-        longest = max(len(example.prompt_ids) for example in examples) + self.workload.generation.max_new_tokens
+        longest = max(len(example.prompt_ids) for example in examples) + rules.generation.max_new_tokens
         return measure_rows(pair.model, longest, most)
 
-    def evaluate(self, variants: Sequence[Variant], examples: Sequence[Rendered], rows: int) -> Iterator[VariantShard]:
+    def evaluate(
+        self, variants: Sequence[Variant], examples: Sequence[Rendered], rules: Rules, rows: int
+    ) -> Iterator[VariantShard]:
         """One result per variant. A variant that fails is a result with its reason; the others go on."""
-        for shard in self._engine(rows).answer(variants, examples):
+        for shard in self._engine(rules, rows).answer(variants, examples):
             yield replace(shard, notes=self._new_notes())
 
-    def losses(self, variants: Sequence[Variant], examples: Sequence[Rendered], rows: int) -> dict[str, float | None]:
+    def losses(self, variants: Sequence[Variant], examples: Sequence[Rendered], rules: Rules, rows: int) -> dict[str, float | None]:
         """Variant id → mean token loss of the reference answers."""
-        return self._engine(rows).losses(variants, examples)
+        return self._engine(rules, rows).losses(variants, examples)
 
-    def measure(self, ranker: str, examples: Sequence[Rendered], rows: int, steps: int) -> Measured:
+    def divergences(
+        self, variants: Sequence[Variant], texts: Sequence[Rendered], rules: Rules, rows: int
+    ) -> dict[str, tuple[float | None, ...]]:
+        """Variant id → KL(target ‖ variant) on each text."""
+        return self._engine(rules, rows).divergences(variants, texts)
+
+    def measure(self, ranker: str, examples: Sequence[Rendered], rules: Rules, rows: int, steps: int) -> Measured:
         """What a ranker finds that needs both models; `steps` are those of `attribution`."""
-        engine = self._engine(rows)
+        engine = self._engine(rules, rows)
         place = placement(self.workload.num_gpus)
         bench = Bench(engine, lambda: load_model(self.comparison.source, self.workload.dtype, place), examples, steps)
         measured = measure(ranker, bench)
         return replace(measured, notes=(*measured.notes, *self._new_notes()))
 
-    def _engine(self, rows: int) -> Engine:
+    def _engine(self, rules: Rules, rows: int) -> Engine:
         """At most `rows`; fewer where memory once ran out."""
-        if self.engine is None:
-            settings = replace(self.workload.generation, batch_size=rows)
-            self.engine = Engine(*self._load(), settings, self.workload.scorer, self.notes.append)
-        self.engine.rows = min(self.engine.rows, rows)
-        return self.engine
+        if rules not in self.engines:
+            settings = replace(rules.generation, batch_size=rows)
+            self.engines[rules] = Engine(*self._load(), settings, rules.scorer, self.notes.append)
+        engine = self.engines[rules]
+        engine.rows = min(engine.rows, rows)
+        return engine
 
     def _new_notes(self) -> tuple[str, ...]:
         told, self.notes[:] = tuple(self.notes), []

@@ -22,26 +22,35 @@ from transplant_ray.distributed.probing import released
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.engine import VARIANTS_PER_PACK
 from transplant_ray.evaluate.example import Rendered
+from transplant_ray.evaluate.generate import Rules
 from transplant_ray.graft.variant import Variant
 from transplant_ray.models.compare import Comparison
 
+OnDone = Callable[[int], None]
 OnResult = Callable[[VariantShard], None]
 Losses = dict[str, float | None]
 """Variant id → mean token loss; None where it is not a number."""
+Divergences = dict[str, tuple[float | None, ...]]
+"""Variant id → KL(target ‖ variant) on each text; None where it is not a number."""
 
 
 @dataclass(frozen=True)
 class Work:
     variants: tuple[Variant, ...]
     examples: tuple[Rendered, ...]
+    rules: Rules
 
 
-def plan_work(variants: Sequence[Variant], examples: Sequence[Rendered], shard_size: int) -> Iterator[Work]:
+def plan_work(variants: Sequence[Variant], examples: Sequence[Rendered], rules: Rules, shard_size: int) -> Iterator[Work]:
     """Shard-major: all variants answer a shard before the next shard begins; neighbours in the plan stay neighbours."""
     for start in range(0, len(examples), shard_size):
         shard = tuple(examples[start : start + shard_size])
-        for first in range(0, len(variants), VARIANTS_PER_PACK):
-            yield Work(tuple(variants[first : first + VARIANTS_PER_PACK]), shard)
+        for pack in _packs(variants):
+            yield Work(pack, shard, rules)
+
+
+def _packs(variants: Sequence[Variant]) -> list[tuple[Variant, ...]]:
+    return [tuple(variants[first : first + VARIANTS_PER_PACK]) for first in range(0, len(variants), VARIANTS_PER_PACK)]
 
 
 @dataclass(frozen=True)
@@ -67,20 +76,30 @@ class Pool:
                 del running[index]
                 self._hand_out(waiting, running, evaluator)
 
-    def losses(self, variants: Sequence[Variant], examples: Sequence[Rendered], on_done: Callable[[int], None]) -> Losses:
-        """Mean token loss of every variant; `on_done` is told how many variants were read."""
-        parts = [variants[first : first + VARIANTS_PER_PACK] for first in range(0, len(variants), VARIANTS_PER_PACK)]
-        actors = ActorPool(list(self.evaluators))
-        losses: dict[str, float | None] = {}
-        for read in actors.map(lambda actor, part: actor.losses.remote(part, examples, self.rows), parts):
-            losses |= read
-            on_done(len(read))
+    def losses(self, variants: Sequence[Variant], examples: Sequence[Rendered], rules: Rules, on_done: OnDone) -> Losses:
+        """Mean token loss of every variant."""
+        losses: Losses = self._by_pack(lambda actor, pack: actor.losses.remote(pack, examples, rules, self.rows), variants, on_done)
         return losses
+
+    def divergences(self, variants: Sequence[Variant], texts: Sequence[Rendered], rules: Rules, on_done: OnDone) -> Divergences:
+        """How far every variant is from the target on these texts."""
+        found: Divergences = self._by_pack(
+            lambda actor, pack: actor.divergences.remote(pack, texts, rules, self.rows), variants, on_done
+        )
+        return found
+
+    def _by_pack(self, call: Callable[[ActorHandle, Sequence[Variant]], Any], variants: Sequence[Variant], on_done: OnDone) -> Any:
+        """Variant id → what a call said of it; `on_done` is told how many variants were read."""
+        found: dict[str, Any] = {}
+        for read in ActorPool(list(self.evaluators)).map(call, _packs(variants)):
+            found |= read
+            on_done(len(read))
+        return found
 
     def _hand_out(self, waiting: deque[Work], running: list[tuple[Any, ActorHandle]], evaluator: ActorHandle) -> None:
         if waiting:
             work = waiting.popleft()
-            stream = evaluator.evaluate.options(num_returns="streaming").remote(work.variants, work.examples, self.rows)
+            stream = evaluator.evaluate.options(num_returns="streaming").remote(work.variants, work.examples, work.rules, self.rows)
             running.append((stream, evaluator))
 
 
@@ -92,18 +111,19 @@ def evaluator_pool(
     capacity: Capacity,
     size: int,
     examples: Sequence[Rendered],
+    rules: Rules,
     rows: int | None,
 ) -> Iterator[Pool]:
     """`size` evaluators that hold the target and, of the source, the modules in `names`.
 
-    `rows` is how many rows each has in flight; None lets the first of them measure it, for `examples`.
+    `rows` is how many rows each has in flight; None lets the first of them measure it, for `examples` and their `rules`.
     """
     with ExitStack() as stack:
         actors = [capacity.start(Evaluator, comparison, names, workload) for _ in range(size)]
         evaluators = tuple(stack.enter_context(released(actor)) for actor in actors)
         if rows is None:
             most = VARIANTS_PER_PACK * len(examples)
-            rows = int(ray.get(evaluators[0].measure_rows.remote(examples, most)))
+            rows = int(ray.get(evaluators[0].measure_rows.remote(examples, rules, most)))
         yield Pool(evaluators, rows)
 
 

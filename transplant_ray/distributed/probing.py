@@ -18,7 +18,8 @@ from transplant_ray.distributed.actors import Evaluator, ModelActor, Workload
 from transplant_ray.distributed.cluster import Capacity
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.example import Rendered, Split
-from transplant_ray.evaluate.generate import GenerationSettings
+from transplant_ray.evaluate.generate import GenerationSettings, Rules
+from transplant_ray.graft.norms import Norms, delta_norms
 from transplant_ray.models.checkpoint import Checkpoint
 from transplant_ray.models.compare import Comparison
 from transplant_ray.probe.measured import Cost, Measured
@@ -28,6 +29,20 @@ from transplant_ray.recipe import ACTIVATION_RANKERS, REVERSE
 
 Advance = Callable[[int], None]
 Role = Literal["source", "target"]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A split of a task, to be answered by a model that is loaded by itself."""
+
+    task: str
+    split: Split
+    examples: Sequence[Rendered]
+    rules: Rules
+
+
+Said = list[tuple[Asked, VariantShard]]
+"""What came of it."""
 
 
 @dataclass(frozen=True)
@@ -43,29 +58,34 @@ class ProbePlan:
     trajectory: str
     settings: GenerationSettings
     probe: Sequence[Rendered]
-    baselines: Mapping[Split, Sequence[Rendered]]
-    """Split → examples that the source answers for itself."""
+    rules: Rules
+    """How the probe set would be answered: what rankers by loss read it by."""
+    baselines: Sequence[Asked]
+    """What the source answers for itself."""
     seed: int
 
 
 @dataclass(frozen=True)
 class ProbeResult:
     rankings: list[Ranking]
-    source: dict[Split, VariantShard]
-    """The source's own answers, by split."""
+    source: Said
+    """The source's own answers."""
     places: dict[str, dict[str, Any]]
     """Where each model was: device, node, GPUs."""
+    norms: Norms
+    """How far source and target are apart, module by module."""
 
 
 def run_probe(comparison: Comparison, plan: ProbePlan, workload: Workload, capacity: Capacity, advance: Advance) -> ProbeResult:
     """Load, measure, rank, and release the actors again. `advance` is told how many examples were measured."""
+    norms = measure_norms.remote(comparison)  # reads files while models load
     stage = _Stage(comparison, plan, workload, capacity, advance)
     if plan.resident:
         stage.measure_resident()
     roles = _needed_models(plan)
     for group in [roles] if capacity.num_actors >= len(roles) else [[role] for role in roles]:
         stage.measure(group)
-    return ProbeResult(stage.rank(), stage.answers, stage.places)
+    return ProbeResult(stage.rank(), stage.answers, stage.places, ray.get(norms))
 
 
 def _needed_models(plan: ProbePlan) -> list[Role]:
@@ -83,7 +103,7 @@ class _Stage:
         self.statistics: dict[Role, ActivationStats] = {}
         self.resident: dict[str, Measured] = {}
         self.seconds = 0.0
-        self.answers: dict[Split, VariantShard] = {}
+        self.answers: Said = []
         self.places: dict[str, dict[str, Any]] = {}
         self.texts: Continuations | None = None
 
@@ -92,7 +112,7 @@ class _Stage:
         plan, names = self.plan, frozenset(self.comparison.pairs)
         with released(self.capacity.start(Evaluator, self.comparison, names, self.workload)) as actor:
             for ranker in plan.resident:
-                measuring = actor.measure.remote(ranker, plan.probe, plan.settings.batch_size, plan.steps)
+                measuring = actor.measure.remote(ranker, plan.probe, plan.rules, plan.settings.batch_size, plan.steps)
                 self.resident[ranker] = ray.get(measuring)
                 self.advance(len(plan.probe))
 
@@ -102,15 +122,15 @@ class _Stage:
             actors = {role: stack.enter_context(released(self._start(role))) for role in roles}
             self.places |= dict(zip(actors, ray.get([actor.where.remote() for actor in actors.values()]), strict=True))
             source = actors.get("source")
-            answers = {}
+            answers = []
             if source is not None:
                 self.texts = self._texts(source)
-                answers = {split: source.answer.remote(examples) for split, examples in self.plan.baselines.items()}
+                answers = _ask(source, self.plan.baselines)
             if self.plan.activations:
                 start = time.perf_counter()
                 self._follow({role: self._collect(actor) for role, actor in actors.items()})
                 self.seconds += time.perf_counter() - start
-            self.answers |= {split: ray.get(ref) for split, ref in answers.items()}
+            self.answers += [(asked, ray.get(answer)) for asked, answer in answers]
 
     def rank(self) -> list[Ranking]:
         source, target = (self.statistics.get(role) for role in ("source", "target"))
@@ -181,6 +201,12 @@ def rank_modules(ranker: str, evidence: Evidence) -> Ranking:
     return rank(ranker, evidence)
 
 
+@ray.remote(num_cpus=0, max_retries=-1)
+def measure_norms(comparison: Comparison) -> Norms:
+    """On a node of the cluster, for that is where the files are."""
+    return delta_norms(comparison)
+
+
 @contextmanager
 def released(actor: ActorHandle) -> Iterator[ActorHandle]:
     """An actor that gives its GPUs back when the block ends."""
@@ -195,14 +221,11 @@ def num_probe_steps(plan: ProbePlan) -> int:
     return len(plan.probe) * (2 * plan.activations + len(plan.resident))
 
 
-def answer_alone(
-    checkpoint: Checkpoint,
-    name: str,
-    splits: Mapping[Split, Sequence[Rendered]],
-    workload: Workload,
-    capacity: Capacity,
-) -> dict[Split, VariantShard]:
+def answer_alone(checkpoint: Checkpoint, name: str, asked: Sequence[Asked], workload: Workload, capacity: Capacity) -> Said:
     """What a checkpoint answers when it is loaded by itself, through plain `transformers`."""
     with released(capacity.start(ModelActor, checkpoint, name, workload)) as actor:
-        answers = {split: actor.answer.remote(examples) for split, examples in splits.items()}
-        return {split: ray.get(ref) for split, ref in answers.items()}
+        return [(one, ray.get(answer)) for one, answer in _ask(actor, asked)]
+
+
+def _ask(actor: ActorHandle, asked: Sequence[Asked]) -> list[tuple[Asked, Any]]:
+    return [(one, actor.answer.remote(one.examples, one.rules)) for one in asked]

@@ -84,4 +84,6 @@ def _point(planned: Planned) -> dict[str, Any]:
         "kind": planned.kind,
         "k": planned.k,
         "alpha": planned.alpha,
+        "channels": planned.channels,
+        "penalty": planned.penalty,
     }

@@ -59,4 +59,5 @@ def add_shard(tally: Tally | None, shard: VariantShard) -> Tally:
     part = replace(Tally.of(shard.outcomes, shard.seconds), error=shard.error)
     if tally is None:
         return part
-    return Tally(tally.n + part.n, tally.correct + part.correct, tally.seconds + part.seconds, tally.error or part.error)
+    sums = {name: getattr(tally, name) + getattr(part, name) for name in ("n", "correct", "seconds", "parsed", "cut_off")}
+    return Tally(**sums, error=tally.error or part.error)

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from transplant_ray.errors import NumericsError, ResourceError, TransplantError
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.decode import can_decode, decode
+from transplant_ray.evaluate.divergence import diverge
 from transplant_ray.evaluate.example import Example, Rendered, check_lengths, encode_example
 from transplant_ray.evaluate.generate import NAN_LOGITS, Completion, GenerationSettings, end_ids, generate
 from transplant_ray.evaluate.outcome import Outcome, read_outcome, score
@@ -28,7 +29,7 @@ from transplant_ray.evaluate.read import Reading, read
 from transplant_ray.evaluate.scorers import FORCED
 from transplant_ray.graft.resident import ResidentPair, load_resident_pair
 from transplant_ray.graft.routed import Router, nested_order, takes_rows
-from transplant_ray.graft.variant import Variant, check_variant
+from transplant_ray.graft.variant import ORIGIN, Variant, check_variant
 from transplant_ray.models.checkpoint import open_checkpoint, read_generation_ends
 from transplant_ray.models.compare import check_vocabulary, compare
 from transplant_ray.models.loading import load_tokenizer
@@ -134,6 +135,23 @@ class Engine:
             means |= {pack[place].id: _mean(losses) for place, losses in found.items()}
         return means
 
+    def divergences(self, variants: Sequence[Variant], texts: Sequence[Rendered]) -> dict[str, tuple[float | None, ...]]:
+        """Variant id → KL(target ‖ variant) on each text, nats a token; the first token of a text is its prompt. None: no number.
+
+        VariantError where a variant does not fit, DataError where a text exceeds the model's positions.
+        """
+        self._check(texts, reads=True)
+        for variant in variants:
+            check_variant(variant, self.pair.modules)
+        found: dict[str, dict[str, float | None]] = {variant.id: {} for variant in variants}
+        together = self._share_batches(variants)
+        for pack in self._packs(variants):
+            requests = [Request(place, text) for text in texts for place in range(len(pack))]
+            with _Routed(self.pair, [*pack, ORIGIN]) as routed:
+                for request, mean in self.until_done(requests, self._diverger(routed, together=together)):
+                    found[pack[request.variant].id][request.example.id] = mean
+        return {variant: tuple(means[text.id] for text in texts) for variant, means in found.items()}
+
     def until_done(
         self, requests: Sequence[Request], work: Callable[[Sequence[Request], int], Values[T]]
     ) -> Iterator[tuple[Request, T | None]]:
@@ -162,8 +180,10 @@ class Engine:
     def _packs(self, variants: Sequence[Variant]) -> list[list[Variant]]:
         """All together in their best order, or each alone where a module mixes the rows of a batch."""
         ordered = [variants[place] for place in nested_order(variants)]
-        names = {name for variant in variants for name in variant.coefficients}
-        return [ordered] if ordered and takes_rows(self.pair, names) else [[variant] for variant in ordered]
+        return [ordered] if ordered and self._share_batches(variants) else [[variant] for variant in ordered]
+
+    def _share_batches(self, variants: Sequence[Variant]) -> bool:
+        return takes_rows(self.pair, {name for variant in variants for name in variant.coefficients})
 
     def _answer_pack(self, pack: Sequence[Variant], examples: Sequence[Rendered]) -> Iterator[VariantShard]:
         """A failure of the whole pack is looked for variant by variant, so that it is one variant's."""
@@ -213,6 +233,13 @@ class Engine:
 
         return work
 
+    def _diverger(self, routed: _Routed, *, together: bool) -> Callable[[Sequence[Request], int], Values[float]]:
+        def work(requests: Sequence[Request], rows: int) -> Values[float]:
+            asked = [(request.variant, request.example) for request in requests]
+            return diverge(self.pair.model, asked, routed.assign, rows, together=together)
+
+        return work
+
     def _reader(self, routed: _Routed) -> Callable[[Sequence[Request], int], Values[Reading]]:
         def work(requests: Sequence[Request], rows: int) -> Values[Reading]:
             examples = [request.example for request in requests]
@@ -256,6 +283,7 @@ class _Routed:
 
     def __init__(self, pair: ResidentPair, pack: Sequence[Variant]) -> None:
         self.router = Router(pair, pack)
+        self.num_variants = len(pack)
         self.in_flight: Counter[int] = Counter()
         self.spent: dict[int, float] = defaultdict(float)
         self.since = time.perf_counter()
@@ -270,13 +298,14 @@ class _Routed:
     def by(self, requests: Sequence[Request]) -> Callable[[Sequence[int]], None]:
         """Routes rows that are given as indices of `requests`."""
 
-        def assign(indices: Sequence[int]) -> None:
-            self._settle()
-            variants = [requests[index].variant for index in indices]
-            self.in_flight = Counter(variants)
-            self.router.assign(variants)
+        return lambda indices: self.assign([requests[index].variant for index in indices])
 
-        return assign
+    def assign(self, variants: Sequence[int]) -> None:
+        """Routes rows by the places of their variants in the pack; −1 is the last."""
+        places = [variant % self.num_variants for variant in variants]
+        self._settle()
+        self.in_flight = Counter(places)
+        self.router.assign(places)
 
     def seconds(self, variant: int) -> float:
         self._settle()

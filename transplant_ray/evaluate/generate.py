@@ -34,6 +34,14 @@ class GenerationSettings:
 
 
 @dataclass(frozen=True)
+class Rules:
+    """How the examples of a task are answered and judged."""
+
+    generation: GenerationSettings
+    scorer: str
+
+
+@dataclass(frozen=True)
 class Completion:
     token_ids: tuple[int, ...]
     """New tokens, the end token included where there is one."""

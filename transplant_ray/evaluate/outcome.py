@@ -41,6 +41,10 @@ class Tally:
     correct: int
     seconds: float
     error: str | None = None
+    parsed: int = 0
+    """Completions that the scorer could read an answer out of."""
+    cut_off: int = 0
+    """Completions that the limit of new tokens ended."""
 
     @property
     def accuracy(self) -> float:
@@ -48,8 +52,9 @@ class Tally:
 
     @classmethod
     def of(cls, outcomes: Iterable[Outcome], seconds: float) -> Tally:
-        right = [outcome.correct for outcome in outcomes]
-        return cls(len(right), sum(right), seconds)
+        all_of = list(outcomes)
+        right, parsed, finished = (sum(getattr(o, what) for o in all_of) for what in ("correct", "parsed", "finished"))
+        return cls(len(all_of), right, seconds, parsed=parsed, cut_off=len(all_of) - finished)
 
 
 def answer_examples(

@@ -35,9 +35,17 @@ def _first(ordered: Sequence[str], keep: float) -> set[str]:
 
 def num_answers(num_racers: int, num_others: int, num_examples: int, screen: ScreenSpec | None, race: RaceSpec | None) -> int:
     """How many answers a sweep generates on `num_examples`, when every variant that may be stopped is."""
-    live = ceil(num_racers * screen.keep) if screen else num_racers
+    live = num_live(num_racers, screen, None)
     total = 0
     for leg in legs(num_examples, race):
         total += (live + num_others) * (leg.stop - leg.start)
         live = ceil(live * race.keep) if race else live
     return total
+
+
+def num_live(num_racers: int, screen: ScreenSpec | None, race: RaceSpec | None) -> int:
+    """How many are never stopped."""
+    live = ceil(num_racers * screen.keep) if screen else num_racers
+    for _ in race.rungs if race else ():
+        live = ceil(live * race.keep) if race else live
+    return live

@@ -8,9 +8,9 @@ from typing import Literal
 
 import pyarrow as pa
 
-from transplant_ray.evaluate.arms import choose
+from transplant_ray.evaluate.choosing import Candidate, choose
 from transplant_ray.evaluate.example import Split
-from transplant_ray.evaluate.metrics import recovery, tir, wilson_interval
+from transplant_ray.evaluate.metrics import recovery, standard_error, tir, wilson_interval
 from transplant_ray.evaluate.outcome import Tally
 from transplant_ray.graft.plan import Planned, PlanRole, describe_point, num_parameters
 from transplant_ray.models.catalogue import Module
@@ -46,10 +46,52 @@ class Result:
     """Mean token loss of the reference answers, where it was measured."""
     stopped: Stopped | None = None
     """Why it was not evaluated on all examples; None where it was, or failed."""
+    channels: float | None = None
+    """Share of the channels of each chosen module; None where whole modules were."""
+    penalty: float | None = None
+    """What a fitted variant paid for what the guards lose."""
+    size: float | None = None
+    """Modules changed, those of which some channels are by their share."""
+    parsed: int | None = None
+    """Completions that the scorer could read an answer out of."""
+    cut_off: int | None = None
+    """Completions that the limit of new tokens ended; None where nothing was decoded."""
+    moved: float | None = None
+    """Share of the norm of source − target that was moved."""
+    kl: float | None = None
+    """KL(target ‖ variant) on general text, nats a token."""
+    guard_share: float | None = None
+    """Accuracy on the guards ÷ the target's, mean over the guards."""
+    worth: float | None = None
+    """What a trial was chosen by: accuracy, less what the guards lost at the recipe's price."""
+    worth_error: float | None = None
+    """Standard error of it."""
+    vetoed_by: str | None = None
+    """A guard whose loss rules the trial out."""
 
     @property
     def label(self) -> str:
-        return describe_point(self.role, self.ranker, self.kind, self.k, self.alpha, self.seed)
+        return describe_point(self)
+
+
+@dataclass(frozen=True)
+class GuardResult:
+    """One row of guards.parquet: what a variant does to one guard."""
+
+    variant: str
+    label: str
+    role: PlanRole
+    guard: str
+    held_out: bool
+    split: Split
+    n: int
+    correct: int
+    accuracy: float
+    ci_low: float
+    ci_high: float
+    share: float | None
+    """Accuracy ÷ the target's; None where that is 0."""
+    winner: bool
 
 
 RESULT_SCHEMA = pa.schema(
@@ -76,9 +118,41 @@ RESULT_SCHEMA = pa.schema(
         ("error", pa.string()),
         ("loss", pa.float64()),
         ("stopped", pa.string()),
+        ("channels", pa.float64()),
+        ("penalty", pa.float64()),
+        ("size", pa.float64()),
+        ("parsed", pa.int32()),
+        ("cut_off", pa.int32()),
+        ("moved", pa.float64()),
+        ("kl", pa.float64()),
+        ("guard_share", pa.float64()),
+        ("worth", pa.float64()),
+        ("worth_error", pa.float64()),
+        ("vetoed_by", pa.string()),
     ]
 )
 
+GUARD_SCHEMA = pa.schema(
+    [
+        ("variant", pa.string()),
+        ("label", pa.string()),
+        ("role", pa.string()),
+        ("guard", pa.string()),
+        ("held_out", pa.bool_()),
+        ("split", pa.string()),
+        ("n", pa.int32()),
+        ("correct", pa.int32()),
+        ("accuracy", pa.float64()),
+        ("ci_low", pa.float64()),
+        ("ci_high", pa.float64()),
+        ("share", pa.float64()),
+        ("winner", pa.bool_()),
+    ]
+)
+
+
+EXAMPLE_SCHEMA = pa.schema([(name, pa.string()) for name in ("task", "split", "example", "prompt", "answer")])
+"""Rows of examples.parquet: what was asked."""
 
 OUTCOME_SCHEMA = pa.schema(
     [
@@ -102,13 +176,18 @@ def make_result(
     *,
     target: Tally | None,
     source: Tally | None,
+    decoded: bool = True,
 ) -> Result:
-    """The row of one planned variant. `target` and `source` are the baselines on the same split, None where they failed."""
+    """The row of one planned variant. `target` and `source` are the baselines on the same split, None where they failed.
+
+    `decoded` is off where references were read instead.
+    """
     row = Result(
         planned.id, planned.role, planned.ranker, planned.kind, planned.k, planned.alpha, planned.seed, split,
         n=tally.n, correct=None, accuracy=None, ci_low=None, ci_high=None, tir=None, recovery=None,
         num_modules=len(planned.variant.coefficients), num_parameters=num_parameters(planned.variant, modules),
         seconds=tally.seconds, winner=False, error=tally.error,
+        channels=planned.channels, penalty=planned.penalty, size=None if planned.role == "source" else planned.size,
     )  # fmt: skip
     if tally.error is not None or tally.n == 0:
         return row
@@ -119,21 +198,37 @@ def make_result(
         accuracy=tally.accuracy,
         ci_low=low,
         ci_high=high,
+        parsed=tally.parsed,
+        worth=tally.accuracy,
+        worth_error=standard_error(tally.accuracy, tally.n),
+        cut_off=tally.cut_off if decoded else None,
         tir=tir(tally.accuracy, target=target.accuracy) if target else None,
         recovery=recovery(tally.accuracy, target=target.accuracy, source=source.accuracy) if target and source else None,
     )
 
 
+def guard_result(planned: Planned, guard: str, split: Split, tally: Tally, target: Tally | None, *, held_out: bool) -> GuardResult:
+    low, high = wilson_interval(tally.correct, tally.n)
+    share = tir(tally.accuracy, target=target.accuracy) if target else None
+    return GuardResult(
+        planned.id, planned.label, planned.role, guard, held_out, split, tally.n, tally.correct, tally.accuracy, low, high, share,
+        winner=False,
+    )  # fmt: skip
+
+
 def choose_winner(results: Sequence[Result]) -> Result | None:
-    """The smallest K within one standard error of the best trial, then the fewest parameters; None without a trial.
+    """The trial that the rule of `choose` picks; None where there is none to pick.
 
-    A trial that was stopped early has seen fewer examples than the others and cannot win.
-
-    Only trials can win: a full swap is nearly the source and always wins on accuracy alone (method.md, "Transplant and sweep").
+    A trial that was stopped early has seen fewer examples than the others and cannot win. Only trials can win: a full swap is
+    nearly the source and always wins on accuracy alone (method.md, "Transplant and sweep").
     """
     trials = [r for r in results if r.role == "trial" and r.accuracy is not None and r.stopped is None]
-    if not trials:
-        return None
     trials.sort(key=lambda trial: trial.variant)
-    accuracies = [trial.accuracy for trial in trials if trial.accuracy is not None]
-    return trials[choose(accuracies, [trial.k or 0 for trial in trials], [trial.num_parameters for trial in trials], trials[0].n)]
+    place = choose([_candidate(trial) for trial in trials])
+    return None if place is None else trials[place]
+
+
+def _candidate(row: Result) -> Candidate:
+    assert row.worth is not None
+    assert row.worth_error is not None
+    return Candidate(row.worth, row.worth_error, row.size or 0, row.num_parameters, row.vetoed_by)

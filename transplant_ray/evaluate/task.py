@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from transplant_ray import zoo
 from transplant_ray.errors import DataError
 from transplant_ray.evaluate.example import Example, Rendered, Split, encode_example
-from transplant_ray.recipe import HubData, SplitSpec, TaskSpec
+from transplant_ray.recipe import HubData, SplitSpec, TaskSpec, TextSpec
 
 Row = Mapping[str, Any]
 
@@ -93,6 +93,40 @@ def check_distinct(examples: Iterable[Example], where: str) -> None:
             f"{where}: {repeated} duplicate examples, e.g. {prompt[:60]!r} is there {count} times. Splits would overlap; "
             "remove the duplicates."
         )
+
+
+def check_apart(tasks: Mapping[str, Task]) -> None:
+    """DataError where two tasks share a prompt: a guard is an ability of its own."""
+    owner: dict[str, str] = {}
+    for name, task in tasks.items():
+        prompts = [example.prompt for split in (task.probe, task.select, task.test) for example in split]
+        if shared := [prompt for prompt in prompts if prompt in owner]:
+            raise DataError(
+                f"`guards.tasks.{name}`: {len(shared)} of its {len(prompts)} prompts are prompts of `{owner[shared[0]]}`, e.g. "
+                f"{shared[0][:60]!r}. A guard is a task of its own; give it other data."
+            )
+        owner |= dict.fromkeys(prompts, name)
+
+
+def load_passages(spec: TextSpec, tokenizer: PreTrainedTokenizerBase) -> dict[Split, tuple[Rendered, ...]]:
+    """General text, cut to `spec.tokens`: the first token of a passage is its prompt, and the others are predicted.
+
+    DataError where a passage has fewer than two tokens, and as `load_task`.
+    """
+    where = spec.data if isinstance(spec.data, str) else spec.data.path
+    rows = enumerate(read_data(spec.data), start=1)
+    passages = [Example.of(render(spec.text, row, f"{where}, row {number}, `guards.text.text`"), "") for number, row in rows]
+    check_distinct(passages, where)
+    task = split_examples(passages, spec.split, where)
+    splits: tuple[Split, ...] = ("probe", "select", "test")
+    return {split: tuple(_passage(example, spec.tokens, tokenizer, where) for example in task[split]) for split in splits}
+
+
+def _passage(example: Example, num_tokens: int, tokenizer: PreTrainedTokenizerBase, where: str) -> Rendered:
+    ids = tuple(tokenizer(example.prompt, truncation=True, max_length=num_tokens)["input_ids"])
+    if len(ids) < 2:
+        raise DataError(f"{where}: the passage {example.prompt[:60]!r} has {len(ids)} tokens, expected two or more. Remove it.")
+    return Rendered(example.id, ids[:1], ids[1:], "")
 
 
 def split_examples(examples: Sequence[Example], spec: SplitSpec, where: str) -> Task:

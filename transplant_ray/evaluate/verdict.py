@@ -47,7 +47,8 @@ class Evidence:
     """On test, as everything that follows."""
     winner: Right
     """Of the exported checkpoint."""
-    k: int
+    size: float
+    """Modules that the winner changes, those of which some channels are by their share."""
     num_modules: int
     """Compatible modules of the winner's kind: what a random set is drawn from."""
     chosen_from: int
@@ -127,7 +128,7 @@ def _by_gain(gain: McNemar) -> _End | None:
 
 
 def _by_chance(evidence: Evidence, guards: Sequence[GuardTest]) -> _End:
-    if 2 * evidence.k > evidence.num_modules:
+    if 2 * evidence.size > evidence.num_modules:
         return _End("gain, chance not testable", _too_many(evidence))
     arms = evidence.arms
     if arms is None or len(arms.correct) < FEWEST_ARMS or arms.sets_each < evidence.chosen_from:
@@ -180,7 +181,7 @@ def _arms_missing(arms: Arms | None, chosen_from: int) -> str:
 
 def _too_many(evidence: Evidence) -> str:
     return (
-        f"{evidence.k} of {evidence.num_modules} modules are over half, where random sets are nearly the same set: "
+        f"{evidence.size:g} of {evidence.num_modules} modules are over half, where random sets are nearly the same set: "
         f"chance can be tested up to K = {evidence.num_modules // 2}"
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 from transplant_ray.graft.plan import Planned
 from transplant_ray.graft.variant import ORIGIN
@@ -15,13 +16,14 @@ MASK_SEED = 42
 def planned_merges(controls: ControlSpec) -> tuple[Planned, ...]:
     """Every merge at every λ, which stands in `alpha`. Their variant is empty: they are no points in coefficient space."""
     seeds = {merge: MASK_SEED if merge.startswith("dare") else None for merge in controls.merges}
-    return tuple(
+    planned = [
         Planned("control", ORIGIN, merge, "all", None, scale, seed) for merge, seed in seeds.items() for scale in controls.scales
-    )
+    ]
+    return tuple(replace(merge, name=_merge_id(merge)) for merge in planned)
 
 
-def merge_id(planned: Planned) -> str:
-    """In place of a variant's id, and like one: a hash of what tells a merge from the others of its run."""
+def _merge_id(planned: Planned) -> str:
+    """Like a variant's id: a hash of what tells a merge from the others of its run."""
     return hashlib.sha256(merge_name(planned).encode()).hexdigest()[:10]
 
 

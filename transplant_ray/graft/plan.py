@@ -9,14 +9,18 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from math import ceil
+from types import MappingProxyType
+from typing import Literal, Protocol
 
 from transplant_ray.errors import RecipeError
-from transplant_ray.graft.variant import ORIGIN, Variant
+from transplant_ray.graft.variant import ORIGIN, Coefficient, Variant
 from transplant_ray.models.catalogue import Module, select_kind
 from transplant_ray.recipe import SweepSpec
 
 PlanRole = Literal["target", "source", "all", "trial", "control"]
+ChannelScores = Mapping[str, Sequence[float]]
+"""Module → score of each output channel."""
 
 
 @dataclass(frozen=True)
@@ -30,21 +34,48 @@ class Planned:
     k: int | None = None
     alpha: float | None = None
     seed: int | None = None
+    channels: float | None = None
+    """Share of the output channels of each chosen module; None where whole modules are meant."""
+    penalty: float | None = None
+    """What a fitted variant paid for what the guards lose."""
+    name: str | None = None
+    """What it is known by where it is no variant of the pair but a model of its own: a merge."""
 
     @property
     def id(self) -> str:
-        return "source" if self.role == "source" else self.variant.id
+        return self.name or ("source" if self.role == "source" else self.variant.id)
 
     @property
     def label(self) -> str:
-        return describe_point(self.role, self.ranker, self.kind, self.k, self.alpha, self.seed)
+        return describe_point(self)
+
+    @property
+    def size(self) -> float:
+        """Modules that it changes; one of which some channels change counts by their share."""
+        return sum(_share(coefficient) for coefficient in self.variant.coefficients.values())
 
 
-def describe_point(role: str, ranker: str | None, kind: str | None, k: int | None, alpha: float | None, seed: int | None) -> str:
+class Point(Protocol):
+    """A point of the grid, planned or measured."""
+
+    @property
+    def role(self) -> str: ...
+    @property
+    def ranker(self) -> str | None: ...
+    @property
+    def kind(self) -> str | None: ...
+
+
+NAMED = ("k", "alpha", "channels", "penalty", "seed")
+
+
+def describe_point(point: Point) -> str:
     """A point of the grid for people, e.g. `lae ffn k=8`; a baseline by its role."""
-    named = {"k": k, "alpha": None if alpha == 1 else alpha, "seed": seed}
-    parts = [ranker, kind, *(f"{name}={value}" for name, value in named.items() if value is not None)]
-    return " ".join(part for part in parts if part) or ROLE_NAMES[role]
+    values = {name: getattr(point, name) for name in NAMED}
+    if values["alpha"] == 1:
+        del values["alpha"]
+    parts = [point.ranker, point.kind, *(f"{name}={value}" for name, value in values.items() if value is not None)]
+    return " ".join(part for part in parts if part) or ROLE_NAMES[point.role]
 
 
 ROLE_NAMES = {"target": "target", "source": "source", "all": "all swapped"}
@@ -78,25 +109,30 @@ class SweepPlan:
     def trial(self, label: str) -> Planned:
         return next(entry for entry in self.trials if entry.label == label)
 
-    def find(self, variant_id: str) -> Planned | None:
-        return next((entry for entry in self.entries if entry.id == variant_id), None)
 
-
-def plan_sweep(modules: Sequence[Module], orders: Mapping[str, Sequence[str]], sweep: SweepSpec) -> SweepPlan:
+def plan_sweep(
+    modules: Sequence[Module],
+    orders: Mapping[str, Sequence[str]],
+    sweep: SweepSpec,
+    channels: Mapping[str, ChannelScores] = MappingProxyType({}),
+    found: Sequence[Planned] = (),
+) -> SweepPlan:
     """All variants of a sweep: baselines, trials, controls.
 
-    `orders` gives for every ranker of the recipe, and for the controls, all module names in score order. RecipeError where a kind
-    matches nothing.
+    `orders` gives for every ranker of the recipe all module names in score order, `channels` the scores of every output channel
+    where a ranker has them, `found` the trials that a search came upon. RecipeError where a kind matches nothing.
     """
     kinds = {kind: frozenset(m.name for m in select_kind(modules, kind)) for kind in sweep.kind}
     everything = [module.name for module in modules]
     entries = [Planned("target", ORIGIN), Planned("source", ORIGIN), Planned("all", Variant.uniform(everything))]
     for ranker, order in orders.items():
         entries += _top_k("trial", ranker, order, kinds, sweep.k, sweep.alpha, extrapolate=sweep.extrapolate)
-    entries += _controls(modules, kinds, sweep)
+        if ranker in channels:
+            entries += _by_channel("trial", ranker, order, channels[ranker], kinds, sweep)
+    entries += [*found, *_controls(modules, kinds, sweep)]
     trials = [entry for entry in entries if entry.role == "trial"]
     primary = _primary(trials, kinds, sweep)
-    arms = _arms([primary] if primary else trials, kinds, sweep)
+    arms = _arms([primary] if primary else trials, kinds, {module.name: module.num_channels for module in modules}, sweep)
     return SweepPlan(tuple(entries), tuple(_notes(kinds, sweep.k)), tuple(arms), primary.label if primary else None)
 
 
@@ -111,10 +147,19 @@ def random_order(modules: Sequence[Module], seed: int) -> list[str]:
     return order
 
 
+def random_channels(modules: Sequence[Module], seed: int) -> dict[str, tuple[float, ...]]:
+    """A seeded score for every channel."""
+    rng = random.Random(f"channels {seed}")
+    return {module.name: tuple(rng.random() for _ in range(module.num_channels)) for module in modules}
+
+
 def _controls(modules: Sequence[Module], kinds: Mapping[str, frozenset[str]], sweep: SweepSpec) -> Iterator[Planned]:
     yield from _top_k("control", "depth", depth_order(modules), kinds, sweep.k, (1.0,))
     for seed in range(sweep.controls.random):
-        yield from _top_k("control", "random", random_order(modules, seed), kinds, sweep.k, (1.0,), seed)
+        order = random_order(modules, seed)
+        yield from _top_k("control", "random", order, kinds, sweep.k, (1.0,), seed)
+        if sweep.channels:
+            yield from _by_channel("control", "random", order, random_channels(modules, seed), kinds, sweep, seed)
     names = [module.name for module in modules]
     for alpha in sweep.controls.alpha:
         yield Planned("control", Variant.uniform(names, alpha), "uniform", "all", len(names), alpha)
@@ -126,22 +171,36 @@ def _primary(trials: Sequence[Planned], kinds: Mapping[str, frozenset[str]], swe
         return None
     named = sweep.primary
     point = (named.by, named.kind, min(named.k, len(kinds[named.kind])))
-    return next(trial for trial in trials if (trial.ranker, trial.kind, trial.k) == point)
+    return next(t for t in trials if (t.ranker, t.kind, t.k) == point and t.channels is None)
 
 
-def _arms(points: Sequence[Planned], kinds: Mapping[str, frozenset[str]], sweep: SweepSpec) -> Iterator[tuple[Planned, ...]]:
+def _arms(
+    points: Sequence[Planned], kinds: Mapping[str, frozenset[str]], widths: Mapping[str, int], sweep: SweepSpec
+) -> Iterator[tuple[Planned, ...]]:
     """A random set of its own for every point."""
     for arm in range(sweep.num_arms):
         rng = random.Random(f"arm {arm}")
         yield tuple(
-            replace(point, role="control", ranker="random", seed=arm, variant=_random_set(point, kinds, rng, sweep))
+            replace(point, role="control", ranker="random", seed=arm, variant=_random_set(point, kinds, widths, rng))
             for point in points
         )
 
 
-def _random_set(point: Planned, kinds: Mapping[str, frozenset[str]], rng: random.Random, sweep: SweepSpec) -> Variant:
-    names = rng.sample(sorted(kinds[str(point.kind)]), point.k or 0)
-    return Variant.uniform(names, point.alpha or 0, extrapolate=sweep.extrapolate)
+def _random_set(point: Planned, kinds: Mapping[str, frozenset[str]], widths: Mapping[str, int], rng: random.Random) -> Variant:
+    """Other modules of the same kind, each with as many channels as the one whose place it takes."""
+    coefficients = sorted(point.variant.coefficients.values(), key=_share, reverse=True)
+    names = rng.sample(sorted(kinds[str(point.kind)]), len(coefficients))
+    pairs = zip(names, coefficients, strict=True)
+    return Variant({n: _shuffled(c, widths[n], rng) for n, c in pairs}, point.variant.extrapolate)
+
+
+def _shuffled(coefficient: Coefficient, width: int, rng: random.Random) -> Coefficient:
+    """The same share of channels, others of them."""
+    if not isinstance(coefficient, tuple):
+        return coefficient
+    chosen = set(rng.sample(range(width), _count(_share(coefficient), width)))
+    largest = max(coefficient)
+    return tuple(largest if channel in chosen else 0.0 for channel in range(width))
 
 
 def _top_k(
@@ -163,6 +222,31 @@ def _top_k(
                 yield Planned(role, variant, ranker, kind, k, alpha, seed)
 
 
+def _by_channel(
+    role: PlanRole,
+    ranker: str,
+    order: Sequence[str],
+    scores: ChannelScores,
+    kinds: Mapping[str, frozenset[str]],
+    sweep: SweepSpec,
+    seed: int | None = None,
+) -> Iterator[Planned]:
+    """Of each of the K modules, the channels with the largest scores."""
+    for kind, members in kinds.items():
+        chosen = [name for name in order if name in members]
+        for k in sorted({min(k, len(chosen)) for k in sweep.k}):
+            for share in sweep.channels:
+                variant = Variant({name: top_channels(scores[name], share) for name in chosen[:k]})
+                yield Planned(role, variant, ranker, kind, k, 1.0, seed, share)
+
+
+def top_channels(scores: Sequence[float], share: float) -> tuple[float, ...]:
+    """1 for this share of the channels, rounded up, the largest first and ties in their order; 0 for the others."""
+    order = sorted(range(len(scores)), key=lambda channel: (-scores[channel], channel))
+    chosen = set(order[: _count(share, len(scores))])
+    return tuple(float(channel in chosen) for channel in range(len(scores)))
+
+
 def _notes(kinds: Mapping[str, frozenset[str]], ks: Sequence[int]) -> Iterator[str]:
     for kind, members in kinds.items():
         if clipped := [k for k in ks if k > len(members)]:
@@ -174,9 +258,18 @@ def num_parameters(variant: Variant, modules: Mapping[str, Module]) -> int:
     total = 0
     for name, coefficient in variant.coefficients.items():
         module = modules[name]
-        share = sum(c != 0 for c in coefficient) / len(coefficient) if isinstance(coefficient, tuple) else 1
-        total += round(share * module.num_parameters)
+        total += round(_share(coefficient) * module.num_parameters)
     return total
+
+
+def _count(share: float, width: int) -> int:
+    """Channels, rounded up; 10 % of 30 are 3, whatever floating point makes of it."""
+    return ceil(share * width - 1e-9)
+
+
+def _share(coefficient: Coefficient) -> float:
+    """Of the channels of a module, those that change."""
+    return sum(c != 0 for c in coefficient) / len(coefficient) if isinstance(coefficient, tuple) else 1.0
 
 
 def check_orders(orders: Mapping[str, Sequence[str]], modules: Sequence[Module]) -> None:

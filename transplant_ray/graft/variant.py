@@ -8,11 +8,12 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+import pyarrow as pa
 import torch
 
 from transplant_ray.errors import VariantError
@@ -75,6 +76,22 @@ def _plain(coefficient: Any) -> Any:
         return tuple(map(_plain, coefficient))
     number = isinstance(coefficient, int | float) and not isinstance(coefficient, bool)
     return float(coefficient) + 0.0 if number and abs(coefficient) < LARGEST else coefficient  # −0.0 + 0.0 is 0.0
+
+
+VARIANT_SCHEMA = pa.schema([("variant", pa.string()), ("module", pa.string()), ("coefficients", pa.list_(pa.float64()))])
+
+
+def variant_rows(variants: Iterable[Variant]) -> Iterator[dict[str, Any]]:
+    """Rows of variants.parquet: a module of a variant with its coefficient, or with one for every channel."""
+    for variant in variants:
+        for name, c in variant.coefficients.items():
+            yield {"variant": variant.id, "module": name, "coefficients": list(c) if isinstance(c, tuple) else [c]}
+
+
+def read_variant(rows: Iterable[Mapping[str, Any]], id: str) -> Variant:
+    """Inverse of `variant_rows`, for one of them; the origin, which has no rows, where none is its."""
+    mine = {str(row["module"]): row["coefficients"] for row in rows if row["variant"] == id}
+    return Variant({name: c[0] if len(c) == 1 else tuple(c) for name, c in mine.items()}, extrapolate=True)
 
 
 ORIGIN = Variant({})

@@ -4,33 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
+from functools import partial
+from statistics import mean
 
 from transplant_ray.distributed.cluster import Capacity
-from transplant_ray.distributed.pool import Pool, evaluator_pool, plan_work, working
+from transplant_ray.distributed.pool import Divergences, Pool, evaluator_pool, plan_work, working
 from transplant_ray.distributed.trials import Trials
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.arms import Arms
 from transplant_ray.evaluate.example import Split
 from transplant_ray.evaluate.outcome import Tally
-from transplant_ray.evaluate.race import legs, num_answers, pass_rung, pass_screen
-from transplant_ray.evaluate.results import Result, Stopped
+from transplant_ray.evaluate.race import legs, pass_rung, pass_screen
+from transplant_ray.evaluate.results import Result, Stopped, choose_winner
 from transplant_ray.graft.export import describe_variant
+from transplant_ray.graft.norms import Norms, moved
 from transplant_ray.graft.plan import Planned, SweepPlan
 from transplant_ray.graft.variant import ORIGIN, Variant
 from transplant_ray.pipeline.arms import evaluate_arms
+from transplant_ray.pipeline.guarding import with_guards
+from transplant_ray.pipeline.planning import count_answers
 from transplant_ray.pipeline.run import Run
+from transplant_ray.recipe import MAIN
 from transplant_ray.tracking.tracker import Tracker
 
 
-def evaluate(run: Run, plan: SweepPlan, capacity: Capacity, tracker: Tracker) -> Evaluation:
-    """All variants on select while Tune's trials wait for theirs, then the baselines on test."""
+def evaluate(run: Run, plan: SweepPlan, norms: Norms, capacity: Capacity, tracker: Tracker) -> Evaluation:
+    """All variants on select while Tune's trials wait for theirs; the winner; then on test what it is held against."""
     job, resources = run.job, run.job.recipe.resources
-    evaluation = Evaluation(run, plan)
+    evaluation = Evaluation(run, plan, norms)
     sets = [entry.variant for arm in plan.arms for entry in arm]
     used = frozenset(name for variant in (*plan.variants, *sets) for name in variant.coefficients)
     rows = None if resources.batch_size == "auto" else resources.batch_size
     with evaluator_pool(
-        job.comparison, used, run.workload, capacity, resources.evaluators, job.examples["select"][: resources.shard_size], rows
+        job.comparison,
+        used,
+        run.workload,
+        capacity,
+        resources.evaluators,
+        job.examples["select"][: resources.shard_size],
+        job.rules,
+        rows,
     ) as pool:
         evaluation.rows_per_step = pool.rows
         trials = Trials(plan.trials)
@@ -38,15 +51,31 @@ def evaluate(run: Run, plan: SweepPlan, capacity: Capacity, tracker: Tracker) ->
         if job.recipe.sweep.screen is not None:
             with run.stopwatch.stage("screen by loss", len(plan.variants)):
                 stage.screen()
-        with run.stopwatch.stage("evaluate", stage.num_answers()), working(stage.race, on_failure=trials.fail):
+        if job.passages:
+            with run.stopwatch.stage("compare on general text", stage.num_live):
+                stage.compare_on_text()
+        with run.stopwatch.stage("evaluate", stage.num_answers()), working(stage.answer, on_failure=trials.fail):
             trials.run(run.folder.path / ".tune", lambda result: stage.report(result, tracker))
-        baselines = [entry.variant for entry in plan.entries if entry.role in ("target", "all")]
-        with run.stopwatch.stage("baselines on test", len(baselines) * len(job.examples["test"])):
-            work = plan_work(baselines, job.examples["test"], resources.shard_size)
-            pool.run(work, lambda shard: run.take("test", shard))
+        evaluation.choose()
+        evaluation.test_opened = run.folder.open_test([example.id for example in job.examples["test"]])
+        _answer_on_test(evaluation, pool)
         if plan.arms:
             evaluation.arms = evaluate_arms(run, plan.arms, pool)
     return evaluation
+
+
+def _answer_on_test(evaluation: Evaluation, pool: Pool) -> None:
+    """What the winner will be held against: the baselines, on the task and the guards, and the text that nothing was chosen on."""
+    run, plan = evaluation.run, evaluation.plan
+    baselines = [entry.variant for entry in plan.entries if entry.role in ("target", "all")]
+    tasks = run.job.tasks
+    with run.stopwatch.stage("baselines on test", len(baselines) * sum(len(task.examples["test"]) for task in tasks.values())):
+        for name, task in tasks.items():
+            work = plan_work(baselines, task.examples["test"], task.rules, run.job.recipe.resources.shard_size)
+            pool.run(work, partial(run.take, name, "test"))
+    if evaluation.winner is not None and run.job.passages:
+        variants = [*baselines, plan.trial(evaluation.winner.label).variant]
+        evaluation.divergences["test"] = pool.divergences(variants, run.job.passages["test"], run.job.rules, lambda _: None)
 
 
 @dataclass(frozen=True)
@@ -63,25 +92,49 @@ class Evaluation:
 
     run: Run
     plan: SweepPlan
+    norms: Norms
     rows_per_step: int = 0
     losses: dict[str, float | None] = field(default_factory=dict)
     """Variant id → mean token loss on select."""
+    divergences: dict[Split, Divergences] = field(default_factory=dict)
+    """KL(target ‖ variant) on each passage of general text."""
+    results: list[Result] = field(default_factory=list)
+    """One row per planned variant, on select, once all have answered."""
     stopped: dict[str, Stopped] = field(default_factory=dict)
     """Variant id → why it was not evaluated on all of select."""
     reported: dict[str, Trial] = field(default_factory=dict)
     """What Tune reported, by label."""
     arms: Arms | None = None
     """What chance reached; None where it was not tried."""
+    test_opened: int = 0
+    """How often a run under this storage has opened the test split, this one included."""
 
-    def row(self, entry: Planned, split: Split = "select") -> Result:
-        """The row of a planned variant, as far as it has come."""
-        tally = self.run.answers.tallies[split].get(entry.id, Tally(0, 0, 0.0))
-        row = self.run.row(entry, split, tally)
+    def row(self, entry: Planned, split: Split = "select", name: str | None = None) -> Result:
+        """The row of a planned variant, as far as it has come; `name` is who answered where that is not the variant itself."""
+        who = name or entry.id
+        tally = self.run.tally(MAIN, split, who) or Tally(0, 0, 0.0)
+        row = with_guards(self.run, self.run.row(entry, split, tally), entry, who)
+        share = None if entry.role == "source" else moved(entry.variant, self.norms)
+        row = replace(row, kl=self._divergence(entry, split), moved=share)
         return replace(row, loss=self.losses.get(entry.id), stopped=self.stopped.get(entry.id)) if split == "select" else row
 
-    def rows(self) -> list[Result]:
-        """One per planned variant, on select. A trial that reported nothing is a failed row, whatever the evaluator saw."""
-        return [self._reported(entry) if entry.role == "trial" else self.row(entry) for entry in self.plan.entries]
+    @property
+    def winner(self) -> Result | None:
+        """Its row on select."""
+        return next((row for row in self.results if row.winner), None)
+
+    def choose(self) -> None:
+        """Take stock of select. A trial that reported nothing is a failed row, whatever the evaluator saw."""
+        rows = [self._reported(entry) if entry.role == "trial" else self.row(entry) for entry in self.plan.entries]
+        winner = choose_winner([row for row in rows if self.plan.primary in (None, row.label)])
+        chosen = winner and winner.label
+        self.results = [replace(row, winner=(row.role, row.label) == ("trial", chosen)) for row in rows]
+
+    def _divergence(self, entry: Planned, split: Split) -> float | None:
+        """Mean over the passages; none for the source, which is no variant."""
+        values = self.divergences.get(split, {}).get(entry.id, ())
+        known = [value for value in values if value is not None]
+        return mean(known) if known and len(known) == len(values) else None
 
     def _reported(self, entry: Planned) -> Result:
         trial = self.reported.get(entry.label)
@@ -89,7 +142,7 @@ class Evaluation:
             return trial.result
         row = self.row(entry)
         return replace(
-            row, accuracy=None, correct=None, ci_low=None, ci_high=None, tir=None, recovery=None,
+            row, accuracy=None, correct=None, ci_low=None, ci_high=None, tir=None, recovery=None, worth=None,
             error=row.error or "its trial ended without reporting",
         )  # fmt: skip
 
@@ -104,15 +157,32 @@ class _Stage:
         self.examples = self.run.job.examples["select"]
         self.unposted = list(self.plan.trials)
 
+    @property
+    def num_live(self) -> int:
+        return sum(map(self._goes_on, self.plan.variants))
+
     def num_answers(self) -> int:
         """At most: a variant that fails answers less."""
-        racers = len(self.plan.racers)
-        return num_answers(racers, len(self.plan.variants) - racers, len(self.examples), self.sweep.screen, self.sweep.race)
+        return count_answers(self.plan, self.run.job)
+
+    def compare_on_text(self) -> None:
+        """How far every variant is from the target where nothing is asked."""
+        live = [variant for variant in self.plan.variants if self._goes_on(variant)]
+        job, advance = self.run.job, self.run.stopwatch.watch.advance
+        self.evaluation.divergences["select"] = self.pool.divergences(live, job.passages["select"], job.rules, advance)
+
+    def answer(self) -> None:
+        """The task, leg by leg, then the guards."""
+        self.race()
+        live = [variant for variant in self.plan.variants if self._goes_on(variant)]
+        for name, guard in self.run.job.guards.items():
+            work = plan_work(live, guard.examples["select"], guard.rules, self.run.job.recipe.resources.shard_size)
+            self.pool.run(work, partial(self._take, name))
 
     def screen(self) -> None:
         """Read the reference answers with every variant; of those that may be stopped, only the best go on."""
         assert self.sweep.screen is not None
-        losses = self.pool.losses(self.plan.variants, self.examples, self.run.stopwatch.watch.advance)
+        losses = self.pool.losses(self.plan.variants, self.examples, self.run.job.rules, self.run.stopwatch.watch.advance)
         self.evaluation.losses |= losses
         racers = {variant.id: losses[variant.id] for variant in self.plan.racers}
         self._stop(racers.keys() - pass_screen(racers, self.sweep.screen), "screened")
@@ -122,7 +192,8 @@ class _Stage:
         race = self.sweep.race
         for leg in legs(len(self.examples), race):
             live = [variant for variant in self.plan.variants if self._goes_on(variant)]
-            self.pool.run(plan_work(live, self.examples[leg], self.run.job.recipe.resources.shard_size), self._take)
+            work = plan_work(live, self.examples[leg], self.run.job.rules, self.run.job.recipe.resources.shard_size)
+            self.pool.run(work, partial(self._take, MAIN))
             if race is not None and leg.stop < len(self.examples):
                 tallies = self.run.answers.tallies["select"]
                 racers = {v.id: tallies[v.id].correct for v in self.plan.racers if self._goes_on(v)}
@@ -139,8 +210,8 @@ class _Stage:
         tally = self.run.answers.tallies["select"].get(variant.id)
         return variant.id not in self.evaluation.stopped and (tally is None or tally.error is None)
 
-    def _take(self, shard: VariantShard) -> None:
-        self.run.take("select", shard)
+    def _take(self, task: str, shard: VariantShard) -> None:
+        self.run.take(task, "select", shard)
         if self.run.is_complete(ORIGIN.id):
             self._post(lambda entry: self.run.is_complete(entry.id))
 

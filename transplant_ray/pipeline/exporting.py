@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,10 +15,9 @@ from transplant_ray.files import write_text
 from transplant_ray.graft.card import write_card
 from transplant_ray.graft.export import apply_delta, export_checkpoint, export_delta
 from transplant_ray.graft.mergekit import variant_yaml
-from transplant_ray.graft.plan import Planned, SweepPlan, check_orders, plan_sweep
+from transplant_ray.graft.variant import Variant, read_variant
 from transplant_ray.models.checkpoint import open_checkpoint
 from transplant_ray.models.compare import Comparison, compare
-from transplant_ray.probe.rankers import read_rankings
 from transplant_ray.recipe import Recipe
 from transplant_ray.recipe_file import load_recipe
 from transplant_ray.storage import RunFolder, read_rows
@@ -36,26 +36,37 @@ def export(run: str | Path, variant: str | None = None, out: str | Path | None =
     folder = RunFolder.open(str(run))
     recipe = load_recipe(folder.require(folder.recipe))
     comparison = compare_models(recipe)
-    planned = _find(_plan_again(folder, recipe, comparison), variant or _winner(folder))
-    return write(folder, recipe, comparison, planned, None if out is None else Path(out))
+    rows = _find(read_results(folder), variant or _winner(folder))
+    found = Found(recipe, comparison, _read_variant(folder, rows[0].variant), rows)
+    return write(folder, found, None if out is None else Path(out))
 
 
-def _write_checkpoint(folder: RunFolder, recipe: Recipe, comparison: Comparison, planned: Planned, out: Path | None) -> Path:
-    rows = [row for row in read_results(folder) if row.variant == planned.id and row.role == planned.role]
-    place = out or folder.path / f"checkpoint-{planned.id}"
-    return export_checkpoint(comparison, planned.variant, place, make_card(recipe, comparison, planned, rows))
+@dataclass(frozen=True)
+class Found:
+    """A variant of a run, with what was measured of it."""
+
+    recipe: Recipe
+    comparison: Comparison
+    variant: Variant
+    rows: Sequence[Result]
 
 
-def _write_mergekit(folder: RunFolder, _: Recipe, comparison: Comparison, planned: Planned, out: Path | None) -> Path:
-    place = out or folder.path / f"mergekit-{planned.id}.yaml"
-    text = variant_yaml(comparison, planned.variant)
+def _write_checkpoint(folder: RunFolder, found: Found, out: Path | None) -> Path:
+    place = out or folder.path / f"checkpoint-{found.variant.id}"
+    card = make_card(found.recipe, found.comparison, found.variant, found.rows)
+    return export_checkpoint(found.comparison, found.variant, place, card)
+
+
+def _write_mergekit(folder: RunFolder, found: Found, out: Path | None) -> Path:
+    place = out or folder.path / f"mergekit-{found.variant.id}.yaml"
+    text = variant_yaml(found.comparison, found.variant)
     if place.exists():
         raise RunError(f"{place}: is there already. Choose another place, or move it away; nothing was written.")
     write_text(place, text)
     return place
 
 
-FORMATS: Mapping[str, Callable[[RunFolder, Recipe, Comparison, Planned, Path | None], Path]] = MappingProxyType(
+FORMATS: Mapping[str, Callable[[RunFolder, Found, Path | None], Path]] = MappingProxyType(
     {"checkpoint": _write_checkpoint, "mergekit": _write_mergekit}
 )
 
@@ -71,21 +82,22 @@ def show(run: str | Path) -> tuple[list[Result], dict[str, Any]]:
     return read_results(folder), folder.read_summary()
 
 
-def export_winner(recipe: Recipe, comparison: Comparison, planned: Planned, rows: Sequence[Result], folder: RunFolder) -> None:
+def export_winner(recipe: Recipe, comparison: Comparison, variant: Variant, rows: Sequence[Result], folder: RunFolder) -> None:
     """The run's own `checkpoint/` and `delta/`; those of an earlier try are replaced."""
-    card = make_card(recipe, comparison, planned, rows)
-    export_checkpoint(comparison, planned.variant, folder.checkpoint, card, replace=True)
-    export_delta(comparison, planned.variant, folder.checkpoint, folder.delta, replace=True)
+    card = make_card(recipe, comparison, variant, rows)
+    export_checkpoint(comparison, variant, folder.checkpoint, card, replace=True)
+    export_delta(comparison, variant, folder.checkpoint, folder.delta, replace=True)
 
 
-def write_winner_card(recipe: Recipe, comparison: Comparison, planned: Planned, rows: Sequence[Result], folder: RunFolder) -> None:
+def write_winner_card(recipe: Recipe, comparison: Comparison, variant: Variant, rows: Sequence[Result], folder: RunFolder) -> None:
     """The card again, now that the exported checkpoint was measured."""
     for place in (folder.checkpoint, folder.delta):
-        write_text(place / "README.md", make_card(recipe, comparison, planned, rows))
+        write_text(place / "README.md", make_card(recipe, comparison, variant, rows))
 
 
-def make_card(recipe: Recipe, comparison: Comparison, planned: Planned, rows: Sequence[Result]) -> str:
-    return write_card(f"{recipe.name}: {planned.label}", comparison, planned.variant, [_card_row(row) for row in rows])
+def make_card(recipe: Recipe, comparison: Comparison, variant: Variant, rows: Sequence[Result]) -> str:
+    """`rows` are what was measured of the variant, one or more."""
+    return write_card(f"{recipe.name}: {rows[0].label}", comparison, variant, [_card_row(row) for row in rows])
 
 
 def compare_models(recipe: Recipe) -> Comparison:
@@ -97,20 +109,22 @@ def read_results(folder: RunFolder) -> list[Result]:
     return [Result(**row) for row in read_rows(folder.require(folder.results))]
 
 
-def _plan_again(folder: RunFolder, recipe: Recipe, comparison: Comparison) -> SweepPlan:
-    """The plan is a function of recipe and rankings, so it need not be kept."""
-    orders = {ranking.ranker: ranking.order for ranking in read_rankings(read_rows(folder.require(folder.rankings)))}
-    check_orders(orders, comparison.modules)
-    return plan_sweep(comparison.modules, orders, recipe.sweep)
-
-
-def _find(plan: SweepPlan, variant: str) -> Planned:
-    planned = plan.find(variant)
-    if planned is None or planned.role in ("source", "target"):
-        near = difflib.get_close_matches(variant, [entry.id for entry in plan.trials], n=1)
+def _find(results: Sequence[Result], variant: str) -> list[Result]:
+    """The rows of a variant, by the first role that it has in the plan; several points of the grid may be the same variant."""
+    grafted = [row for row in results if row.role not in ("source", "target")]
+    role = next((row.role for row in grafted if row.variant == variant), None)
+    if role is None:
+        near = difflib.get_close_matches(variant, [row.variant for row in grafted], n=1)
         hint = f" Did you mean {near[0]}?" if near else " `show RUN` lists them."
         raise RunError(f"variant {variant!r}: not one that this run grafted.{hint}")
-    return planned
+    return [row for row in grafted if (row.variant, row.role) == (variant, role)]
+
+
+def _read_variant(folder: RunFolder, id: str) -> Variant:
+    variant = read_variant(read_rows(folder.require(folder.variants)), id)
+    if variant.id != id:
+        raise RunError(f"{folder.variants}: does not hold variant {id} as it was measured. Run the sweep again.")
+    return variant
 
 
 def _winner(folder: RunFolder) -> str:

@@ -3,20 +3,23 @@ a weight is loaded or a process started."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedTokenizerBase
 
 from transplant_ray.errors import RecipeError
 from transplant_ray.evaluate.example import Rendered, Split, check_answers, check_lengths
-from transplant_ray.evaluate.generate import GenerationSettings, end_ids
+from transplant_ray.evaluate.generate import GenerationSettings, Rules, end_ids
 from transplant_ray.evaluate.scorers import FORCED
-from transplant_ray.evaluate.task import load_task, tokenize
+from transplant_ray.evaluate.task import Task, check_apart, load_passages, load_task, tokenize
 from transplant_ray.graft.mergekit import COMMAND, PIP_LINE, PLACE, find_mergekit
 from transplant_ray.graft.plan import SweepPlan, depth_order, plan_sweep
 from transplant_ray.models.checkpoint import Checkpoint, open_checkpoint, read_generation_ends
 from transplant_ray.models.compare import Comparison, check_segmentation, check_vocabulary, compare
 from transplant_ray.models.loading import load_tokenizer
 from transplant_ray.models.rope import max_positions
-from transplant_ray.recipe import ACTIVATION_RANKERS, RESIDENT_RANKERS, SPARSE_MERGES, Recipe
+from transplant_ray.recipe import ACTIVATION_RANKERS, CHANNEL_RANKERS, MAIN, RESIDENT_RANKERS, SPARSE_MERGES, Recipe, TaskSpec
 
 DEFAULT_ROWS = 64
 """Rows of a batch where one model answers by itself and the recipe names no number."""
@@ -25,13 +28,40 @@ SPLITS: tuple[Split, ...] = ("probe", "select", "test")
 
 
 @dataclass(frozen=True)
+class PreparedTask:
+    """A task made concrete: its examples as text and as token ids, and how they are answered and judged."""
+
+    texts: Task
+    examples: Mapping[Split, tuple[Rendered, ...]]
+    rules: Rules
+
+
+@dataclass(frozen=True)
 class Job:
     recipe: Recipe
     comparison: Comparison
-    examples: dict[Split, tuple[Rendered, ...]]
-    generation: GenerationSettings
+    tasks: Mapping[str, PreparedTask]
+    """The task itself under MAIN, and the guards by their names."""
+    passages: Mapping[Split, tuple[Rendered, ...]]
+    """General text: the first token of each is its prompt. Empty where the recipe wants none."""
     base: Comparison | None = None
     """The base model, as a source, beside the target; None where the recipe names none."""
+
+    @property
+    def examples(self) -> Mapping[Split, tuple[Rendered, ...]]:
+        return self.tasks[MAIN].examples
+
+    @property
+    def rules(self) -> Rules:
+        return self.tasks[MAIN].rules
+
+    @property
+    def generation(self) -> GenerationSettings:
+        return self.rules.generation
+
+    @property
+    def guards(self) -> Mapping[str, PreparedTask]:
+        return {name: task for name, task in self.tasks.items() if name != MAIN}
 
     @property
     def activations(self) -> bool:
@@ -45,13 +75,14 @@ class Job:
 
     @property
     def probe_settings(self) -> GenerationSettings:
-        limit = self.recipe.rank.max_new_tokens or self.recipe.task.max_new_tokens
-        return GenerationSettings(limit, self.generation.end_ids, self.generation.stop, self.generation.batch_size)
+        return replace(self.generation, max_new_tokens=self.recipe.rank.max_new_tokens or self.generation.max_new_tokens)
 
     def provisional_plan(self) -> SweepPlan:
         """The plan's shape before anything is ranked: every ranker stands in depth order. Refuses kinds that match nothing."""
-        order = depth_order(self.comparison.modules)
-        return plan_sweep(self.comparison.modules, dict.fromkeys(self.recipe.rank.by, order), self.recipe.sweep)
+        modules, recipe = self.comparison.modules, self.recipe
+        alike = {module.name: (0.0,) * module.num_channels for module in modules} if recipe.sweep.channels else {}
+        channels = {ranker: alike for ranker in recipe.rank.by if ranker in CHANNEL_RANKERS}
+        return plan_sweep(modules, dict.fromkeys(recipe.rank.by, depth_order(modules)), recipe.sweep, channels)
 
 
 def prepare(recipe: Recipe) -> Job:
@@ -60,25 +91,43 @@ def prepare(recipe: Recipe) -> Job:
     target = open_checkpoint(recipe.target.model, recipe.target.revision, accept=recipe.accept)
     comparison = compare(source, target)
     base = _base(recipe, target)
-    task = load_task(recipe.task)
+    specs: dict[str, TaskSpec] = {MAIN: recipe.task, **recipe.guards.tasks}
+    texts = {name: load_task(spec) for name, spec in specs.items()}
+    check_apart(texts)
     ours, theirs = load_tokenizer(target), load_tokenizer(source)
     check_vocabulary(theirs.get_vocab(), ours.get_vocab(), recipe.accept)
-    texts = [example.prompt for split in SPLITS for example in task[split]]
-    check_segmentation(texts, lambda text: theirs(text)["input_ids"], lambda text: ours(text)["input_ids"], recipe.accept)
-    examples = {split: tokenize(task[split], recipe.task, ours) for split in SPLITS}
+    prompts = [example.prompt for task in texts.values() for split in SPLITS for example in task[split]]
+    check_segmentation(prompts, lambda text: theirs(text)["input_ids"], lambda text: ours(text)["input_ids"], recipe.accept)
     ends = end_ids(read_generation_ends(target), ours)
-    rows = DEFAULT_ROWS if recipe.resources.batch_size == "auto" else recipe.resources.batch_size
-    generation = GenerationSettings(recipe.task.max_new_tokens, ends, recipe.task.stop, rows)
-    job = Job(recipe, comparison, examples, generation, base)
-    everything = [example for split in SPLITS for example in examples[split]]
-    limit = max(recipe.task.max_new_tokens, recipe.rank.max_new_tokens or 0)
-    if recipe.task.scorer == FORCED:
-        check_answers(everything, recipe.task.max_new_tokens, ends)
-    if recipe.sweep.screen is not None or job.resident_rankers:  # reference answers are read
-        limit = max(limit, *(len(example.answer_ids) for example in everything))
-    check_lengths(everything, limit, max_positions(target.config))
+    tasks = {name: _prepare_task(recipe, spec, texts[name], ours, ends) for name, spec in specs.items()}
+    passages = {} if recipe.guards.text is None else load_passages(recipe.guards.text, ours)
+    job = Job(recipe, comparison, tasks, passages, base)
+    _check_positions(job, max_positions(target.config))
     job.provisional_plan()
     return job
+
+
+def _prepare_task(
+    recipe: Recipe, spec: TaskSpec, texts: Task, tokenizer: PreTrainedTokenizerBase, ends: tuple[int, ...]
+) -> PreparedTask:
+    examples = {split: tokenize(texts[split], spec, tokenizer) for split in SPLITS}
+    if spec.scorer == FORCED:
+        check_answers([example for split in SPLITS for example in examples[split]], spec.max_new_tokens, ends)
+    rows = DEFAULT_ROWS if recipe.resources.batch_size == "auto" else recipe.resources.batch_size
+    return PreparedTask(texts, examples, Rules(GenerationSettings(spec.max_new_tokens, ends, spec.stop, rows), spec.scorer))
+
+
+def _check_positions(job: Job, positions: int | None) -> None:
+    """Prompts with what is generated after them, and answers where they are read."""
+    reads = job.recipe.sweep.screen is not None or bool(job.resident_rankers)
+    for name, task in job.tasks.items():
+        everything = [example for split in SPLITS for example in task.examples[split]]
+        limit = task.rules.generation.max_new_tokens
+        if name == MAIN:
+            limit = max(limit, job.recipe.rank.max_new_tokens or 0, *(len(e.answer_ids) for e in everything if reads))
+        check_lengths(everything, limit, positions)
+    for passages in job.passages.values():
+        check_lengths(passages, max(len(passage.answer_ids) for passage in passages), positions)
 
 
 def _base(recipe: Recipe, target: Checkpoint) -> Comparison | None:

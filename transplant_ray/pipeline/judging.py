@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from transplant_ray.evaluate.example import Split
 from transplant_ray.evaluate.results import Result
-from transplant_ray.evaluate.significance import Right, difference_interval, recovery_interval, tir_interval
+from transplant_ray.evaluate.significance import difference_interval, recovery_interval, tir_interval
 from transplant_ray.evaluate.verdict import Evidence, Verdict, judge, no_gap
 from transplant_ray.graft.variant import ORIGIN
 from transplant_ray.models.catalogue import select_kind
 from transplant_ray.pipeline.evaluating import Evaluation
+from transplant_ray.pipeline.guarding import guards_for_verdict
 from transplant_ray.pipeline.run import Run
+from transplant_ray.recipe import MAIN
 
 EXPORTED = "exported"
 """The name under which the exported checkpoint's outcomes are kept."""
@@ -22,10 +23,10 @@ EXPORTED = "exported"
 def judge_sweep(evaluation: Evaluation, winner: Result | None) -> Verdict | None:
     """None where the target, the source or the winner failed, so that there is nothing to judge."""
     run = evaluation.run
-    select_target, select_source = (_right(run, "select", name) for name in (ORIGIN.id, "source"))
+    select_target, select_source = (run.right(MAIN, "select", name) for name in (ORIGIN.id, "source"))
     if select_target is None or select_source is None:
         return None
-    target, found = (_right(run, "test", name) for name in (ORIGIN.id, EXPORTED))
+    target, found = (run.right(MAIN, "test", name) for name in (ORIGIN.id, EXPORTED))
     if winner is None or target is None or found is None:
         return no_gap(select_target, select_source)
     primary = evaluation.plan.primary is not None
@@ -35,17 +36,18 @@ def judge_sweep(evaluation: Evaluation, winner: Result | None) -> Verdict | None
             select_source,
             target,
             found,
-            k=winner.num_modules,
+            size=winner.size or 0,
             num_modules=len(select_kind(run.job.comparison.modules, str(winner.kind))),
             chosen_from=1 if primary else len(evaluation.plan.trials),
             arms=evaluation.arms,
+            guards=guards_for_verdict(run, EXPORTED),
         )
     )
 
 
 def intervals(run: Run) -> Mapping[str, Any]:
     """95 % paired bootstrap intervals of the exported checkpoint on test: of the difference to the target, of TIR, of Recovery."""
-    after, target, source = (_right(run, "test", name) for name in (EXPORTED, ORIGIN.id, "source"))
+    after, target, source = (run.right(MAIN, "test", name) for name in (EXPORTED, ORIGIN.id, "source"))
     if after is None or target is None or source is None:
         return {}
     seed = run.job.recipe.task.split.seed
@@ -65,7 +67,3 @@ def describe(verdict: Verdict, evaluation: Evaluation) -> dict[str, Any]:
         "primary": evaluation.plan.primary,
         "arms": None if arms is None else {"sets_each": arms.sets_each, "correct_on_test": sorted(arms.correct, reverse=True)},
     }
-
-
-def _right(run: Run, split: Split, variant: str) -> Right | None:
-    return run.answers.right(split, variant, [example.id for example in run.job.examples[split]])

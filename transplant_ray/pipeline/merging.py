@@ -6,58 +6,58 @@ and removed again. A merge never wins; it is a control.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
 
 from transplant_ray.distributed.cluster import Capacity, plain_errors
-from transplant_ray.distributed.probing import answer_alone
+from transplant_ray.distributed.probing import Asked, Said, answer_alone
 from transplant_ray.errors import TransplantError
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.results import Result
 from transplant_ray.files import write_text
 from transplant_ray.graft.mergekit import config_yaml, find_mergekit, merge_config, run_mergekit
-from transplant_ray.graft.merges import merge_id, merge_name, planned_merges
+from transplant_ray.graft.merges import merge_name, planned_merges
 from transplant_ray.graft.plan import Planned
 from transplant_ray.graft.task_arithmetic import num_merged_parameters, write_task_arithmetic
 from transplant_ray.models.checkpoint import Checkpoint, open_checkpoint
 from transplant_ray.models.compare import Comparison
 from transplant_ray.models.writing import copy_companions
+from transplant_ray.pipeline.evaluating import Evaluation
 from transplant_ray.pipeline.run import Run
 from transplant_ray.recipe import SPARSE_MERGES
 
 
-def evaluate_merges(run: Run, capacity: Capacity) -> list[Result]:
+def evaluate_merges(evaluation: Evaluation, capacity: Capacity) -> list[Result]:
     """A row on select for every merge of the recipe. One that cannot be made or loaded is a row with its reason."""
+    run = evaluation.run
     merges, base = planned_merges(run.job.recipe.sweep.controls), run.job.base
     if base is None or not merges:
         return []
-    with run.stopwatch.stage("merges", len(merges) * len(run.job.examples["select"])):
+    asked = run.asked(["select"])
+    with run.stopwatch.stage("merges", len(merges) * sum(len(one.examples) for one in asked)):
         for planned in merges:
-            run.take("select", _answered(run, planned, base, capacity))
+            for one, shard in _answered(run, planned, base, asked, capacity):
+                run.take(one.task, one.split, shard)
     num_parameters = num_merged_parameters(run.job.comparison, base)
-    return [_row(run, planned, num_parameters) for planned in merges]
+    rows = [evaluation.row(planned) for planned in merges]
+    return [
+        replace(row, num_modules=len(run.modules), num_parameters=num_parameters, size=None, moved=None, kl=None) for row in rows
+    ]
 
 
-def _row(run: Run, planned: Planned, num_parameters: int) -> Result:
-    tally = run.answers.tallies["select"][merge_id(planned)]
-    row = run.row(planned, "select", tally)
-    return replace(row, variant=merge_id(planned), num_modules=len(run.modules), num_parameters=num_parameters)
-
-
-def _answered(run: Run, planned: Planned, base: Comparison, capacity: Capacity) -> VariantShard:
+def _answered(run: Run, planned: Planned, base: Comparison, asked: Sequence[Asked], capacity: Capacity) -> Said:
     """Made in the run's own folder, which all nodes see."""
-    name, accept = merge_id(planned), run.job.recipe.accept
     try:
         with TemporaryDirectory(prefix=".merge-", dir=run.folder.path) as folder, plain_errors():
             place = Path(folder) / merge_name(planned)
             WRITERS[str(planned.ranker)](run, planned, base, place)
-            made = open_checkpoint(str(place), accept=accept)
-            return answer_alone(made, name, {"select": run.job.examples["select"]}, run.workload, capacity)["select"]
+            made = open_checkpoint(str(place), accept=run.job.recipe.accept)
+            return answer_alone(made, planned.id, asked, run.workload, capacity)
     except (TransplantError, RuntimeError, OSError) as error:  # torch reports what a device cannot do as RuntimeError
-        return VariantShard(name, (), 0.0, f"{type(error).__name__}: {error}")
+        return [(one, VariantShard(planned.id, (), 0.0, f"{type(error).__name__}: {error}")) for one in asked]
 
 
 def _task_arithmetic(run: Run, planned: Planned, base: Comparison, out: Path) -> None:

@@ -14,14 +14,14 @@ from transplant_ray.evaluate.decode import decode
 from transplant_ray.evaluate.engine import VARIANTS_PER_PACK
 from transplant_ray.evaluate.generate import GenerationSettings
 from transplant_ray.evaluate.measure_rows import measure_rows
-from transplant_ray.evaluate.race import num_answers
+from transplant_ray.evaluate.race import num_answers, num_live
 from transplant_ray.graft.merges import planned_merges
 from transplant_ray.graft.plan import SweepPlan
 from transplant_ray.graft.resident import load_resident_pair
 from transplant_ray.models.catalogue import Exclusion
 from transplant_ray.models.loading import load_tokenizer, placement
 from transplant_ray.pipeline.job import Job, prepare
-from transplant_ray.recipe import Recipe
+from transplant_ray.recipe import MAIN, Recipe
 
 CALIBRATION_TOKENS = 16
 
@@ -104,7 +104,7 @@ def make_plan(job: Job) -> PlanReport:
         variants=dict(Counter(entry.role for entry in sweep_plan.entries)),
         num_distinct=len(sweep_plan.variants),
         examples={split: len(examples) for split, examples in job.examples.items()},
-        num_answers=_num_select_answers(job),
+        num_answers=_num_select_answers(job, sweep_plan),
         arms=_arms(job, sweep_plan),
         merges=tuple(merge.label for merge in planned_merges(recipe.sweep.controls)),
         memory={"probe actor": _memory(job, evaluator=False), "evaluator": _memory(job, evaluator=True)},
@@ -128,27 +128,36 @@ def measure(job: Job) -> Calibration:
     deque(decode(pair.model, tokenizer, prompts, settings, lambda _: None, rows), maxlen=0)
     per_example = (time.perf_counter() - start) / rows * limit / settings.max_new_tokens
     answers = (
-        _num_select_answers(job)
-        + _arms(job, job.provisional_plan()).num_answers
+        _num_select_answers(job, plan := job.provisional_plan())
+        + _arms(job, plan).num_answers
         + len(planned_merges(job.recipe.sweep.controls)) * len(examples)
-        + 4 * len(job.examples["test"])
+        + 4 * sum(len(task.examples["test"]) for task in job.tasks.values())
         + 2 * len(job.examples["probe"])
     )
     return Calibration(per_example, answers, per_example * answers / 3600, str(pair.model.device), rows)
 
 
-def _num_select_answers(job: Job) -> int:
+def count_answers(plan: SweepPlan, job: Job) -> int:
+    """On select, to the task and its guards, when every variant that may be stopped is."""
+    racers, sweep = len(plan.racers), job.recipe.sweep
+    others, num_examples = len(plan.variants) - racers, len(job.examples["select"])
+    live = num_live(racers, sweep.screen, sweep.race) + others
+    guards = sum(len(guard.examples["select"]) for guard in job.guards.values())
+    return num_answers(racers, others, num_examples, sweep.screen, sweep.race) + live * guards
+
+
+def _num_select_answers(job: Job, plan: SweepPlan) -> int:
     """With the source's own."""
-    plan, sweep, num_examples = job.provisional_plan(), job.recipe.sweep, len(job.examples["select"])
-    racers = len(plan.racers)
-    return num_answers(racers, len(plan.variants) - racers, num_examples, sweep.screen, sweep.race) + num_examples
+    return count_answers(plan, job) + sum(len(task.examples["select"]) for task in job.tasks.values())
 
 
 def _arms(job: Job, plan: SweepPlan) -> Arms:
     """Arms of one set have nothing to choose from, and answer on test alone."""
     sets_each = len(plan.arms[0]) if plan.arms else 0
     sets = {entry.id for arm in plan.arms for entry in arm} if sets_each > 1 else set()
-    answers = len(sets) * len(job.examples["select"]) + len(plan.arms) * len(job.examples["test"])
+    weighed = job.recipe.guards.choosing if job.recipe.sweep.objective else ()
+    per_set = sum(len(job.tasks[name].examples["select"]) for name in (MAIN, *weighed))
+    answers = len(sets) * per_set + len(plan.arms) * len(job.examples["test"])
     return Arms(len(plan.arms), sets_each, answers)
 
 

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from transplant_ray.distributed.probing import ProbeResult
 from transplant_ray.evaluate.example import Split
 from transplant_ray.evaluate.metrics import reachable_recovery
-from transplant_ray.evaluate.results import OUTCOME_SCHEMA, RESULT_SCHEMA, Result
+from transplant_ray.evaluate.results import EXAMPLE_SCHEMA, GUARD_SCHEMA, OUTCOME_SCHEMA, RESULT_SCHEMA, GuardResult, Result
 from transplant_ray.files import write_json
+from transplant_ray.graft.merges import planned_merges
+from transplant_ray.graft.plan import SweepPlan
+from transplant_ray.graft.variant import VARIANT_SCHEMA, variant_rows
 from transplant_ray.pipeline.evaluating import Evaluation
 from transplant_ray.pipeline.exporting import write_winner_card
+from transplant_ray.pipeline.guarding import guard_rows
+from transplant_ray.pipeline.job import SPLITS
 from transplant_ray.pipeline.judging import EXPORTED, describe, intervals, judge_sweep
 from transplant_ray.pipeline.run import Run
 from transplant_ray.probe.agreement import compare_rankings, spearman_with_depth, stability
 from transplant_ray.probe.rankers import Ranking
+from transplant_ray.recipe import MAIN
 from transplant_ray.storage import RunFolder, write_rows
 from transplant_ray.tracking.figures import heat_map, k_curves
 from transplant_ray.tracking.tracker import Tracker, environment
@@ -44,16 +50,18 @@ def record(run: Run, evaluation: Evaluation, results: list[Result], probed: Prob
     """Write tables, summary and the winner's card, then tell MLflow; returns what was recorded."""
     folder = run.folder
     with run.stopwatch.stage("record"):
-        for split, outcomes in run.answers.outcomes.items():
-            write_rows(folder.outcomes / f"{split}.parquet", [asdict(o) for o in outcomes], OUTCOME_SCHEMA)
-        write_rows(folder.results, [asdict(row) for row in results], RESULT_SCHEMA)
+        guards = _guards(evaluation, results)
+        _write_tables(run, evaluation.plan, results, guards)
         winner = [row for row in results if row.winner]
         if winner:
-            write_winner_card(run.job.recipe, run.job.comparison, evaluation.plan.trial(winner[0].label), winner, folder)
+            variant = evaluation.plan.trial(winner[0].label).variant
+            write_winner_card(run.job.recipe, run.job.comparison, variant, winner, folder)
         verdict = judge_sweep(evaluation, next(iter(winner), None))
         summary = summarise(run, results, probed, tracker.run_id) | {
             "rows_per_step": evaluation.rows_per_step,
+            "test_opened": evaluation.test_opened,
             "verdict": None if verdict is None else describe(verdict, evaluation),
+            "guards": [asdict(row) for row in guards if row.winner or row.role in ("target", "source", "all")],
         }
         write_json(folder.summary, summary)
         figures = {"k_curves": k_curves(results)}
@@ -68,6 +76,39 @@ def record(run: Run, evaluation: Evaluation, results: list[Result], probed: Prob
     return SweepResult(folder, results, summary)
 
 
+def _write_tables(run: Run, plan: SweepPlan, results: Sequence[Result], guards: Sequence[GuardResult]) -> None:
+    folder = run.folder
+    for name, answers in run.answered.items():
+        for split, outcomes in answers.outcomes.items():
+            stem = split if name == MAIN else f"guard-{name}-{split}"
+            write_rows(folder.outcomes / f"{stem}.parquet", [asdict(outcome) for outcome in outcomes], OUTCOME_SCHEMA)
+    write_rows(folder.examples, list(_examples(run)), EXAMPLE_SCHEMA)
+    write_rows(folder.variants, list(variant_rows(plan.variants)), VARIANT_SCHEMA)
+    write_rows(folder.results, [asdict(row) for row in results], RESULT_SCHEMA)
+    write_rows(folder.guards, [asdict(row) for row in guards], GUARD_SCHEMA)
+
+
+def _examples(run: Run) -> Iterator[dict[str, str]]:
+    """What was asked, so that completions can be read."""
+    for name, task in run.job.tasks.items():
+        for split in SPLITS:
+            for e in task.texts[split]:
+                yield {"task": name, "split": split, "example": e.id, "prompt": e.prompt, "answer": e.answer}
+
+
+def _guards(evaluation: Evaluation, results: Sequence[Result]) -> list[GuardResult]:
+    """Every variant on select; on test the baselines, and the winner as its exported checkpoint."""
+    run = evaluation.run
+    planned = (*planned_merges(run.job.recipe.sweep.controls), *evaluation.plan.entries)
+    entries = {(entry.role, entry.label): entry for entry in planned}
+    rows = []
+    for result in results:
+        entry = entries[result.role, result.label]
+        name = EXPORTED if result.winner and result.split == "test" else entry.id
+        rows += [replace(row, winner=result.winner) for row in guard_rows(run, entry, result.split, name)]
+    return rows
+
+
 def summarise(run: Run, results: Sequence[Result], probed: ProbeResult, run_id: str) -> dict[str, Any]:
     """`summary.json`."""
     by_split: dict[Split, dict[str, Any]] = {split: _baselines(results, split) for split in ("select", "test")}
@@ -78,6 +119,7 @@ def summarise(run: Run, results: Sequence[Result], probed: ProbeResult, run_id: 
         "baselines": by_split,
         "winner": _describe_winner(run, results, winner) if winner else None,
         "failed": [{"variant": row.variant, "label": row.label, "error": row.error} for row in results if row.error],
+        "vetoed": sorted(row.label for row in results if row.vetoed_by),
         "stopped": dict(Counter(row.stopped for row in results if row.stopped)),
         "close": _close(run),
         "rankings": _rankings(run, probed.rankings),
@@ -144,7 +186,8 @@ def _accuracy(results: Sequence[Result], role: str, split: Split) -> float | Non
 
 
 def _numbers(row: Result) -> dict[str, Any]:
-    return {name: getattr(row, name) for name in ("n", "correct", "accuracy", "ci_low", "ci_high", "tir", "recovery")}
+    names = ("n", "correct", "accuracy", "ci_low", "ci_high", "tir", "recovery", "kl", "guard_share")
+    return {name: getattr(row, name) for name in names}
 
 
 def _headline(results: Sequence[Result]) -> dict[str, float]:

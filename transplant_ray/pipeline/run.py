@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from transplant_ray.distributed.actors import Workload
 from transplant_ray.distributed.cluster import refuse_vanishing_paths
+from transplant_ray.distributed.probing import Asked
 from transplant_ray.evaluate.answers import Answers, VariantShard
 from transplant_ray.evaluate.example import Split
 from transplant_ray.evaluate.outcome import Tally
 from transplant_ray.evaluate.results import Result, make_result
+from transplant_ray.evaluate.scorers import FORCED
+from transplant_ray.evaluate.significance import Right
 from transplant_ray.graft.plan import Planned
 from transplant_ray.graft.variant import ORIGIN
 from transplant_ray.models.catalogue import Module
 from transplant_ray.pipeline.job import Job, prepare
 from transplant_ray.pipeline.watch import Silent, Stopwatch, Watch
-from transplant_ray.recipe import Recipe
+from transplant_ray.recipe import MAIN, Recipe
 from transplant_ray.storage import RunFolder
 
 
@@ -25,7 +28,13 @@ class Run:
     job: Job
     folder: RunFolder
     stopwatch: Stopwatch
-    answers: Answers = field(default_factory=Answers)
+    answered: Mapping[str, Answers]
+    """What came of every task: the task itself and its guards."""
+
+    @property
+    def answers(self) -> Answers:
+        """To the task itself."""
+        return self.answered[MAIN]
 
     @property
     def modules(self) -> Mapping[str, Module]:
@@ -40,18 +49,26 @@ class Run:
             dtype=recipe.resources.dtype,
             num_gpus=recipe.resources.gpus_per_model,
             num_threads=threads,
-            generation=self.job.generation,
-            scorer=recipe.task.scorer,
         )
 
     def is_complete(self, variant: str) -> bool:
-        """Whether a variant has answered all of select, or failed."""
-        tally = self.answers.tallies["select"].get(variant)
-        return tally is not None and (tally.n == len(self.job.examples["select"]) or tally.error is not None)
+        """Whether a variant has answered all of select, of the task and of every guard, or failed at one of them."""
+        tallies = {name: self.tally(name, "select", variant) for name in self.job.tasks}
+        failed = any(tally is not None and tally.error is not None for tally in tallies.values())
+        return failed or all(
+            tally is not None and tally.n == len(self.job.tasks[name].examples["select"]) for name, tally in tallies.items()
+        )
 
-    def take(self, split: Split, shard: VariantShard) -> None:
+    def tally(self, task: str, split: Split, variant: str) -> Tally | None:
+        return self.answered[task].tallies.get(split, {}).get(variant)
+
+    def right(self, task: str, split: Split, variant: str) -> Right | None:
+        """Whether it is right on each example, in their order; None where it failed or has not answered all."""
+        return self.answered[task].right(split, variant, [example.id for example in self.job.tasks[task].examples[split]])
+
+    def take(self, task: str, split: Split, shard: VariantShard) -> None:
         """Keep what an evaluator found."""
-        self.answers.add(split, shard)
+        self.answered[task].add(split, shard)
         self.stopwatch.watch.advance(len(shard.outcomes))
         for note in shard.notes:
             self.stopwatch.watch.note(note)
@@ -60,7 +77,12 @@ class Run:
         """The results row of a planned variant, against the baselines on the examples that it has answered."""
         examples = {example.id for example in self.job.examples[split][: tally.n]}
         target, source = (self.answers.baseline(split, name, examples) for name in (ORIGIN.id, "source"))
-        return make_result(entry, tally, split, self.modules, target=target, source=source)
+        decoded = self.job.recipe.task.scorer != FORCED
+        return make_result(entry, tally, split, self.modules, target=target, source=source, decoded=decoded)
+
+    def asked(self, splits: Sequence[Split]) -> list[Asked]:
+        """These splits of the task and of its guards, for a model that is loaded by itself."""
+        return [Asked(name, split, task.examples[split], task.rules) for name, task in self.job.tasks.items() for split in splits]
 
 
 def begin(recipe: Recipe, watch: Watch | None) -> Run:
@@ -73,4 +95,4 @@ def begin(recipe: Recipe, watch: Watch | None) -> Run:
         folder.check_owner(recipe.identity())
     for warning in job.comparison.warnings:
         stopwatch.watch.note(f"warning: {warning}")
-    return Run(job, folder, stopwatch)
+    return Run(job, folder, stopwatch, {name: Answers() for name in job.tasks})

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from transplant_ray import zoo
 from transplant_ray.distributed.cluster import Capacity, connect, plain_errors
-from transplant_ray.distributed.probing import ProbePlan, ProbeResult, answer_alone, num_probe_steps, run_probe
-from transplant_ray.evaluate.example import Rendered, Split
-from transplant_ray.evaluate.results import Result, choose_winner
+from transplant_ray.distributed.probing import Asked, ProbePlan, ProbeResult, answer_alone, num_probe_steps, run_probe
+from transplant_ray.evaluate.example import Split
+from transplant_ray.evaluate.results import Result
+from transplant_ray.graft.norms import write_norms
 from transplant_ray.graft.plan import SweepPlan, check_orders, plan_sweep
 from transplant_ray.models.checkpoint import open_checkpoint
-from transplant_ray.pipeline.evaluating import evaluate
+from transplant_ray.pipeline.evaluating import Evaluation, evaluate
 from transplant_ray.pipeline.exporting import export_winner
 from transplant_ray.pipeline.judging import EXPORTED
 from transplant_ray.pipeline.merging import evaluate_merges
@@ -21,7 +22,7 @@ from transplant_ray.pipeline.run import Run, begin
 from transplant_ray.pipeline.watch import Watch
 from transplant_ray.probe.rankers import SCHEMA as RANKING_SCHEMA
 from transplant_ray.probe.rankers import Ranking, ranking_rows
-from transplant_ray.recipe import Recipe
+from transplant_ray.recipe import MAIN, Recipe
 from transplant_ray.recipe_file import load_recipe
 from transplant_ray.storage import write_rows
 from transplant_ray.tracking.tracker import tracked
@@ -39,7 +40,7 @@ def rank(recipe: Recipe, watch: Watch | None = None) -> list[Ranking]:
     run = begin(recipe, watch)
     with plain_errors(), connect(recipe.resources) as capacity:
         run.folder.claim(recipe.identity(), recipe.to_yaml())
-        return _probe(run, capacity, baselines={}).rankings
+        return _probe(run, capacity, baselines=()).rankings
 
 
 def sweep(recipe: Recipe, watch: Watch | None = None) -> SweepResult:
@@ -47,20 +48,16 @@ def sweep(recipe: Recipe, watch: Watch | None = None) -> SweepResult:
     run = begin(recipe, watch)
     with plain_errors(), tracked(recipe) as tracker, connect(recipe.resources) as capacity:
         run.folder.claim(recipe.identity(), recipe.to_yaml())
-        probed = _probe(run, capacity, {split: run.job.examples[split] for split in MEASURED})
-        for split, shard in probed.source.items():
-            run.answers.add(split, shard)
-        plan = _plan(run, probed.rankings)
-        evaluation = evaluate(run, plan, capacity, tracker)
-        results = [*evaluation.rows(), *evaluate_merges(run, capacity)]
-        winner = choose_winner([row for row in results if plan.primary in (None, row.label)])
-        if winner is not None:
-            results = [replace(row, winner=(row.role, row.label) == ("trial", winner.label)) for row in results]
-            results += _confirm(run, plan, winner, capacity)
-        return record(run, evaluation, results, probed, tracker)
+        probed = _probe(run, capacity, run.asked(MEASURED))
+        for asked, shard in probed.source:
+            run.answered[asked.task].add(asked.split, shard)
+        evaluation = evaluate(run, _plan(run, probed.rankings), probed.norms, capacity, tracker)
+        evaluation.results += evaluate_merges(evaluation, capacity)
+        confirmed = _confirm(evaluation, capacity)
+        return record(run, evaluation, [*evaluation.results, *confirmed], probed, tracker)
 
 
-def _probe(run: Run, capacity: Capacity, baselines: Mapping[Split, Sequence[Rendered]]) -> ProbeResult:
+def _probe(run: Run, capacity: Capacity, baselines: Sequence[Asked]) -> ProbeResult:
     job = run.job
     plan = ProbePlan(
         rankers=job.recipe.rank.by,
@@ -70,6 +67,7 @@ def _probe(run: Run, capacity: Capacity, baselines: Mapping[Split, Sequence[Rend
         trajectory=job.recipe.rank.trajectory,
         settings=job.probe_settings,
         probe=job.examples["probe"],
+        rules=job.rules,
         baselines=baselines,
         seed=job.recipe.task.split.seed,
     )
@@ -78,6 +76,7 @@ def _probe(run: Run, capacity: Capacity, baselines: Mapping[Split, Sequence[Rend
     for ranking in probed.rankings:
         for note in ranking.measured.notes if ranking.measured else ():
             run.stopwatch.watch.note(note)
+    write_norms(run.folder.modules, probed.norms, job.comparison.modules)
     write_rows(run.folder.rankings, ranking_rows(probed.rankings, job.comparison.modules), RANKING_SCHEMA)
     return probed
 
@@ -86,25 +85,28 @@ def _plan(run: Run, rankings: Sequence[Ranking]) -> SweepPlan:
     modules = run.job.comparison.modules
     orders = {ranking.ranker: ranking.order for ranking in rankings}
     check_orders(orders, modules)
-    plan = plan_sweep(modules, orders, run.job.recipe.sweep)
+    channels = {r.ranker: r.measured.channels for r in rankings if r.measured and r.measured.channels}
+    plan = plan_sweep(modules, orders, run.job.recipe.sweep, channels)
     for note in plan.notes:
         run.stopwatch.watch.note(note)
     return plan
 
 
-def _confirm(run: Run, plan: SweepPlan, winner: Result, capacity: Capacity) -> list[Result]:
+def _confirm(evaluation: Evaluation, capacity: Capacity) -> list[Result]:
     """Export the winner, reload it, let it answer: what a checkpoint is said to reach is measured on the checkpoint.
 
-    Returns the rows of the test split: the baselines and the winner.
+    Returns the rows of the test split: the baselines and the winner. None where nothing won.
     """
+    run, plan, winner = evaluation.run, evaluation.plan, evaluation.winner
+    if winner is None:
+        return []
     planned = plan.trial(winner.label)
     with run.stopwatch.stage("export"):
-        export_winner(run.job.recipe, run.job.comparison, planned, [winner], run.folder)
+        export_winner(run.job.recipe, run.job.comparison, planned.variant, [winner], run.folder)
     exported = open_checkpoint(str(run.folder.checkpoint), accept=run.job.recipe.accept)
-    with run.stopwatch.stage("confirm", sum(len(run.job.examples[split]) for split in MEASURED)):
-        splits = {split: run.job.examples[split] for split in MEASURED}
-        for split, shard in answer_alone(exported, EXPORTED, splits, run.workload, capacity).items():
-            run.take(split, shard)
-    tallies = run.answers.tallies["test"]
-    rows = [run.row(entry, "test", tallies[entry.id]) for entry in plan.entries if entry.role in ("target", "source", "all")]
-    return [*rows, replace(run.row(planned, "test", tallies[EXPORTED]), winner=True)]
+    asked = [one for one in run.asked(MEASURED) if one.split == "test" or one.task == MAIN]
+    with run.stopwatch.stage("confirm", sum(len(one.examples) for one in asked)):
+        for one, shard in answer_alone(exported, EXPORTED, asked, run.workload, capacity):
+            run.take(one.task, one.split, shard)
+    baselines = [evaluation.row(entry, "test") for entry in plan.entries if entry.role in ("target", "source", "all")]
+    return [*baselines, replace(evaluation.row(planned, "test", EXPORTED), winner=True)]

@@ -39,8 +39,12 @@ METRICS = (
     "num_parameters",
     "seconds",
     "loss",
+    "kl",
+    "guard_share",
+    "moved",
+    "worth",
 )
-PARAMS = ("role", "ranker", "kind", "k", "alpha", "variant")
+PARAMS = ("role", "ranker", "kind", "k", "alpha", "channels", "penalty", "variant")
 REACH_SECONDS = 10
 LIBRARIES = ("transplant-ray", "ray", "torch", "transformers", "safetensors", "mlflow", "numpy", "pyarrow")
 
@@ -99,7 +103,7 @@ class Tracker:
             self.client.set_tag(self.run_id, "mlflow.note.content", f"**{verdict.conclusion}**: {verdict.sentence}")
         now = int(time.time() * 1000)
         self.client.log_batch(self.run_id, metrics=[Metric(name, value, now, 0) for name, value in summary.items()])
-        for path in (folder.rankings, folder.results, folder.summary):
+        for path in (folder.rankings, folder.results, folder.guards, folder.summary):
             self.client.log_artifact(self.run_id, str(path))
         for name, figure in figures.items():
             self.client.log_figure(self.run_id, figure, f"figures/{name}.png")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -70,8 +70,14 @@ def test_outcomes_survive_their_table(tmp_path: Path) -> None:
 
 def test_a_tally_counts() -> None:
     tally = Tally.of(outcomes("v", True, False, True, True), 2.5)
-    assert tally == Tally(4, 3, 2.5)
+    assert tally == Tally(4, 3, 2.5, parsed=4)
     assert tally.accuracy == 0.75
+
+
+def test_a_tally_counts_what_was_not_read_and_what_the_limit_cut() -> None:
+    cut, unread = (replace(outcomes("v", False)[0], **change) for change in ({"finished": False}, {"parsed": False}))
+    tally = Tally.of([*outcomes("v", True), cut, unread], 1.0)
+    assert (tally.n, tally.parsed, tally.cut_off) == (3, 2, 1)
 
 
 def test_shards_add_up_by_split_and_variant() -> None:
@@ -80,8 +86,11 @@ def test_shards_add_up_by_split_and_variant() -> None:
     answers.add("select", VariantShard("w", outcomes("w", False), 4.0))
     answers.add("select", VariantShard("v", outcomes("v", True), 2.0))
     answers.add("test", VariantShard("v", outcomes("v", False), 8.0))
-    assert answers.tallies == {"select": {"v": Tally(3, 2, 3.0), "w": Tally(1, 0, 4.0)}, "test": {"v": Tally(1, 0, 8.0)}}
-    assert answers.baseline("select", "w", {"e0"}) == Tally(1, 0, 4.0)
+    assert answers.tallies == {
+        "select": {"v": Tally(3, 2, 3.0, parsed=3), "w": Tally(1, 0, 4.0, parsed=1)},
+        "test": {"v": Tally(1, 0, 8.0, parsed=1)},
+    }
+    assert answers.baseline("select", "w", {"e0"}) == Tally(1, 0, 4.0, parsed=1)
     assert answers.completions("select", "w") == {"e0": "w said 0"}
     assert len(answers.outcomes["select"]) == 4
 
@@ -90,7 +99,7 @@ def test_the_first_error_stays_and_a_failed_variant_is_no_baseline() -> None:
     answers = Answers()
     for error in (None, "first", None, "second"):
         answers.add("select", VariantShard("v", () if error else outcomes("v", True), 1.0, error))
-    assert answers.tallies["select"]["v"] == Tally(2, 2, 4.0, "first")
+    assert answers.tallies["select"]["v"] == Tally(2, 2, 4.0, "first", parsed=2)
     assert answers.baseline("select", "v", {"e0"}) is None
     assert answers.baseline("select", "never evaluated", {"e0"}) is None
     assert answers.baseline("test", "v", {"e0"}) is None
@@ -99,5 +108,5 @@ def test_the_first_error_stays_and_a_failed_variant_is_no_baseline() -> None:
 def test_a_baseline_is_counted_on_the_examples_that_are_asked_for() -> None:
     answers = Answers()
     answers.add("select", VariantShard("v", outcomes("v", True, False, True), 1.0))
-    assert answers.baseline("select", "v", {"e0", "e1"}) == Tally(2, 1, 1.0)
+    assert answers.baseline("select", "v", {"e0", "e1"}) == Tally(2, 1, 1.0, parsed=2)
     assert answers.baseline("select", "v", {"e0", "e9"}) is None

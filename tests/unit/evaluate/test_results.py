@@ -28,12 +28,15 @@ TARGET, SOURCE = Tally(40, 10, 1.0), Tally(40, 30, 1.0)
 
 
 def row(**changes: Any) -> Result:
-    made = make_result(TRIAL, Tally(40, 20, 1.5), "select", MODULES, target=TARGET, source=SOURCE)
+    made = make_result(TRIAL, Tally(40, 20, 1.5, parsed=38, cut_off=3), "select", MODULES, target=TARGET, source=SOURCE)
     return replace(made, **changes)
 
 
 def trial(k: int, accuracy: float | None, parameters: int = 100, variant: str = "v", n: int = 100) -> Result:
-    return row(k=k, accuracy=accuracy, num_parameters=parameters, variant=variant, n=n)
+    error = None if accuracy is None else standard_error(accuracy, n)
+    return row(
+        k=k, size=float(k), accuracy=accuracy, worth=accuracy, worth_error=error, num_parameters=parameters, variant=variant, n=n
+    )
 
 
 def test_a_row_holds_the_point_and_its_metrics() -> None:
@@ -42,7 +45,8 @@ def test_a_row_holds_the_point_and_its_metrics() -> None:
         "variant": TRIAL.variant.id, "role": "trial", "ranker": "lae", "kind": "ffn", "k": 2, "alpha": 1.0, "seed": None,
         "split": "select", "n": 40, "correct": 20, "accuracy": 0.5, "ci_low": low, "ci_high": high, "tir": 2.0, "recovery": 0.5,
         "num_modules": 2, "num_parameters": 48, "seconds": 1.5, "winner": False, "error": None,
-        "loss": None, "stopped": None,
+        "loss": None, "stopped": None, "channels": None, "penalty": None, "size": 2.0, "parsed": 38, "cut_off": 3, "moved": None,
+        "kl": None, "guard_share": None, "worth": 0.5, "worth_error": standard_error(0.5, 40), "vetoed_by": None,
     }  # fmt: skip
     assert row().label == "lae ffn k=2" == TRIAL.label
 
@@ -54,7 +58,7 @@ def test_a_trial_that_was_stopped_early_cannot_win(why: Stopped) -> None:
     assert choose_winner([lucky]) is None
 
 
-METRICS = ("correct", "accuracy", "ci_low", "ci_high", "tir", "recovery")
+METRICS = ("correct", "accuracy", "ci_low", "ci_high", "tir", "recovery", "parsed", "worth")
 
 
 @pytest.mark.parametrize("tally", [Tally(40, 20, 1.5, "RuntimeError: out of memory"), Tally(0, 0, 0.1), Tally(0, 0, 0.1, "gone")])
@@ -97,7 +101,23 @@ def test_the_table_has_a_column_for_every_field_and_gives_the_rows_back(tmp_path
     assert [Result(**read) for read in read_rows(tmp_path / "results.parquet")] == rows
 
 
+def test_nothing_is_cut_off_where_nothing_is_decoded() -> None:
+    made = make_result(TRIAL, Tally(40, 20, 1.0, cut_off=20), "select", MODULES, target=TARGET, source=SOURCE, decoded=False)
+    assert made.cut_off is None
+
+
 # The winner.
+
+
+def test_a_vetoed_trial_neither_wins_nor_raises_the_bar() -> None:
+    best, good = replace(trial(2, 0.9), vetoed_by="reversal"), trial(4, 0.5)
+    assert choose_winner([best, good]) is good
+    assert choose_winner([best]) is None
+
+
+def test_trials_are_chosen_by_what_they_are_worth() -> None:
+    dear, cheap = replace(trial(4, 0.9), worth=0.3), replace(trial(4, 0.6), worth=0.6)
+    assert choose_winner([dear, cheap]) is cheap
 
 
 def test_the_smallest_k_within_one_standard_error_wins() -> None:
@@ -129,7 +149,7 @@ def test_among_equal_k_the_fewest_parameters_win_then_accuracy_then_the_id() -> 
 
 @pytest.mark.parametrize("role", ["target", "source", "all", "control"])
 def test_only_a_trial_can_win(role: str) -> None:
-    other = row(role=role, accuracy=1.0, k=1)
+    other = row(role=role, accuracy=1.0, worth=1.0, k=1, size=1.0)
     assert choose_winner([other]) is None
     poor = trial(9, 0.01)
     assert choose_winner([other, poor]) is poor  # nor does it raise the bar

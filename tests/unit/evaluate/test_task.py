@@ -17,8 +17,18 @@ from tiny import BOS, EOS, tiny_tokenizer, write_task
 
 from transplant_ray.errors import DataError, RecipeError
 from transplant_ray.evaluate.example import Example, Rendered, check_lengths
-from transplant_ray.evaluate.task import load_task, make_example, read_data, render, split_examples, tokenize
-from transplant_ray.recipe import HubData, SplitSpec, TaskSpec
+from transplant_ray.evaluate.task import (
+    Task,
+    check_apart,
+    load_passages,
+    load_task,
+    make_example,
+    read_data,
+    render,
+    split_examples,
+    tokenize,
+)
+from transplant_ray.recipe import HubData, SplitSpec, TaskSpec, TextSpec
 
 ROWS = [{"prompt": f"{n}+1=", "answer": str(n + 1), "level": n} for n in range(12)]
 SIZES = {"probe": 2, "select": 3, "test": 4, "seed": 1}
@@ -320,3 +330,46 @@ def test_a_prompt_must_leave_room_for_its_completion() -> None:
     check_lengths([long, short], 600, None)
     with pytest.raises(DataError, match=r"example long: 10 prompt tokens \+ 7 new ones exceed the model's 16 positions"):
         check_lengths([short, long], 7, 16)
+
+
+# Guards and general text.
+
+
+def split_task(*prompts: str) -> Task:
+    made = [Example.of(prompt, "x") for prompt in prompts]
+    return Task(tuple(made[:1]), tuple(made[1:2]), tuple(made[2:]))
+
+
+def test_tasks_that_share_a_prompt_are_refused_by_both_their_names() -> None:
+    check_apart({"task": split_task("a", "b", "c"), "g": split_task("d", "e", "f")})
+    with pytest.raises(DataError, match=r"`guards\.tasks\.h`: 2 of its 3 prompts are prompts of `g`, e\.g\. 'e'"):
+        check_apart({"task": split_task("a", "b", "c"), "g": split_task("d", "e", "f"), "h": split_task("x", "e", "f")})
+
+
+def text_spec(data: Path, **changes: Any) -> TextSpec:
+    return TextSpec.model_validate({"data": str(data), "tokens": 5, "split": SIZES, **changes})
+
+
+def test_passages_are_cut_and_their_first_token_is_their_prompt(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "text.jsonl", [{"text": "a" * (n + 1)} for n in range(9)])
+    passages = load_passages(text_spec(path), tiny_tokenizer())
+    assert {split: len(found) for split, found in passages.items()} == {"probe": 2, "select": 3, "test": 4}
+    for passage in (passage for found in passages.values() for passage in found):
+        assert len(passage.prompt_ids) == 1
+        assert 1 <= len(passage.answer_ids) <= 4
+        assert [*passage.prompt_ids, *passage.answer_ids] == list(tiny_tokenizer()("a" * 9)["input_ids"])[
+            : 1 + len(passage.answer_ids)
+        ]
+
+
+def test_a_passage_without_two_tokens_is_refused(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "text.jsonl", [{"text": "a" * n} for n in range(9)])
+    empty = len(tiny_tokenizer()("")["input_ids"])
+    with pytest.raises(DataError, match=rf"the passage '' has {empty} tokens, expected two or more"):
+        load_passages(text_spec(path), tiny_tokenizer())
+
+
+def test_passages_of_the_package_are_enough_for_the_default_splits() -> None:
+    passages = load_passages(TextSpec(), tiny_tokenizer())
+    assert {split: len(found) for split, found in passages.items()} == {"probe": 40, "select": 40, "test": 40}
+    assert all(len(passage.answer_ids) == 127 for found in passages.values() for passage in found)

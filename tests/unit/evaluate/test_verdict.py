@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom, norm
 
-from transplant_ray.evaluate.arms import Arms, choose
+from transplant_ray.evaluate.arms import Arms
+from transplant_ray.evaluate.choosing import Candidate, choose
 from transplant_ray.evaluate.metrics import standard_error
 from transplant_ray.evaluate.significance import ALPHA, Guard, Right, arms_needed
 from transplant_ray.evaluate.verdict import Evidence, judge, no_gap
@@ -28,7 +29,7 @@ FLAT = Guard("counting", first(15, 20), first(15, 20), margin=0.03)
 """Unharmed, as far as 20 examples can tell."""
 EVIDENCE = Evidence(
     select_target=first(40), select_source=first(80), target=first(40), winner=first(60),
-    k=8, num_modules=64, chosen_from=24, arms=ARMS, guards=(UNHARMED,),
+    size=8, num_modules=64, chosen_from=24, arms=ARMS, guards=(UNHARMED,),
 )  # fmt: skip
 
 
@@ -107,13 +108,13 @@ def test_one_arm_of_thirty_leaves_it_to_more_arms() -> None:
 
 
 def test_over_half_of_the_modules_chance_cannot_be_tested_and_half_is_not_over() -> None:
-    verdict = judge(replace(EVIDENCE, k=33))
+    verdict = judge(replace(EVIDENCE, size=33))
     assert verdict.conclusion == "gain, chance not testable"
     assert verdict.sentence.endswith(
         "33 of 64 modules are over half, where random sets are nearly the same set: chance can be tested up to K = 32."
     )
     assert verdict.chance is None
-    assert judge(replace(EVIDENCE, k=32)).conclusion == "confirmed"
+    assert judge(replace(EVIDENCE, size=32)).conclusion == "confirmed"
 
 
 def test_five_more_of_fifty_is_not_a_gain() -> None:
@@ -185,19 +186,6 @@ def test_the_phrase_follows_from_the_numbers(
         assert (verdict.conclusion == "confirmed") == all(guard.holds for guard in verdict.guards)
 
 
-# The rule by which winners and arms are chosen.
-
-
-def test_the_smallest_k_within_one_standard_error_then_the_fewest_parameters_then_the_better_then_the_first() -> None:
-    close, far = 0.5 - standard_error(0.5, 100) + 1e-9, 0.5 - standard_error(0.5, 100) - 1e-9
-    assert choose([0.5, far, close, 0.49], [8, 1, 2, 16], [1, 1, 1, 1], 100) == 2
-    assert choose([0.5, 0.49], [4, 4], [20, 10], 100) == 1
-    assert choose([0.49, 0.5], [4, 4], [10, 10], 100) == 1
-    assert choose([0.5, 0.5], [4, 4], [10, 10], 100) == 0
-    with pytest.raises(ValueError, match="empty"):
-        choose([], [], [], 100)
-
-
 # What the verdict is worth.
 
 NUM_SETS, NUM_ARMS, N = 24, 19, 300
@@ -223,7 +211,7 @@ def sweep(rng: np.random.Generator, spread: float, over_chance: float) -> Eviden
     truth = truth.clip(0.01, 0.99)
     select = answer(rng, np.array([TARGET, SOURCE, *truth.flat]))
     accuracies = select[2:].mean(axis=1).reshape(truth.shape).tolist()
-    chosen = [choose(each, KS, KS, N) for each in accuracies]
+    chosen = [choose([Candidate(a, standard_error(a, N), k, k) for a, k in zip(each, KS, strict=True)]) for each in accuracies]
     test = answer(rng, np.array([TARGET, *truth[range(1 + NUM_ARMS), chosen]]))
     arms = Arms(tuple(test[2:].sum(axis=1).tolist()), NUM_SETS)
     return Evidence(select[0], select[1], test[0], test[1], KS[chosen[0]], 64, NUM_SETS, arms)

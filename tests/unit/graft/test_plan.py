@@ -124,12 +124,8 @@ def test_labels_and_ids_find_their_entries(drawn: Any) -> None:
     labels = [entry.label for entry in plan.trials]
     assert len(set(labels)) == len(labels)
     assert [plan.trial(label) for label in labels] == list(plan.trials)
-    for entry in plan.entries:
-        found = plan.find(entry.id)
-        assert found is not None
-        assert found.id == entry.id
-        assert found.variant == entry.variant
-    assert plan.find("no such id") is None
+    points = [(entry.role, entry.label) for entry in plan.entries]
+    assert len(set(points)) == len(points)  # the ranker `depth` has trials of the labels that controls have
 
 
 @settings(max_examples=20, deadline=None)

@@ -8,13 +8,23 @@ import random
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transplant_ray.errors import VariantError
-from transplant_ray.graft.variant import ORIGIN, Coefficient, Variant, blend, check_variant
+from transplant_ray.graft.variant import (
+    ORIGIN,
+    VARIANT_SCHEMA,
+    Coefficient,
+    Variant,
+    blend,
+    check_variant,
+    read_variant,
+    variant_rows,
+)
 from transplant_ray.models.catalogue import Module
 from transplant_ray.models.families import Role
 
@@ -203,3 +213,14 @@ def test_what_means_nothing_is_refused_of_an_extrapolation_too(coefficient: Any)
 def test_past_the_ends_a_blend_goes_on_in_a_straight_line(coefficient: float) -> None:
     target, source = weights(0, torch.float32, 4, 6)
     torch.testing.assert_close(blend(target, source, coefficient), target + coefficient * (source - target), rtol=1e-4, atol=1e-3)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(POINTS, min_size=1, max_size=4))
+def test_variants_survive_their_table(points: list[dict[str, Coefficient]]) -> None:
+    variants = {variant.id: variant for variant in map(Variant, points)}
+    rows = pa.Table.from_pylist(list(variant_rows(variants.values())), schema=VARIANT_SCHEMA).to_pylist()
+    for id, variant in variants.items():
+        read = read_variant(rows, id)
+        assert read.id == id
+        assert read == variant

@@ -1,0 +1,112 @@
+"""KL(target ‖ variant), against a plain forward of one text at a time, whatever is packed with it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from math import isclose
+from pathlib import Path
+
+import pytest
+import torch
+from draw import VOCABULARY, draw_examples, draw_variant, left_tokenizer
+from tiny import EOS, tiny_pair
+from torch.nn.functional import kl_div
+
+from transplant_ray.errors import DataError, VariantError
+from transplant_ray.evaluate.engine import Engine
+from transplant_ray.evaluate.example import Rendered
+from transplant_ray.evaluate.generate import GenerationSettings
+from transplant_ray.graft.resident import ResidentPair, load_resident_pair
+from transplant_ray.graft.variant import ORIGIN, Variant
+
+
+def texts(lengths: Sequence[int] = (9, 2, 5, 9)) -> list[Rendered]:
+    rng = random.Random(3)
+    drawn = [tuple(rng.randrange(3, VOCABULARY) for _ in range(length)) for length in lengths]
+    return [Rendered(f"t{place}", ids[:1], ids[1:], "") for place, ids in enumerate(drawn)]
+
+
+def engine_of(pair: ResidentPair, rows: int = 8) -> Engine:
+    return Engine(pair, left_tokenizer(), GenerationSettings(4, (EOS,), batch_size=rows), "exact")
+
+
+@pytest.fixture(scope="module")
+def phi3(tmp_path_factory: pytest.TempPathFactory) -> ResidentPair:
+    return load_resident_pair(tiny_pair(tmp_path_factory.mktemp("phi3"), "phi3"), "float32")
+
+
+@pytest.fixture
+def pair(phi3: ResidentPair) -> Iterator[ResidentPair]:
+    """Whatever a test does, the model is the target afterwards."""
+    yield phi3
+    assert all(graft.linear.weight is graft.target.weight for graft in phi3.grafts.values())
+
+
+def plain(pair: ResidentPair, variant: Variant, text: Rendered) -> float:
+    ids = torch.tensor([[*text.prompt_ids, *text.answer_ids[:-1]]])
+    with torch.inference_mode():
+        target = pair.model(input_ids=ids, use_cache=False).logits[0].double().log_softmax(-1)
+        with pair.grafted(variant) as model:
+            other = model(input_ids=ids, use_cache=False).logits[0].double().log_softmax(-1)
+    return float(kl_div(other, target, log_target=True, reduction="none").sum(-1).mean())
+
+
+def assert_plain(pair: ResidentPair, rows: int) -> None:
+    rng = random.Random(5)
+    variants = [Variant.uniform(pair.modules), *(draw_variant(pair, rng, what) for what in ("nested", "random")), ORIGIN]
+    found = engine_of(pair, rows).divergences(variants, texts())
+    for variant in variants:
+        for value, text in zip(found[variant.id], texts(), strict=True):
+            assert value is not None
+            assert isclose(value, plain(pair, variant, text), rel_tol=1e-4, abs_tol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 64])
+def test_it_is_that_of_a_plain_forward_however_many_rows_share_a_pass(pair: ResidentPair, rows: int) -> None:
+    assert_plain(pair, rows)
+
+
+def test_modules_that_mix_rows_are_read_one_variant_at_a_time(tmp_path: Path) -> None:
+    assert_plain(load_resident_pair(tiny_pair(tmp_path, "opt"), "float32"), rows=8)
+
+
+def test_the_target_does_not_diverge_and_another_model_does(pair: ResidentPair) -> None:
+    swapped = Variant.uniform(pair.modules)
+    found = engine_of(pair).divergences([ORIGIN, swapped], texts())
+    assert max(value or 0 for value in found[ORIGIN.id]) < 1e-6
+    assert min(value or 0 for value in found[swapped.id]) > 1e-4
+
+
+def test_what_is_no_number_is_none(pair: ResidentPair) -> None:
+    name = next(name for name in pair.modules if name.endswith("down_proj"))
+    weight = pair.grafts[name].source.weight
+    kept = weight.detach().clone()
+    try:
+        weight.data.fill_(float("nan"))
+        found = engine_of(pair).divergences([ORIGIN, Variant.uniform([name])], texts())
+    finally:
+        weight.data.copy_(kept)
+    assert None not in found[ORIGIN.id]
+    assert set(found[Variant.uniform([name]).id]) == {None}
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_read(pair: ResidentPair) -> None:
+    with pytest.raises(VariantError, match="not a compatible module"):
+        engine_of(pair).divergences([Variant.uniform(["no.such.module"])], texts())
+    with pytest.raises(DataError, match="positions"):
+        engine_of(pair).divergences([ORIGIN], texts([5000]))
+
+
+def test_examples_of_a_task_are_no_texts_but_have_a_divergence_too(pair: ResidentPair) -> None:
+    """Over the answer alone, given the whole prompt."""
+    (example,) = draw_examples(random.Random(7), 1)
+    swapped = Variant.uniform(pair.modules)
+    (value,) = engine_of(pair).divergences([swapped], [example])[swapped.id]
+    ids = torch.tensor([[*example.prompt_ids, *example.answer_ids[:-1]]])
+    with torch.inference_mode():
+        target = pair.model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
+        with pair.grafted(swapped) as model:
+            other = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
+    by_token = kl_div(other, target, log_target=True, reduction="none").sum(-1)
+    assert value == pytest.approx(float(by_token[-len(example.answer_ids) :].mean()), rel=1e-4)
