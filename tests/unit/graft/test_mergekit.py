@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,26 @@ def test_a_merge_by_task_vectors_is_the_plain_formula(program: Path, tmp_path: P
         torch.testing.assert_close(theirs[name], start[name] + 0.3 * ((a[name] - start[name]) + (b[name] - start[name])))
 
 
+def test_ties_is_what_the_paper_says(program: Path, tmp_path: Path) -> None:
+    """Trim task vectors to their largest half, elect a sign for every element, average those that agree (arXiv:2306.01708)."""
+    base = open_checkpoint(str(save_tiny(tmp_path / "base", seed=3)))
+    pair = tiny_pair(tmp_path)
+    config = merge_config("ties", base, [pair.target, pair.source], 0.7, 0.5)
+    theirs = all_tensors(run_config(program, config, tmp_path / "out"))
+    a, b, start = (all_tensors(Path(side.model)) for side in (pair.target, pair.source, base))
+    for name in theirs:
+        vectors = torch.stack([trimmed(side[name] - start[name]) for side in (a, b)])
+        elected = torch.where(vectors.sum(0) >= 0, 1.0, -1.0)
+        agree = vectors.sign() == elected
+        mean = (vectors * agree).sum(0) / agree.sum(0).clamp(min=1)
+        torch.testing.assert_close(theirs[name], start[name] + 0.7 * mean)
+
+
+def trimmed(vector: torch.Tensor) -> torch.Tensor:
+    """Without the smaller half of its elements."""
+    return torch.where(vector.abs() > vector.abs().flatten().sort().values[vector.numel() // 2 - 1], vector, 0.0)
+
+
 def test_masks_repeat_with_the_seed(program: Path, tmp_path: Path) -> None:
     base = open_checkpoint(str(save_tiny(tmp_path / "base", seed=3)))
     pair = tiny_pair(tmp_path)
@@ -156,6 +177,12 @@ def test_a_model_that_is_the_base_has_no_task_vector(llama: Comparison) -> None:
     config = merge_config("ties", llama.target, [llama.target, llama.source], 1.0, 0.5)
     assert config["base_model"] == llama.target.model
     assert [model["model"] for model in config["models"]] == [llama.source.model]
+
+
+def test_a_hub_checkpoint_is_named_with_its_commit(llama: Comparison) -> None:
+    hub = replace(llama.source, model="org/new", revision="c0ffee", folder=None)
+    models = variant_config(replace(llama, source=hub), ORIGIN)["models"]
+    assert [model["model"] for model in models] == [llama.target.model, {"model": {"path": "org/new", "revision": "c0ffee"}}]
 
 
 def test_where_mergekit_is_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
