@@ -28,9 +28,11 @@ REVERSE = "reverse:"
 """In front of a ranker: its ranking upside down."""
 FEWEST_ARMS = 19
 """With fewer, (1 + 0) / (arms + 1) is over 0.05."""
-SCORERS = ("exact", "forced", "strict_boxed", "math", "number")
+SCORERS = ("exact", "forced", "strict_boxed", "math", "number", "choice")
 REGEX = "regex:"
 """In front of a pattern: the scorer that it makes."""
+CHOICE_SCORERS = ("choice", "choice:tokens", "choice:characters")
+"""The likeliest choice; by token or by character where one is named."""
 
 
 class Part(BaseModel):
@@ -79,8 +81,13 @@ class TaskSpec(Part):
     answer: str
     """Template of the reference answer."""
     scorer: str = "exact"
-    """A name, or `{regex: PATTERN}`, which is kept as `regex:PATTERN`: the one group of the last match is the answer."""
-    max_new_tokens: int = Field(ge=1)
+    """A name, or `{regex: PATTERN}`, which is kept as `regex:PATTERN`: the one group of the last match is the answer. Or
+    `{choice: tokens}` or `{choice: characters}`: log-likelihoods of choices are divided by so many."""
+    choices: str | tuple[str, ...] | None = None
+    """For `scorer: choice`: the column that holds the list of choices, or a template with it (`" {options}"`), or one template for
+    each choice. `answer` is then the text of the right one, its index from 0, or its letter, and the same in all rows."""
+    max_new_tokens: int | None = Field(None, ge=1)
+    """Needed where something is decoded; not for `scorer: choice`."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Strings that end a completion; they are not part of it."""
     chat_template: bool = False
@@ -99,12 +106,12 @@ class TaskSpec(Part):
 
     @field_validator("scorer", mode="before")
     @classmethod
-    def _pattern_as_text(cls, value: Any) -> Any:
+    def _as_text(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        if list(value) != ["regex"] or not isinstance(value["regex"], str):
-            raise ValueError("expected a name, or {regex: PATTERN} with a pattern between quotes")
-        return REGEX + value["regex"]
+        if len(value) != 1 or not isinstance(next(iter(value.values())), str) or not value.keys() <= {"regex", "choice"}:
+            raise ValueError("expected a name, or {regex: PATTERN} with a pattern between quotes, or {choice: tokens}")
+        return ":".join(next(iter(value.items())))
 
     @field_validator("scorer")
     @classmethod
@@ -113,7 +120,29 @@ class TaskSpec(Part):
             return REGEX + _pattern(value.removeprefix(REGEX))
         if value == "regex":
             raise ValueError("a pattern is missing: write {regex: 'answer: (.+)'}")
-        return _one_of(value, SCORERS, "scorer")
+        return _one_of(value, CHOICE_SCORERS if value.startswith("choice:") else SCORERS, "scorer")
+
+    @field_validator("choices")
+    @classmethod
+    def _several(cls, value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        if isinstance(value, tuple) and len(_distinct(value)) < 2:
+            raise ValueError("expected two templates or more; a column that holds lists is named without brackets")
+        return value
+
+    @property
+    def chooses(self) -> bool:
+        """Whether choices are read, and nothing is decoded."""
+        return self.scorer in CHOICE_SCORERS
+
+    @model_validator(mode="after")
+    def _choices_fit(self) -> TaskSpec:
+        if self.chooses != (self.choices is not None):
+            raise ValueError("`choices` and `scorer: choice` go together, and one of them is missing")
+        if self.chooses and (self.stop or self.max_new_tokens is not None):
+            raise ValueError("`stop` and `max_new_tokens` have no effect with `scorer: choice`, which decodes nothing")
+        if not self.chooses and self.max_new_tokens is None:
+            raise ValueError("`max_new_tokens` is missing; it has no default")
+        return self
 
     @model_validator(mode="after")
     def _settings_have_effect(self) -> TaskSpec:

@@ -158,7 +158,7 @@ OUT_OF_RANGE: list[tuple[str, Sequence[Any]]] = [
     ("task.prompt", [None, 3]),
     ("task.answer", [None, ["{answer}"]]),
     ("task.scorer", ["exakt", "", None]),
-    ("task.max_new_tokens", [0, -1, 1.5, INF, NAN, True, None, "many"]),
+    ("task.max_new_tokens", [0, -1, 1.5, INF, NAN, True, "many"]),
     ("task.stop", ["\n", [""], [3], None]),
     ("task.chat_template", [None, "perhaps", 2]),
     ("task.split.probe", [0, -5, 2.5, True, None]),
@@ -590,3 +590,40 @@ def test_mutated_text_is_read_or_refused(tmp_path: Path) -> None:
         (tmp_path / "recipe.yaml").write_text("".join(text))
         read += read_or_refuse(tmp_path / "recipe.yaml", tmp_path / "again.yaml") is not None
     assert 0 < read < 100  # both happen
+
+
+# Choices.
+
+CHOOSING = {"data": "d.jsonl", "prompt": "{q}", "answer": "{a}", "scorer": "choice", "choices": "options"}
+
+
+@pytest.mark.parametrize("choices", ["options", " {options}", ["yes", "no"]])
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [("choice", "choice"), ({"choice": "tokens"}, "choice:tokens"), ({"choice": "characters"}, "choice:characters")],
+)
+def test_choices_need_no_limit_and_survive_yaml(given: Any, kept: str, choices: Any) -> None:
+    recipe = parse_recipe({**LEAST, "task": {**CHOOSING, "scorer": given, "choices": choices}})
+    assert (recipe.task.scorer, recipe.task.max_new_tokens, recipe.task.chooses) == (kept, None, True)
+    assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"max_new_tokens": 4}, "`stop` and `max_new_tokens` have no effect with `scorer: choice`"),
+        ({"stop": ["x"]}, "`stop` and `max_new_tokens` have no effect with `scorer: choice`"),
+        ({"choices": None}, "`choices` and `scorer: choice` go together"),
+        ({"scorer": "exact", "max_new_tokens": 4}, "`choices` and `scorer: choice` go together"),
+        ({"choices": ["one"]}, "expected two templates or more"),
+        ({"choices": ["one", "one"]}, "has a value twice"),
+        ({"scorer": "choice:letters"}, "unknown scorer 'choice:letters'; expected one of .*choice:tokens"),
+        ({"scorer": {"choice": 3}}, "expected a name, or .*{choice: tokens}"),
+        ({"scorer": {"choice": "tokens", "regex": "(x)"}}, "expected a name, or .*{choice: tokens}"),
+        ({"scorer": {"choose": "tokens"}}, "expected a name, or .*{choice: tokens}"),
+        ({"scorer": "exact", "choices": None}, r"`max_new_tokens` is missing; it has no default"),
+    ],
+)
+def test_choices_that_do_not_fit_are_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        parse_recipe({**LEAST, "task": {**CHOOSING, **changes}})

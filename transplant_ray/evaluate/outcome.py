@@ -9,10 +9,11 @@ from typing import TypeVar
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from transplant_ray.errors import NumericsError
+from transplant_ray.evaluate.decode import CLOSE_GAP
 from transplant_ray.evaluate.example import Rendered
 from transplant_ray.evaluate.generate import NAN_LOGITS, Completion, GenerationSettings, generate
 from transplant_ray.evaluate.read import Reading, read
-from transplant_ray.evaluate.scorers import FORCED, find_scorer
+from transplant_ray.evaluate.scorers import CHOICES, FORCED, find_scorer
 
 T = TypeVar("T")
 
@@ -60,10 +61,15 @@ def answer_examples(
     settings: GenerationSettings,
     scorer: str,
 ) -> tuple[Outcome, ...]:
-    """A model by itself, through plain `transformers`: generate, or read the references, and score, in the order of `examples`.
+    """A model by itself, through plain `transformers`: generate, or read the references or choices, and score, in the order of
+    `examples`.
 
     NumericsError where a logit is NaN.
     """
+    if any(example.choices for example in examples):
+        parts = [choice for example in examples for choice in example.choices]
+        heard = (found(r) for _, r in read(model, tokenizer, parts, settings, lambda _: None, settings.batch_size, decodes=False))
+        return tuple(choose(variant, example, [next(heard) for _ in example.choices], scorer) for example in examples)
     if scorer == FORCED:
         readings = read(model, tokenizer, examples, settings, lambda _: None, settings.batch_size)
         return tuple(read_outcome(variant, examples[i], found(reading), tokenizer) for i, reading in readings)
@@ -84,6 +90,20 @@ def read_outcome(variant: str, example: Rendered, reading: Reading, tokenizer: P
     """
     text = tokenizer.decode(reading.token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return Outcome(variant, example.id, text, reading.matches, len(reading.token_ids), reading.matches, reading.num_close)
+
+
+def choose(variant: str, example: Rendered, readings: Sequence[Reading], scorer: str) -> Outcome:
+    """The likeliest choice, the first of equal ones; `readings` are those of `example.choices`, in their order.
+
+    It is close where the second best is: each is a sum of what rounding moves.
+    """
+    parts = list(zip(example.choices, readings, strict=True))
+    lengths = [CHOICES[scorer](choice.answer, len(choice.answer_ids)) for choice in example.choices]
+    scores = [-reading.loss * len(choice.answer_ids) / length for (choice, reading), length in zip(parts, lengths, strict=True)]
+    best = scores.index(max(scores))
+    close = sum(scores[best] - score < CLOSE_GAP for score in scores) > 1
+    said = example.choices[best]
+    return Outcome(variant, example.id, said.answer, said.answer == example.answer, len(said.answer_ids), True, int(close))
 
 
 def found(value: T | None) -> T:

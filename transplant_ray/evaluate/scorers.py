@@ -32,6 +32,15 @@ Scorer = Callable[[str, str], Grade]
 FORCED = "forced"
 """Right if and only if greedy decoding would emit exactly the reference's tokens; decided without decoding (`read`)."""
 
+CHOICES: Mapping[str, Callable[[str, int], int]] = MappingProxyType(
+    {
+        "choice": lambda _text, _num_tokens: 1,
+        "choice:tokens": lambda _text, num_tokens: num_tokens,
+        "choice:characters": lambda text, _num_tokens: len(text.strip()),
+    }
+)
+"""Scorers that read choices: what the log-likelihood of one is divided by, of its text and its number of tokens."""
+
 REGEX = "regex:"
 """Begins the name of a scorer that is a pattern; the recipe's `{regex: PATTERN}`."""
 

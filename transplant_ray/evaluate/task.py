@@ -8,7 +8,7 @@ import json
 import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from transplant_ray import zoo
 from transplant_ray.errors import DataError
+from transplant_ray.evaluate.choices import Choosing, check_choices, settle
 from transplant_ray.evaluate.example import Example, Rendered, Split, encode_example
 from transplant_ray.recipe import HubData, SplitSpec, TaskSpec
 
@@ -40,7 +41,7 @@ def load_task(spec: TaskSpec) -> Task:
     """Read, render and split. DataError for missing files, columns or fields, duplicates, or too few rows."""
     rows = read_data(spec.data)
     where = spec.data if isinstance(spec.data, str) else spec.data.path
-    examples = [make_example(row, spec, f"{where}, row {index}") for index, row in enumerate(rows, start=1)]
+    examples = make_examples(rows, spec, where)
     check_distinct(examples, where)
     return split_examples(examples, spec.split, where)
 
@@ -62,6 +63,31 @@ def _read_file(data: str) -> list[Row]:
     return reader(path)
 
 
+def make_examples(rows: Sequence[Row], spec: TaskSpec, where: str) -> list[Example]:
+    places = [f"{where}, row {number}" for number in range(1, len(rows) + 1)]
+    if spec.choices is None:
+        return [make_example(row, spec, place) for row, place in zip(rows, places, strict=True)]
+    return settle([_make_choosing(row, spec.choices, spec, place) for row, place in zip(rows, places, strict=True)])
+
+
+def _make_choosing(row: Row, choices: str | Sequence[str], spec: TaskSpec, where: str) -> Choosing:
+    example = make_example(row, spec, where)
+    place = f"{where}, `choices`"
+    texts = _over_list(choices, row, place) if isinstance(choices, str) else [render(text, row, place) for text in choices]
+    return Choosing(where, example.prompt, example.answer, check_choices(texts, place))
+
+
+def _over_list(template: str, row: Row, where: str) -> list[str]:
+    """The template for every element of the list that it names; a bare name is a column."""
+    template = template if "{" in template else f"{{{template}}}"
+    fields = [field for _, field in _fields(template, where) if field is not None]
+    lists = [field for field in fields if isinstance(row.get(field), list)]
+    if len(lists) != 1:
+        found = f"{len(lists)} columns with a list" if fields else "no column"
+        raise DataError(f"{where}: {template!r} names {found}, expected one; columns are {', '.join(map(str, row))}.")
+    return [render(template, {**row, lists[0]: element}, where) for element in row[lists[0]]]
+
+
 def make_example(row: Row, spec: TaskSpec, where: str) -> Example:
     prompt, answer = render(spec.prompt, row, f"{where}, `prompt`"), render(spec.answer, row, f"{where}, `answer`")
     if not answer.strip():
@@ -71,11 +97,15 @@ def make_example(row: Row, spec: TaskSpec, where: str) -> Example:
 
 def render(template: str, row: Row, where: str) -> str:
     """Fill `{column}` fields; `{{` is a brace. DataError for a field that is no column, or empty in this row."""
+    return "".join(text + ("" if field is None else _column(row, field, where)) for text, field in _fields(template, where))
+
+
+def _fields(template: str, where: str) -> list[tuple[str, str | None]]:
+    """Texts, each with the column that follows it."""
     try:
-        fields = [(text, _plain_field(*parts)) for text, *parts in string.Formatter().parse(template)]
+        return [(text, _plain_field(*parts)) for text, *parts in string.Formatter().parse(template)]
     except ValueError as error:
         raise DataError(f"{where}: the template {template!r} is malformed ({error}). Write {{{{ for a brace.") from error
-    return "".join(text + ("" if field is None else _column(row, field, where)) for text, field in fields)
 
 
 def _plain_field(field: str | None, layout: str | None, conversion: str | None) -> str | None:
@@ -85,8 +115,8 @@ def _plain_field(field: str | None, layout: str | None, conversion: str | None) 
 
 
 def check_distinct(examples: Iterable[Example], where: str) -> None:
-    counts = Counter(example.prompt for example in examples)
-    prompt, count = max(counts.items(), key=lambda item: item[1])
+    counts = Counter((example.prompt, example.choices) for example in examples)
+    (prompt, _), count = max(counts.items(), key=lambda item: item[1])
     if count > 1:
         repeated = sum(n - 1 for n in counts.values())
         raise DataError(
@@ -109,28 +139,31 @@ def split_examples(examples: Sequence[Example], spec: SplitSpec, where: str) -> 
 
 
 def tokenize(examples: Sequence[Example], spec: TaskSpec, tokenizer: PreTrainedTokenizerBase) -> tuple[Rendered, ...]:
-    """Token ids of prompts and answers. DataError where a chat template is asked for and there is none."""
-    encode = prompt_encoder(spec, tokenizer)
-    return tuple(encode_example(example, encode, tokenizer) for example in examples)
+    """Token ids of prompts, answers and choices. DataError where a chat template is asked for and there is none."""
+    write = prompt_writer(spec, tokenizer)
+
+    def encode(text: str) -> list[int]:  # a chat template writes the special tokens itself
+        return list(tokenizer(text, add_special_tokens=not spec.chat_template)["input_ids"])
+
+    return tuple(encode_example(replace(example, prompt=write(example.prompt)), encode, tokenizer) for example in examples)
 
 
-def prompt_encoder(spec: TaskSpec, tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
-    """How a prompt becomes token ids: plain with the tokenizer's special tokens, or as a chat message."""
+def prompt_writer(spec: TaskSpec, tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
+    """What the model is given of a prompt: the prompt itself, or a chat message."""
     if not spec.chat_template:
-        return lambda prompt: list(tokenizer(prompt)["input_ids"])
+        return lambda prompt: prompt
     if not tokenizer.chat_template:
         raise DataError("`task.chat_template: true`: the target's tokenizer has no chat template. Set it to false.")
     system = [{"role": "system", "content": spec.system}] if spec.system is not None else []
 
-    def encode(prompt: str) -> list[int]:
+    def write(prompt: str) -> str:
         messages = [*system, {"role": "user", "content": prompt}]
         try:
-            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
         except TemplateError as error:  # e.g. a template that knows no system message
             raise DataError(f"`task.chat_template: true`: the target's chat template refuses the messages ({error}).") from error
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    return encode
+    return write
 
 
 def _column(row: Row, field: str, where: str) -> str:

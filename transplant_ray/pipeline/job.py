@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from transplant_ray.evaluate.example import Rendered, Split, check_answers, check_lengths
+from transplant_ray.evaluate.example import Rendered, Split, check_answers, check_lengths, longest_choice
 from transplant_ray.evaluate.generate import GenerationSettings, end_ids
 from transplant_ray.evaluate.scorers import FORCED
 from transplant_ray.evaluate.task import load_task, tokenize
@@ -41,7 +41,7 @@ class Job:
 
     @property
     def probe_settings(self) -> GenerationSettings:
-        limit = self.recipe.rank.max_new_tokens or self.recipe.task.max_new_tokens
+        limit = self.recipe.rank.max_new_tokens or self.generation.max_new_tokens
         return GenerationSettings(limit, self.generation.end_ids, self.generation.stop, self.generation.batch_size)
 
     def provisional_plan(self) -> SweepPlan:
@@ -63,12 +63,12 @@ def prepare(recipe: Recipe) -> Job:
     examples = {split: tokenize(task[split], recipe.task, ours) for split in SPLITS}
     ends = end_ids(read_generation_ends(target), ours)
     rows = DEFAULT_ROWS if recipe.resources.batch_size == "auto" else recipe.resources.batch_size
-    generation = GenerationSettings(recipe.task.max_new_tokens, ends, recipe.task.stop, rows)
-    job = Job(recipe, comparison, examples, generation)
     everything = [example for split in SPLITS for example in examples[split]]
-    limit = max(recipe.task.max_new_tokens, recipe.rank.max_new_tokens or 0)
+    generation = GenerationSettings(recipe.task.max_new_tokens or longest_choice(everything), ends, recipe.task.stop, rows)
+    job = Job(recipe, comparison, examples, generation)
+    limit = max(generation.max_new_tokens, recipe.rank.max_new_tokens or 0)
     if recipe.task.scorer == FORCED:
-        check_answers(everything, recipe.task.max_new_tokens, ends)
+        check_answers(everything, generation.max_new_tokens, ends)
     if recipe.sweep.screen is not None or job.resident_rankers:  # reference answers are read
         limit = max(limit, *(len(example.answer_ids) for example in everything))
     check_lengths(everything, limit, max_positions(target.config))
