@@ -71,6 +71,16 @@ class SplitSpec(Part):
     seed: int = 42
 
 
+class ShotSpec(Part):
+    """Examples that stand before every prompt, rendered by the task's templates and drawn with the seed of its splits."""
+
+    num: int = Field(ge=1)
+    separator: str = "\n\n"
+    """After each of them. With a chat template they are earlier turns instead."""
+    data: str | HubData | None = None
+    """Where they are drawn from; by default the task's own rows that are in no split."""
+
+
 class TaskSpec(Part):
     """A task, spelled out; `name: gsm8k` stands for the settings of a named task, and what is given besides it wins."""
 
@@ -94,6 +104,7 @@ class TaskSpec(Part):
     """Render the prompt as a user message through the target's chat template."""
     system: str | None = None
     """System message; needs `chat_template: true`."""
+    shots: ShotSpec | None = None
     split: SplitSpec = SplitSpec()
 
     @model_validator(mode="before")
@@ -148,6 +159,8 @@ class TaskSpec(Part):
     def _settings_have_effect(self) -> TaskSpec:
         if self.system is not None and not self.chat_template:
             raise ValueError("`system` has no effect without `chat_template: true`")
+        if self.chat_template and self.shots is not None and self.shots.separator != ShotSpec.model_fields["separator"].default:
+            raise ValueError("`shots.separator` has no effect with `chat_template: true`, where shots are turns")
         if self.stop and self.scorer == "forced":
             raise ValueError("`stop` has no effect with `scorer: forced`, which compares tokens up to the end token")
         return self

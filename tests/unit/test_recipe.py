@@ -28,10 +28,12 @@ WHOLE: dict[str, Any] = {
         "prompt": "{prompt}",
         "answer": "{answer}",
         "scorer": "exact",
+        "choices": None,
         "max_new_tokens": 8,
         "stop": ["\n"],
         "chat_template": True,
         "system": "be short",
+        "shots": {"num": 5, "separator": "\n\n", "data": "/data/shots.jsonl"},
         "split": {"probe": 128, "select": 300, "test": 300, "seed": 42},
     },
     "rank": {"by": ["lae", "depth"], "trajectory": "source", "max_new_tokens": 4, "steps": 4},
@@ -440,6 +442,7 @@ OTHER = {
     "name": "other", "source.model": "org/x", "source.revision": "v1", "target.model": "org/x", "target.revision": "v1",
     "task.data": "/x.jsonl",
     "task.prompt": "{x}", "task.answer": "{x}", "task.max_new_tokens": 9, "task.stop": ["x"], "task.system": "x",
+    "task.shots.num": 3, "task.shots.data": "/x.jsonl",
     "task.split.probe": 7, "task.split.select": 270, "task.split.test": 7, "task.split.seed": 7, "rank.by": ["depth", "lae"],
     "rank.trajectory": "own", "rank.max_new_tokens": 7, "sweep.k": [7], "sweep.kind": ["attn"], "sweep.alpha": [1.0],
     "sweep.extrapolate": True, "sweep.screen.keep": 0.5, "sweep.race.rungs": [50], "sweep.race.keep": 0.5,
@@ -453,6 +456,8 @@ MATTERS_NOT = {
 }  # fmt: skip
 LEFT_OUT = {
     "task.scorer",
+    "task.choices",
+    "task.shots.separator",
     "task.chat_template",
     "sweep.screen.by",
     "rank.steps",
@@ -472,6 +477,13 @@ def test_the_identity_changes_with_what_can_change_a_result(place: str) -> None:
 def test_the_identity_changes_with_the_scorer() -> None:
     plain = changed(WHOLE, "task.stop", [])
     assert parse_recipe(changed(plain, "task.scorer", "forced")).identity() != parse_recipe(plain).identity()
+
+
+def test_the_identity_changes_with_choices_and_separators() -> None:
+    kept = [parse_recipe({**LEAST, "task": {**CHOOSING, "choices": choices}}).identity() for choices in ("a", " {a}", ["x", "y"])]
+    shots = [{"num": 2, "separator": separator} for separator in ("\n\n", "\n")]
+    kept += [parse_recipe({**LEAST, "task": {**LEAST["task"], "shots": each}}).identity() for each in shots]
+    assert len(set(kept)) == 5
 
 
 def test_a_pattern_survives_yaml_and_is_part_of_the_identity(tmp_path: Path) -> None:
@@ -627,3 +639,30 @@ def test_choices_need_no_limit_and_survive_yaml(given: Any, kept: str, choices: 
 def test_choices_that_do_not_fit_are_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         parse_recipe({**LEAST, "task": {**CHOOSING, **changes}})
+
+
+# Shots.
+
+
+def test_shots_are_read_beside_the_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**LEAST, "task": {**LEAST["task"], "shots": {"num": 2, "data": "shots.jsonl"}}}))
+    shots = load_recipe(path).task.shots
+    assert shots is not None
+    assert (shots.num, shots.separator, shots.data) == (2, "\n\n", str(tmp_path / "shots.jsonl"))
+    assert load_recipe(path, ["task.shots.data=/other.jsonl"]).task.shots == shots.model_copy(update={"data": "/other.jsonl"})
+    assert load_recipe(path, ["task.shots="]).task.shots is None
+
+
+@pytest.mark.parametrize(
+    ("shots", "words"),
+    [
+        ({}, r"`task.shots.num` is missing"),
+        ({"num": 0}, r"`task.shots.num` is 0"),
+        ({"num": 1, "from": "x"}, r"`task.shots.from` is not a key"),
+        ({"num": 1, "separator": "\n"}, "`shots.separator` has no effect with `chat_template: true`"),
+    ],
+)
+def test_shots_that_do_not_fit_are_refused(shots: dict[str, Any], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        parse_recipe({**LEAST, "task": {**LEAST["task"], "chat_template": True, "shots": shots}})

@@ -21,7 +21,7 @@ from transplant_ray import zoo
 from transplant_ray.errors import DataError
 from transplant_ray.evaluate.choices import Choosing, check_choices, settle
 from transplant_ray.evaluate.example import Example, Rendered, Split, encode_example
-from transplant_ray.recipe import HubData, SplitSpec, TaskSpec
+from transplant_ray.recipe import HubData, ShotSpec, SplitSpec, TaskSpec
 
 Row = Mapping[str, Any]
 
@@ -31,6 +31,8 @@ class Task:
     probe: tuple[Example, ...]
     select: tuple[Example, ...]
     test: tuple[Example, ...]
+    shots: tuple[Example, ...] = ()
+    """Examples that stand before every prompt, in their order; they are in no split."""
 
     def __getitem__(self, split: Split) -> tuple[Example, ...]:
         examples: tuple[Example, ...] = getattr(self, split)
@@ -39,11 +41,34 @@ class Task:
 
 def load_task(spec: TaskSpec) -> Task:
     """Read, render and split. DataError for missing files, columns or fields, duplicates, or too few rows."""
-    rows = read_data(spec.data)
-    where = spec.data if isinstance(spec.data, str) else spec.data.path
-    examples = make_examples(rows, spec, where)
+    where, examples = _read_examples(spec.data, spec)
+    task = split_examples(examples, spec.split, where)
+    return task if spec.shots is None else replace(task, shots=_draw_shots(task, examples, spec.shots, spec))
+
+
+def _read_examples(data: str | HubData, spec: TaskSpec) -> tuple[str, list[Example]]:
+    where = data if isinstance(data, str) else data.path
+    examples = make_examples(read_data(data), spec, where)
     check_distinct(examples, where)
-    return split_examples(examples, spec.split, where)
+    return where, examples
+
+
+def _draw_shots(task: Task, examples: Sequence[Example], shots: ShotSpec, spec: TaskSpec) -> tuple[Example, ...]:
+    """From rows that the splits leave over, or from data of their own, which must then hold no example of a split."""
+    taken = {(example.prompt, example.choices) for split in (task.probe, task.select, task.test) for example in split}
+    if shots.data is None:
+        where, rest = "`task.shots`", [example for example in examples if (example.prompt, example.choices) not in taken]
+    else:
+        where, rest = _read_examples(shots.data, spec)
+    drawn = tuple(draw(rest, spec.split.seed)[: shots.num])
+    if len(drawn) < shots.num:
+        raise DataError(
+            f"{where}: {len(drawn)} rows are in no split, and {shots.num} shots are asked for. Make `task.split` smaller."
+        )
+    for shot in drawn:
+        if (shot.prompt, shot.choices) in taken:
+            raise DataError(f"{where}: the shot {shot.prompt[:60]!r} is an example of a split. Draw shots from other rows.")
+    return drawn
 
 
 def read_data(data: str | HubData) -> list[Row]:
@@ -133,14 +158,21 @@ def split_examples(examples: Sequence[Example], spec: SplitSpec, where: str) -> 
             f"{where}: {len(examples)} examples, the splits need {needed} ({spec.probe} probe + {spec.select} select + "
             f"{spec.test} test). Make `task.split` smaller or add rows."
         )
-    order = sorted(examples, key=lambda e: hashlib.sha256(f"{spec.seed}:{e.id}".encode()).digest())
+    order = draw(examples, spec.seed)
     select_end = spec.probe + spec.select
     return Task(tuple(order[: spec.probe]), tuple(order[spec.probe : select_end]), tuple(order[select_end:needed]))
 
 
-def tokenize(examples: Sequence[Example], spec: TaskSpec, tokenizer: PreTrainedTokenizerBase) -> tuple[Rendered, ...]:
-    """Token ids of prompts, answers and choices. DataError where a chat template is asked for and there is none."""
-    write = prompt_writer(spec, tokenizer)
+def draw(examples: Sequence[Example], seed: int) -> list[Example]:
+    """In an order that follows from what they hold, and from the seed."""
+    return sorted(examples, key=lambda example: hashlib.sha256(f"{seed}:{example.id}".encode()).digest())
+
+
+def tokenize(
+    examples: Sequence[Example], spec: TaskSpec, tokenizer: PreTrainedTokenizerBase, shots: Sequence[Example] = ()
+) -> tuple[Rendered, ...]:
+    """Token ids of prompts (after the shots), answers and choices. DataError where a chat template is missing."""
+    write = prompt_writer(spec, tokenizer, shots)
 
     def encode(text: str) -> list[int]:  # a chat template writes the special tokens itself
         return list(tokenizer(text, add_special_tokens=not spec.chat_template)["input_ids"])
@@ -148,16 +180,20 @@ def tokenize(examples: Sequence[Example], spec: TaskSpec, tokenizer: PreTrainedT
     return tuple(encode_example(replace(example, prompt=write(example.prompt)), encode, tokenizer) for example in examples)
 
 
-def prompt_writer(spec: TaskSpec, tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
-    """What the model is given of a prompt: the prompt itself, or a chat message."""
+def prompt_writer(spec: TaskSpec, tokenizer: PreTrainedTokenizerBase, shots: Sequence[Example] = ()) -> Callable[[str], str]:
+    """What the model is given of a prompt: the shots and the prompt as they are, or as messages of a chat."""
     if not spec.chat_template:
-        return lambda prompt: prompt
+        before = "".join(shot.prompt + shot.answer + (spec.shots.separator if spec.shots else "") for shot in shots)
+        return lambda prompt: before + prompt
     if not tokenizer.chat_template:
         raise DataError("`task.chat_template: true`: the target's tokenizer has no chat template. Set it to false.")
     system = [{"role": "system", "content": spec.system}] if spec.system is not None else []
 
+    pairs = [(("user", shot.prompt), ("assistant", shot.answer)) for shot in shots]
+    turns = [{"role": role, "content": content} for pair in pairs for role, content in pair]
+
     def write(prompt: str) -> str:
-        messages = [*system, {"role": "user", "content": prompt}]
+        messages = [*system, *turns, {"role": "user", "content": prompt}]
         try:
             return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
         except TemplateError as error:  # e.g. a template that knows no system message

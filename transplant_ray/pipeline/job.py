@@ -59,8 +59,9 @@ def prepare(recipe: Recipe) -> Job:
     ours, theirs = load_tokenizer(target), load_tokenizer(source)
     check_vocabulary(theirs.get_vocab(), ours.get_vocab(), recipe.accept)
     texts = [example.prompt for split in SPLITS for example in task[split]]
+    texts += [shot.prompt + shot.answer for shot in task.shots]
     check_segmentation(texts, lambda text: theirs(text)["input_ids"], lambda text: ours(text)["input_ids"], recipe.accept)
-    examples = {split: tokenize(task[split], recipe.task, ours) for split in SPLITS}
+    examples = {split: tokenize(task[split], recipe.task, ours, task.shots) for split in SPLITS}
     ends = end_ids(read_generation_ends(target), ours)
     rows = DEFAULT_ROWS if recipe.resources.batch_size == "auto" else recipe.resources.batch_size
     everything = [example for split in SPLITS for example in examples[split]]
