@@ -393,9 +393,12 @@ def redact(address: str) -> str:
 
 
 def _pattern(text: str) -> str:
+    import regex  # type: ignore[import-untyped]  # it matches, for it can be given a time limit; a recipe without patterns needs none
+
     try:
         groups = re.compile(text).groups
-    except (re.error, OverflowError, RecursionError) as error:
+        regex.compile(text)
+    except (re.error, regex.error, OverflowError, RecursionError) as error:
         raise ValueError(f"the pattern is no regular expression ({error})") from error
     if groups != 1:
         raise ValueError(f"the pattern has {groups} groups, expected one, around the answer; (?:…) groups without counting")

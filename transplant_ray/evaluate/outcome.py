@@ -32,6 +32,8 @@ class Outcome:
     """Steps at which rounding may decide, for the two best logits were closer than 1e-3."""
     parsed: bool = True
     """Whether the scorer could read an answer out of the completion; where it could not, the answer is wrong."""
+    error: str | None = None
+    """Why the answer could not be judged, which counts as wrong: a time limit, a crash."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,8 @@ def answer_examples(
 
 def score(variant: str, example: Rendered, completion: Completion, scorer: str) -> Outcome:
     grade = find_scorer(scorer)(completion.text, example.answer)
-    tokens, parsed = len(completion.token_ids), grade.parsed is not None
-    return Outcome(variant, example.id, completion.text, grade.correct, tokens, completion.finished, completion.num_close, parsed)
+    told = (len(completion.token_ids), completion.finished, completion.num_close, grade.parsed is not None, grade.error)
+    return Outcome(variant, example.id, completion.text, grade.correct, *told)
 
 
 def read_outcome(variant: str, example: Rendered, reading: Reading, tokenizer: PreTrainedTokenizerBase) -> Outcome:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from transplant_ray.evaluate.example import Rendered, Split, check_answers, check_lengths, longest_choice
 from transplant_ray.evaluate.generate import GenerationSettings, end_ids
-from transplant_ray.evaluate.scorers import FORCED
+from transplant_ray.evaluate.scorers import FORCED, check_scorer
 from transplant_ray.evaluate.task import load_task, tokenize
 from transplant_ray.graft.plan import SweepPlan, depth_order, plan_sweep
 from transplant_ray.models.checkpoint import open_checkpoint, read_generation_ends
@@ -55,6 +55,7 @@ def prepare(recipe: Recipe) -> Job:
     source = open_checkpoint(recipe.source.model, recipe.source.revision, accept=recipe.accept)
     target = open_checkpoint(recipe.target.model, recipe.target.revision, accept=recipe.accept)
     comparison = compare(source, target)
+    check_scorer(recipe.task.scorer)
     task = load_task(recipe.task)
     ours, theirs = load_tokenizer(target), load_tokenizer(source)
     check_vocabulary(theirs.get_vocab(), ours.get_vocab(), recipe.accept)

@@ -80,6 +80,7 @@ def summarise(run: Run, results: Sequence[Result], probed: ProbeResult, run_id: 
         "failed": [{"variant": row.variant, "label": row.label, "error": row.error} for row in results if row.error],
         "stopped": dict(Counter(row.stopped for row in results if row.stopped)),
         "close": _close(run),
+        "unjudged": {split: sum(o.error is not None for o in outcomes) for split, outcomes in run.answers.outcomes.items()},
         "rankings": _rankings(run, probed.rankings),
         "warnings": list(run.job.comparison.warnings),
         "excluded": [asdict(exclusion) for exclusion in run.job.comparison.excluded],
