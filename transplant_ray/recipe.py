@@ -17,7 +17,7 @@ from transplant_ray.named_tasks import NAMED_TASKS
 Kind = str
 """`attn`, `ffn`, `all`, or one projection such as `down_proj`."""
 
-Acceptance = Literal["vocabulary", "segmentation", "pickle", "remote_code"]
+Acceptance = Literal["vocabulary", "segmentation", "pickle", "remote_code", "task_code"]
 
 ACTIVATION_RANKERS = frozenset({"lae", "lae_relative"})
 """Rankers that two actors stream statistics for."""
@@ -33,6 +33,8 @@ REGEX = "regex:"
 """In front of a pattern: the scorer that it makes."""
 CHOICE_SCORERS = ("choice", "choice:tokens", "choice:characters")
 """The likeliest choice; by token or by character where one is named."""
+HARNESS = "lm_eval"
+"""Scores as a task of lm-evaluation-harness does; `task.lm_eval` says which."""
 
 
 class Part(BaseModel):
@@ -82,7 +84,10 @@ class ShotSpec(Part):
 
 
 class TaskSpec(Part):
-    """A task, spelled out; `name: gsm8k` stands for the settings of a named task, and what is given besides it wins."""
+    """A task, spelled out; `name: gsm8k` stands for the settings of a named task, and what is given besides it wins.
+
+    `lm_eval: gsm8k` is a task of lm-evaluation-harness, which brings data, prompts and scores of its own.
+    """
 
     data: str | HubData
     """A JSONL or Parquet file, `zoo:PAIR/tasks/NAME.jsonl`, or a hub dataset."""
@@ -105,11 +110,21 @@ class TaskSpec(Part):
     system: str | None = None
     """System message; needs `chat_template: true`."""
     shots: ShotSpec | None = None
+    lm_eval: str | None = Field(None, min_length=1)
+    """Name of a task of lm-evaluation-harness, or the path of a task's YAML file."""
+    num_fewshot: int | None = Field(None, ge=0)
+    """Of the `lm_eval` task, instead of its own."""
+    metric: str | None = None
+    """Of the `lm_eval` task: what makes an answer right; by default its first that is 0 or 1 for every example."""
+    filter: str | None = None
+    """Of the `lm_eval` task: what completions go through; by default its first."""
     split: SplitSpec = SplitSpec()
 
     @model_validator(mode="before")
     @classmethod
     def _spell_out(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("lm_eval") is not None:
+            return _of_harness(value)
         if not isinstance(value, dict) or "name" not in value:
             return value
         named = NAMED_TASKS[_one_of(str(value["name"]), tuple(NAMED_TASKS), "task")]
@@ -131,6 +146,8 @@ class TaskSpec(Part):
             return REGEX + _pattern(value.removeprefix(REGEX))
         if value == "regex":
             raise ValueError("a pattern is missing: write {regex: 'answer: (.+)'}")
+        if value == HARNESS:
+            return value
         return _one_of(value, CHOICE_SCORERS if value.startswith("choice:") else SCORERS, "scorer")
 
     @field_validator("choices")
@@ -146,12 +163,21 @@ class TaskSpec(Part):
         return self.scorer in CHOICE_SCORERS
 
     @model_validator(mode="after")
+    def _harness_fits(self) -> TaskSpec:
+        if self.lm_eval is None and self.scorer == HARNESS:
+            raise ValueError("`scorer: lm_eval` comes with `lm_eval: TASK`")
+        idle = [name for name in ("num_fewshot", "metric", "filter") if self.lm_eval is None and getattr(self, name) is not None]
+        if idle:
+            raise ValueError(f"{idle} has no effect without `lm_eval: TASK`")
+        return self
+
+    @model_validator(mode="after")
     def _choices_fit(self) -> TaskSpec:
         if self.chooses != (self.choices is not None):
             raise ValueError("`choices` and `scorer: choice` go together, and one of them is missing")
         if self.chooses and (self.stop or self.max_new_tokens is not None):
             raise ValueError("`stop` and `max_new_tokens` have no effect with `scorer: choice`, which decodes nothing")
-        if not self.chooses and self.max_new_tokens is None:
+        if not self.chooses and self.max_new_tokens is None and self.lm_eval is None:
             raise ValueError("`max_new_tokens` is missing; it has no default")
         return self
 
@@ -355,7 +381,7 @@ class Recipe(Part):
     storage: str = "runs"
     """Results go to `<storage>/<name>/`: a folder, or an object store such as `s3://bucket/runs`."""
     accept: tuple[Acceptance, ...] = ()
-    """What is otherwise refused: other vocabularies, other segmentation, pickle checkpoints, code of a model repository."""
+    """What is otherwise refused: other vocabularies, other segmentation, pickle checkpoints, code of a model or a task."""
 
     @model_validator(mode="after")
     def _primary_is_ranked(self) -> Recipe:
@@ -390,6 +416,16 @@ class Recipe(Part):
 def redact(address: str) -> str:
     """An address without the user and password in it."""
     return re.sub(r"//[^/\s]*@", "//", address)
+
+
+def _of_harness(given: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a task that brings its own data, prompts and scores."""
+    own: dict[str, Any] = {"data": "", "prompt": "", "answer": "", "scorer": HARNESS}
+    others = {"name": None, "stop": None, "choices": None, "shots": None}
+    idle = [name for name, value in (own | others).items() if given.get(name) not in (None, [], (), value)]
+    if idle:
+        raise ValueError(f"{idle} has no effect with `lm_eval`: its task brings its own")
+    return given | own
 
 
 def _pattern(text: str) -> str:

@@ -98,12 +98,12 @@ def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 def _absolute_inputs(mapping: dict[str, Any], base: Path) -> None:
     """Make the paths of models and data absolute, in place; what is not a path (a hub id) stays."""
-    for *parts, key in (("source", "model"), ("target", "model"), ("task", "data"), ("task", "shots", "data")):
+    for *parts, key in (("source", "model"), ("target", "model"), ("task", "data"), ("task", "shots", "data"), ("task", "lm_eval")):
         section: Any = mapping
         for part in parts:
             section = section.get(part) if isinstance(section, dict) else None
         if isinstance(section, dict) and isinstance(section.get(key), str):
-            section[key] = _absolute(section[key], base, is_file=key == "data")
+            section[key] = _absolute(section[key], base, is_file=key == "data" or section[key].endswith((".yaml", ".yml")))
 
 
 def _absolute(text: str, base: Path, *, is_file: bool) -> str:

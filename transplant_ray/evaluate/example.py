@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -41,6 +41,8 @@ class Rendered:
     answer: str
     choices: tuple[Rendered, ...] = ()
     """Prompt and choice, for each choice: `answer_ids` are the tokens whose likelihood counts."""
+    doc: Mapping[str, Any] | None = field(default=None, compare=False)
+    """The row, for a scorer that wants all of it."""
 
 
 def encode_example(example: Example, encode: Callable[[str], list[int]], tokenizer: PreTrainedTokenizerBase) -> Rendered:

@@ -12,6 +12,8 @@ from transplant_ray.errors import NumericsError
 from transplant_ray.evaluate.decode import CLOSE_GAP
 from transplant_ray.evaluate.example import Rendered
 from transplant_ray.evaluate.generate import NAN_LOGITS, Completion, GenerationSettings, generate
+from transplant_ray.evaluate.harness_judge import judge
+from transplant_ray.evaluate.harness_process import HARNESS
 from transplant_ray.evaluate.read import Reading, read
 from transplant_ray.evaluate.scorers import CHOICES, FORCED, find_scorer
 
@@ -80,7 +82,10 @@ def answer_examples(
 
 
 def score(variant: str, example: Rendered, completion: Completion, scorer: str) -> Outcome:
-    grade = find_scorer(scorer)(completion.text, example.answer)
+    if scorer.startswith(HARNESS):
+        grade = judge(scorer, example, [completion.text])
+    else:
+        grade = find_scorer(scorer)(completion.text, example.answer)
     told = (len(completion.token_ids), completion.finished, completion.num_close, grade.parsed is not None, grade.error)
     return Outcome(variant, example.id, completion.text, grade.correct, *told)
 
@@ -99,6 +104,8 @@ def choose(variant: str, example: Rendered, readings: Sequence[Reading], scorer:
 
     It is close where the second best is: each is a sum of what rounding moves.
     """
+    if scorer.startswith(HARNESS):
+        return _judged(variant, example, readings, scorer)
     parts = list(zip(example.choices, readings, strict=True))
     lengths = [CHOICES[scorer](choice.answer, len(choice.answer_ids)) for choice in example.choices]
     scores = [-reading.loss * len(choice.answer_ids) / length for (choice, reading), length in zip(parts, lengths, strict=True)]
@@ -106,6 +113,19 @@ def choose(variant: str, example: Rendered, readings: Sequence[Reading], scorer:
     close = sum(scores[best] - score < CLOSE_GAP for score in scores) > 1
     said = example.choices[best]
     return Outcome(variant, example.id, said.answer, said.answer == example.answer, len(said.answer_ids), True, int(close))
+
+
+def _judged(variant: str, example: Rendered, readings: Sequence[Reading], scorer: str) -> Outcome:
+    """A task of the harness makes of log-likelihoods what it likes; the likeliest is kept as the completion."""
+    read = list(zip(example.choices, readings, strict=True))
+    heard = [(-reading.loss * len(choice.answer_ids), reading.token_ids == choice.answer_ids) for choice, reading in read]
+    grade = judge(scorer, example, heard)
+    likelihoods = [likelihood for likelihood, _ in heard]
+    best = likelihoods.index(max(likelihoods))
+    close = readings[0].num_close if len(readings) == 1 else sum(max(likelihoods) - each < CLOSE_GAP for each in likelihoods) - 1
+    said = example.choices[best]
+    text = said.answer if len(readings) > 1 or heard[0][1] else ""
+    return Outcome(variant, example.id, text, grade.correct, len(said.answer_ids), True, close, error=grade.error)
 
 
 def found(value: T | None) -> T:

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from transplant_ray.evaluate.example import Rendered, Split, check_answers, check_lengths, longest_choice
+from transplant_ray.evaluate.example import Rendered, Split, check_answers, check_lengths
 from transplant_ray.evaluate.generate import GenerationSettings, end_ids
+from transplant_ray.evaluate.prepared import SPLITS, prepare_task
 from transplant_ray.evaluate.scorers import FORCED, check_scorer
-from transplant_ray.evaluate.task import load_task, tokenize
 from transplant_ray.graft.plan import SweepPlan, depth_order, plan_sweep
 from transplant_ray.models.checkpoint import open_checkpoint, read_generation_ends
 from transplant_ray.models.compare import Comparison, check_segmentation, check_vocabulary, compare
@@ -19,8 +19,6 @@ from transplant_ray.recipe import ACTIVATION_RANKERS, RESIDENT_RANKERS, Recipe
 DEFAULT_ROWS = 64
 """Rows of a batch where one model answers by itself and the recipe names no number."""
 
-SPLITS: tuple[Split, ...] = ("probe", "select", "test")
-
 
 @dataclass(frozen=True)
 class Job:
@@ -28,6 +26,7 @@ class Job:
     comparison: Comparison
     examples: dict[Split, tuple[Rendered, ...]]
     generation: GenerationSettings
+    scorer: str
 
     @property
     def activations(self) -> bool:
@@ -56,18 +55,15 @@ def prepare(recipe: Recipe) -> Job:
     target = open_checkpoint(recipe.target.model, recipe.target.revision, accept=recipe.accept)
     comparison = compare(source, target)
     check_scorer(recipe.task.scorer)
-    task = load_task(recipe.task)
     ours, theirs = load_tokenizer(target), load_tokenizer(source)
+    task = prepare_task(recipe.task, ours, recipe.accept)
     check_vocabulary(theirs.get_vocab(), ours.get_vocab(), recipe.accept)
-    texts = [example.prompt for split in SPLITS for example in task[split]]
-    texts += [shot.prompt + shot.answer for shot in task.shots]
-    check_segmentation(texts, lambda text: theirs(text)["input_ids"], lambda text: ours(text)["input_ids"], recipe.accept)
-    examples = {split: tokenize(task[split], recipe.task, ours, task.shots) for split in SPLITS}
+    check_segmentation(task.texts, lambda text: theirs(text)["input_ids"], lambda text: ours(text)["input_ids"], recipe.accept)
     ends = end_ids(read_generation_ends(target), ours)
     rows = DEFAULT_ROWS if recipe.resources.batch_size == "auto" else recipe.resources.batch_size
-    everything = [example for split in SPLITS for example in examples[split]]
-    generation = GenerationSettings(recipe.task.max_new_tokens or longest_choice(everything), ends, recipe.task.stop, rows)
-    job = Job(recipe, comparison, examples, generation)
+    everything = [example for split in SPLITS for example in task.examples[split]]
+    generation = GenerationSettings(task.max_new_tokens, ends, task.stop, rows)
+    job = Job(recipe, comparison, task.examples, generation, task.scorer)
     limit = max(generation.max_new_tokens, recipe.rank.max_new_tokens or 0)
     if recipe.task.scorer == FORCED:
         check_answers(everything, generation.max_new_tokens, ends)

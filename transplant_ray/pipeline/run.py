@@ -41,7 +41,7 @@ class Run:
             num_gpus=recipe.resources.gpus_per_model,
             num_threads=threads,
             generation=self.job.generation,
-            scorer=recipe.task.scorer,
+            scorer=self.job.scorer,
         )
 
     def is_complete(self, variant: str) -> bool:
