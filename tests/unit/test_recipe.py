@@ -34,6 +34,10 @@ WHOLE: dict[str, Any] = {
         "chat_template": True,
         "system": "be short",
         "shots": {"num": 5, "separator": "\n\n", "data": "/data/shots.jsonl"},
+        "lm_eval": None,
+        "num_fewshot": None,
+        "metric": None,
+        "filter": None,
         "split": {"probe": 128, "select": 300, "test": 300, "seed": 42},
     },
     "rank": {"by": ["lae", "depth"], "trajectory": "source", "max_new_tokens": 4, "steps": 4},
@@ -457,6 +461,10 @@ MATTERS_NOT = {
 LEFT_OUT = {
     "task.scorer",
     "task.choices",
+    "task.lm_eval",
+    "task.num_fewshot",
+    "task.metric",
+    "task.filter",
     "task.shots.separator",
     "task.chat_template",
     "sweep.screen.by",
@@ -666,3 +674,42 @@ def test_shots_are_read_beside_the_recipe(tmp_path: Path) -> None:
 def test_shots_that_do_not_fit_are_refused(shots: dict[str, Any], words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         parse_recipe({**LEAST, "task": {**LEAST["task"], "chat_template": True, "shots": shots}})
+
+
+# Tasks of the harness.
+
+
+def test_a_task_of_the_harness_needs_nothing_else(tmp_path: Path) -> None:
+    recipe = parse_recipe({**LEAST, "task": {"lm_eval": "gsm8k", "num_fewshot": 5, "filter": "strict-match"}})
+    assert (recipe.task.lm_eval, recipe.task.scorer, recipe.task.max_new_tokens) == ("gsm8k", "lm_eval", None)
+    assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**LEAST, "task": {"lm_eval": "tasks/mine.yaml"}}))
+    assert load_recipe(path).task.lm_eval == str(tmp_path / "tasks" / "mine.yaml")
+    assert load_recipe(path, ["task.lm_eval=gsm8k"]).task.lm_eval == "gsm8k"
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        ({"lm_eval": "gsm8k", "prompt": "{q}"}, r"\['prompt'\] has no effect with `lm_eval`"),
+        ({"lm_eval": "gsm8k", "scorer": "math", "stop": ["x"]}, r"\['scorer', 'stop'\] has no effect with `lm_eval`"),
+        ({"lm_eval": "gsm8k", "name": "gsm8k"}, r"\['name'\] has no effect"),
+        ({"lm_eval": "gsm8k", "shots": {"num": 2}}, r"\['shots'\] has no effect"),
+        ({"lm_eval": "gsm8k", "num_fewshot": -1}, r"`task.num_fewshot` is -1"),
+        ({"lm_eval": ""}, r"`task.lm_eval` is ''"),
+        ({**LEAST["task"], "num_fewshot": 2}, r"\['num_fewshot'\] has no effect without `lm_eval: TASK`"),
+        ({**LEAST["task"], "metric": "acc", "filter": "x"}, r"\['metric', 'filter'\] has no effect without"),
+        ({**LEAST["task"], "scorer": "lm_eval"}, "`scorer: lm_eval` comes with `lm_eval: TASK`"),
+        ({"lm_eval": "gsm8k", "system": "x"}, "`system` has no effect without `chat_template: true`"),
+    ],
+)
+def test_settings_that_a_task_of_the_harness_brings_itself_are_refused(task: dict[str, Any], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        parse_recipe({**LEAST, "task": task})
+
+
+def test_the_identity_changes_with_the_task_of_the_harness() -> None:
+    others = [{}, {"num_fewshot": 2}, {"metric": "acc"}, {"filter": "x"}]
+    recipes = [parse_recipe({**LEAST, "task": {"lm_eval": "gsm8k", **more}}) for more in others]
+    assert len({recipe.identity() for recipe in (*recipes, parse_recipe({**LEAST, "task": {"lm_eval": "mmlu"}}))}) == 5
