@@ -177,13 +177,13 @@ def test_code_runs_where_it_is_accepted_and_fails_for_one_answer(
         prepare(spec)
     task = prepare(spec, "task_code")
     example = first(task)
-    worker = JudgeWorker(time_limit=1.0)
+    worker = JudgeWorker(time_limit=3.0)
     monkeypatch.setattr(harness_judge, "_worker", lambda: worker)
     harness_judge._remembered.cache_clear()
     expected = {
         example.answer: Grade(True, example.answer),
         "raise": Grade(False, None, "OSError: no such thing"),
-        "hang": Grade(False, None, "no answer within 1 s"),
+        "hang": Grade(False, None, "no answer within 3 s"),
         "die": Grade(False, None, "the task's scorer crashed"),
         "half": Grade(False, "half", "exact_match is 0.5, and neither 0 nor 1"),
         "other": Grade(False, "other"),
@@ -194,7 +194,7 @@ def test_code_runs_where_it_is_accepted_and_fails_for_one_answer(
     finally:
         worker.close()
         harness_judge._remembered.cache_clear()
-    assert (outcome.correct, outcome.parsed, outcome.error) == (False, False, "no answer within 1 s")
+    assert (outcome.correct, outcome.parsed, outcome.error) == (False, False, "no answer within 3 s")
 
 
 def test_code_of_models_needs_acceptance_too(make: Make) -> None:

@@ -59,14 +59,14 @@ def load_harness_task(spec: TaskSpec, name: str, tokenizer: PreTrainedTokenizerB
         _set_shots(task, spec)
         by_document = _requests(task, spec, encoder, name)
     documents = [_Document(task, requests, encoder) for requests in by_document]
-    rendered = {document.id: document.rendered() for document in reversed(documents)}  # of equal rows, the first stays
-    task_split = split_examples([Example(one.id, "", one.answer) for one in rendered.values()], spec.split, name)
-    examples = {split: tuple(rendered[example.id] for example in task_split[split]) for split in SPLITS}
+    known = {document.id: document for document in reversed(documents)}  # of equal rows, the first stays
+    drawn = split_examples([Example(document, "", "") for document in known], spec.split, name)
+    examples = {split: tuple(known[example.id].rendered() for example in drawn[split]) for split in SPLITS}
     everything = [example for split in SPLITS for example in examples[split]]
     limit, stop = (
         _limits(spec, by_document[0][0].args[1], name) if task.OUTPUT_TYPE == "generate_until" else (longest_choice(everything), ())
     )
-    texts = tuple(dict.fromkeys(str(request.args[0]) for requests in by_document for request in requests))
+    texts = tuple(dict.fromkeys(str(request.args[0]) for example in everything for request in known[example.id].requests))
     scorer = _choose_metric(task, spec, path, everything, name)
     return Prepared(examples, texts, scorer, limit, stop)
 
