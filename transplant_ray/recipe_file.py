@@ -99,16 +99,18 @@ def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 def _absolute_inputs(mapping: dict[str, Any], base: Path) -> None:
     """Make the paths of models and data absolute, in place; what is not a path (a hub id) stays."""
     for section in _sections(mapping):
-        for key in ("model", "data"):
+        for key in ("model", "data", "lm_eval"):
             if isinstance(section.get(key), str):
-                section[key] = _absolute(section[key], base, is_file=key == "data")
+                is_file = key == "data" or section[key].endswith((".yaml", ".yml"))
+                section[key] = _absolute(section[key], base, is_file=is_file)
 
 
 def _sections(mapping: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The parts of a recipe that name a model or data."""
     guards = _mapping(mapping.get("guards"))
-    parts = [mapping.get(name) for name in ("source", "target", "base", "task")]
-    yield from map(_mapping, (*parts, guards.get("text"), *_mapping(guards.get("tasks")).values()))
+    tasks = [_mapping(task) for task in (mapping.get("task"), *_mapping(guards.get("tasks")).values())]
+    parts = [mapping.get(name) for name in ("source", "target", "base")]
+    yield from map(_mapping, (*parts, guards.get("text"), *tasks, *(task.get("shots") for task in tasks)))
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -29,10 +29,16 @@ WHOLE: dict[str, Any] = {
         "prompt": "{prompt}",
         "answer": "{answer}",
         "scorer": "exact",
+        "choices": None,
         "max_new_tokens": 8,
         "stop": ["\n"],
         "chat_template": True,
         "system": "be short",
+        "shots": {"num": 5, "separator": "\n\n", "data": "/data/shots.jsonl"},
+        "lm_eval": None,
+        "num_fewshot": None,
+        "metric": None,
+        "filter": None,
         "split": {"probe": 128, "select": 300, "test": 300, "seed": 42},
     },
     "rank": {"by": ["lae", "depth"], "trajectory": "source", "max_new_tokens": 4, "steps": 4},
@@ -192,7 +198,7 @@ OUT_OF_RANGE: list[tuple[str, Sequence[Any]]] = [
     ("task.prompt", [None, 3]),
     ("task.answer", [None, ["{answer}"]]),
     ("task.scorer", ["exakt", "", None]),
-    ("task.max_new_tokens", [0, -1, 1.5, INF, NAN, True, None, "many"]),
+    ("task.max_new_tokens", [0, -1, 1.5, INF, NAN, True, "many"]),
     ("task.stop", ["\n", [""], [3], None]),
     ("task.chat_template", [None, "perhaps", 2]),
     ("task.split.probe", [0, -5, 2.5, True, None]),
@@ -522,6 +528,7 @@ OTHER = {
     "base.model": "org/x", "base.revision": "v2",
     "task.data": "/x.jsonl",
     "task.prompt": "{x}", "task.answer": "{x}", "task.max_new_tokens": 9, "task.stop": ["x"], "task.system": "x",
+    "task.shots.num": 3, "task.shots.data": "/x.jsonl",
     "task.split.probe": 7, "task.split.select": 270, "task.split.test": 7, "task.split.seed": 7, "rank.by": ["depth", "lae"],
     "rank.trajectory": "own", "rank.max_new_tokens": 7, "sweep.k": [7], "sweep.kind": ["attn"], "sweep.alpha": [1.0],
     "sweep.extrapolate": True, "sweep.screen.keep": 0.5, "sweep.race.rungs": [50], "sweep.race.keep": 0.5,
@@ -546,6 +553,12 @@ MATTERS_NOT = {
 }  # fmt: skip
 LEFT_OUT = {
     "task.scorer",
+    "task.choices",
+    "task.lm_eval",
+    "task.num_fewshot",
+    "task.metric",
+    "task.filter",
+    "task.shots.separator",
     "task.chat_template",
     "sweep.screen.by",
     "rank.steps",
@@ -568,6 +581,13 @@ def test_the_identity_changes_with_what_can_change_a_result(place: str) -> None:
 def test_the_identity_changes_with_the_scorer() -> None:
     plain = changed(WHOLE, "task.stop", [])
     assert parse_recipe(changed(plain, "task.scorer", "forced")).identity() != parse_recipe(plain).identity()
+
+
+def test_the_identity_changes_with_choices_and_separators() -> None:
+    kept = [parse_recipe({**LEAST, "task": {**CHOOSING, "choices": choices}}).identity() for choices in ("a", " {a}", ["x", "y"])]
+    shots = [{"num": 2, "separator": separator} for separator in ("\n\n", "\n")]
+    kept += [parse_recipe({**LEAST, "task": {**LEAST["task"], "shots": each}}).identity() for each in shots]
+    assert len(set(kept)) == 5
 
 
 def test_a_pattern_survives_yaml_and_is_part_of_the_identity(tmp_path: Path) -> None:
@@ -686,3 +706,106 @@ def test_mutated_text_is_read_or_refused(tmp_path: Path) -> None:
         (tmp_path / "recipe.yaml").write_text("".join(text))
         read += read_or_refuse(tmp_path / "recipe.yaml", tmp_path / "again.yaml") is not None
     assert 0 < read < 100  # both happen
+
+
+# Choices.
+
+CHOOSING = {"data": "d.jsonl", "prompt": "{q}", "answer": "{a}", "scorer": "choice", "choices": "options"}
+
+
+@pytest.mark.parametrize("choices", ["options", " {options}", ["yes", "no"]])
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [("choice", "choice"), ({"choice": "tokens"}, "choice:tokens"), ({"choice": "characters"}, "choice:characters")],
+)
+def test_choices_need_no_limit_and_survive_yaml(given: Any, kept: str, choices: Any) -> None:
+    recipe = parse_recipe({**LEAST, "task": {**CHOOSING, "scorer": given, "choices": choices}})
+    assert (recipe.task.scorer, recipe.task.max_new_tokens, recipe.task.chooses) == (kept, None, True)
+    assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"max_new_tokens": 4}, "`stop` and `max_new_tokens` have no effect with `scorer: choice`"),
+        ({"stop": ["x"]}, "`stop` and `max_new_tokens` have no effect with `scorer: choice`"),
+        ({"choices": None}, "`choices` and `scorer: choice` go together"),
+        ({"scorer": "exact", "max_new_tokens": 4}, "`choices` and `scorer: choice` go together"),
+        ({"choices": ["one"]}, "expected two templates or more"),
+        ({"choices": ["one", "one"]}, "has a value twice"),
+        ({"scorer": "choice:letters"}, "unknown scorer 'choice:letters'; expected one of .*choice:tokens"),
+        ({"scorer": {"choice": 3}}, "expected a name, or .*{choice: tokens}"),
+        ({"scorer": {"choice": "tokens", "regex": "(x)"}}, "expected a name, or .*{choice: tokens}"),
+        ({"scorer": {"choose": "tokens"}}, "expected a name, or .*{choice: tokens}"),
+        ({"scorer": "exact", "choices": None}, r"`max_new_tokens` is missing; it has no default"),
+    ],
+)
+def test_choices_that_do_not_fit_are_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        parse_recipe({**LEAST, "task": {**CHOOSING, **changes}})
+
+
+# Shots.
+
+
+def test_shots_are_read_beside_the_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**LEAST, "task": {**LEAST["task"], "shots": {"num": 2, "data": "shots.jsonl"}}}))
+    shots = load_recipe(path).task.shots
+    assert shots is not None
+    assert (shots.num, shots.separator, shots.data) == (2, "\n\n", str(tmp_path / "shots.jsonl"))
+    assert load_recipe(path, ["task.shots.data=/other.jsonl"]).task.shots == shots.model_copy(update={"data": "/other.jsonl"})
+    assert load_recipe(path, ["task.shots="]).task.shots is None
+
+
+@pytest.mark.parametrize(
+    ("shots", "words"),
+    [
+        ({}, r"`task.shots.num` is missing"),
+        ({"num": 0}, r"`task.shots.num` is 0"),
+        ({"num": 1, "from": "x"}, r"`task.shots.from` is not a key"),
+        ({"num": 1, "separator": "\n"}, "`shots.separator` has no effect with `chat_template: true`"),
+    ],
+)
+def test_shots_that_do_not_fit_are_refused(shots: dict[str, Any], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        parse_recipe({**LEAST, "task": {**LEAST["task"], "chat_template": True, "shots": shots}})
+
+
+# Tasks of the harness.
+
+
+def test_a_task_of_the_harness_needs_nothing_else(tmp_path: Path) -> None:
+    recipe = parse_recipe({**LEAST, "task": {"lm_eval": "gsm8k", "num_fewshot": 5, "filter": "strict-match"}})
+    assert (recipe.task.lm_eval, recipe.task.scorer, recipe.task.max_new_tokens) == ("gsm8k", "lm_eval", None)
+    assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**LEAST, "task": {"lm_eval": "tasks/mine.yaml"}}))
+    assert load_recipe(path).task.lm_eval == str(tmp_path / "tasks" / "mine.yaml")
+    assert load_recipe(path, ["task.lm_eval=gsm8k"]).task.lm_eval == "gsm8k"
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        ({"lm_eval": "gsm8k", "prompt": "{q}"}, r"\['prompt'\] has no effect with `lm_eval`"),
+        ({"lm_eval": "gsm8k", "scorer": "math", "stop": ["x"]}, r"\['scorer', 'stop'\] has no effect with `lm_eval`"),
+        ({"lm_eval": "gsm8k", "name": "gsm8k"}, r"\['name'\] has no effect"),
+        ({"lm_eval": "gsm8k", "shots": {"num": 2}}, r"\['shots'\] has no effect"),
+        ({"lm_eval": "gsm8k", "num_fewshot": -1}, r"`task.num_fewshot` is -1"),
+        ({"lm_eval": ""}, r"`task.lm_eval` is ''"),
+        ({**LEAST["task"], "num_fewshot": 2}, r"\['num_fewshot'\] has no effect without `lm_eval: TASK`"),
+        ({**LEAST["task"], "metric": "acc", "filter": "x"}, r"\['metric', 'filter'\] has no effect without"),
+        ({**LEAST["task"], "scorer": "lm_eval"}, "`scorer: lm_eval` comes with `lm_eval: TASK`"),
+        ({"lm_eval": "gsm8k", "system": "x"}, "`system` has no effect without `chat_template: true`"),
+    ],
+)
+def test_settings_that_a_task_of_the_harness_brings_itself_are_refused(task: dict[str, Any], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        parse_recipe({**LEAST, "task": task})
+
+
+def test_the_identity_changes_with_the_task_of_the_harness() -> None:
+    others = [{}, {"num_fewshot": 2}, {"metric": "acc"}, {"filter": "x"}]
+    recipes = [parse_recipe({**LEAST, "task": {"lm_eval": "gsm8k", **more}}) for more in others]
+    assert len({recipe.identity() for recipe in (*recipes, parse_recipe({**LEAST, "task": {"lm_eval": "mmlu"}}))}) == 5

@@ -24,7 +24,7 @@ from transplant_ray.evaluate.decode import can_decode, decode
 from transplant_ray.evaluate.divergence import diverge
 from transplant_ray.evaluate.example import Example, Rendered, check_lengths, encode_example
 from transplant_ray.evaluate.generate import NAN_LOGITS, Completion, GenerationSettings, end_ids, generate
-from transplant_ray.evaluate.outcome import Outcome, read_outcome, score
+from transplant_ray.evaluate.outcome import Outcome, choose, read_outcome, score
 from transplant_ray.evaluate.read import Reading, read
 from transplant_ray.evaluate.scorers import FORCED
 from transplant_ray.graft.resident import ResidentPair, load_resident_pair
@@ -174,8 +174,9 @@ class Engine:
             left = [request for index, request in enumerate(left) if index not in done]
 
     def _check(self, examples: Sequence[Rendered], *, reads: bool) -> None:
-        answers = max((len(example.answer_ids) for example in examples), default=0) if reads else 0
-        check_lengths(examples, max(answers, self.settings.max_new_tokens), max_positions(self.pair.model.config))
+        choices = [choice for example in examples for choice in example.choices]
+        answers = max((len(part.answer_ids) for part in (*(examples if reads else ()), *choices)), default=0)
+        check_lengths([*examples, *choices], max(answers, self.settings.max_new_tokens), max_positions(self.pair.model.config))
 
     def _packs(self, variants: Sequence[Variant]) -> list[list[Variant]]:
         """All together in their best order, or each alone where a module mixes the rows of a batch."""
@@ -211,6 +212,9 @@ class Engine:
                 name = pack[request.variant].id
                 yield request, read_outcome(name, request.example, reading, self.tokenizer) if reading else None
             return
+        if any(request.example.choices for request in requests):
+            yield from self._chosen(requests, pack, routed)
+            return
         most = self._longest_together()
         together = [request for request in requests if len(request.example.prompt_ids) <= most]
         apart = [request for request in requests if len(request.example.prompt_ids) > most]
@@ -218,6 +222,22 @@ class Engine:
             for request, completion in self.until_done(some, work):
                 name = pack[request.variant].id
                 yield request, score(name, request.example, completion, self.scorer) if completion else None
+
+    def _chosen(
+        self, requests: Sequence[Request], pack: Sequence[Variant], routed: _Routed
+    ) -> Iterator[tuple[Request, Outcome | None]]:
+        """Each choice is a row of its own; an outcome is given out when its last choice has been read."""
+        heard: dict[tuple[int, str], list[Reading | None]] = defaultdict(list)
+        asked = {(request.variant, choice.id): request for request in requests for choice in request.example.choices}
+        rows = [Request(request.variant, choice) for request in requests for choice in request.example.choices]
+        for row, reading in self.until_done(rows, self._reader(routed, decodes=False)):
+            request = asked[row.variant, row.example.id]
+            readings = heard[request.variant, request.example.id]
+            readings.append(reading)
+            if len(readings) == len(request.example.choices):
+                known = [reading for reading in readings if reading is not None]
+                name = pack[request.variant].id
+                yield request, choose(name, request.example, known, self.scorer) if len(known) == len(readings) else None
 
     def _longest_together(self) -> float:
         """Tokens of the longest prompt that shares batches; others go through `transformers` itself, for neighbours matter."""
@@ -240,10 +260,10 @@ class Engine:
 
         return work
 
-    def _reader(self, routed: _Routed) -> Callable[[Sequence[Request], int], Values[Reading]]:
+    def _reader(self, routed: _Routed, *, decodes: bool = True) -> Callable[[Sequence[Request], int], Values[Reading]]:
         def work(requests: Sequence[Request], rows: int) -> Values[Reading]:
             examples = [request.example for request in requests]
-            return read(self.pair.model, self.tokenizer, examples, self.settings, routed.by(requests), rows)
+            return read(self.pair.model, self.tokenizer, examples, self.settings, routed.by(requests), rows, decodes=decodes)
 
         return work
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,14 +18,16 @@ Split = Literal["probe", "select", "test"]
 @dataclass(frozen=True)
 class Example:
     id: str
-    """Content hash of prompt and answer."""
+    """Content hash of prompt, answer and choices."""
     prompt: str
     answer: str
+    choices: tuple[str, ...] = ()
+    """What is chosen from, the answer among them; empty where an answer is written freely."""
 
     @classmethod
-    def of(cls, prompt: str, answer: str) -> Example:
-        text = json.dumps([prompt, answer], ensure_ascii=False)
-        return cls(hashlib.sha256(text.encode()).hexdigest()[:16], prompt, answer)
+    def of(cls, prompt: str, answer: str, choices: tuple[str, ...] = ()) -> Example:
+        text = json.dumps([prompt, answer, *choices], ensure_ascii=False)
+        return cls(hashlib.sha256(text.encode()).hexdigest()[:16], prompt, answer, choices)
 
 
 @dataclass(frozen=True)
@@ -35,18 +37,53 @@ class Rendered:
     id: str
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
-    """The reference answer with its end token."""
+    """The reference answer with its end token; a right choice has none."""
     answer: str
+    choices: tuple[Rendered, ...] = ()
+    """Prompt and choice, for each choice: `answer_ids` are the tokens whose likelihood counts."""
+    doc: Mapping[str, Any] | None = field(default=None, compare=False)
+    """The row, for a scorer that wants all of it."""
 
 
 def encode_example(example: Example, encode: Callable[[str], list[int]], tokenizer: PreTrainedTokenizerBase) -> Rendered:
     """Token ids of an example; `encode` is how a prompt becomes token ids. DataError where the prompt has none."""
+    if example.choices:
+        return _encode_choices(example, encode)
     prompt = encode(example.prompt)
     if not prompt:
         raise DataError(f"example {example.id}: the prompt is empty after tokenization.")
     answer = list(tokenizer(example.answer, add_special_tokens=False)["input_ids"])
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return Rendered(example.id, tuple(prompt), tuple(answer + end), example.answer)
+
+
+def _encode_choices(example: Example, encode: Callable[[str], list[int]]) -> Rendered:
+    """Every choice as it is written after the prompt. DataError where one, or the prompt, has no token of its own."""
+    choices = []
+    for place, text in enumerate(example.choices):
+        prompt, choice = encode_pair(encode, example.prompt, text)
+        if not prompt or not choice:
+            raise DataError(
+                f"example {example.id}: the {'choice ' + repr(text) if prompt else 'prompt'} is empty after tokenization."
+            )
+        choices.append(Rendered(f"{example.id}/{place}", tuple(prompt), tuple(choice), text))
+    right = choices[example.choices.index(example.answer)]
+    return Rendered(example.id, right.prompt_ids, right.answer_ids, example.answer, tuple(choices))
+
+
+def encode_pair(encode: Callable[[str], list[int]], context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Token ids of a text and of what follows it, cut where the text ends in tokens.
+
+    White space at the seam belongs to what follows, where tokenizers put it: as lm-evaluation-harness does.
+    """
+    start = context.rstrip()
+    head = encode(start)
+    return head, encode(start + context[len(start) :] + continuation)[len(head) :]
+
+
+def longest_choice(examples: Sequence[Rendered]) -> int:
+    """Tokens of the longest choice: the limit of a task that decodes nothing."""
+    return max(len(choice.answer_ids) for example in examples for choice in example.choices)
 
 
 def check_lengths(examples: Sequence[Rendered], max_new_tokens: int, positions: int | None) -> None:

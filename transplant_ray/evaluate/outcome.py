@@ -9,10 +9,13 @@ from typing import TypeVar
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from transplant_ray.errors import NumericsError
+from transplant_ray.evaluate.decode import CLOSE_GAP
 from transplant_ray.evaluate.example import Rendered
 from transplant_ray.evaluate.generate import NAN_LOGITS, Completion, GenerationSettings, generate
+from transplant_ray.evaluate.harness_judge import judge
+from transplant_ray.evaluate.harness_process import HARNESS
 from transplant_ray.evaluate.read import Reading, read
-from transplant_ray.evaluate.scorers import FORCED, find_scorer
+from transplant_ray.evaluate.scorers import CHOICES, FORCED, find_scorer
 
 T = TypeVar("T")
 
@@ -31,6 +34,8 @@ class Outcome:
     """Steps at which rounding may decide, for the two best logits were closer than 1e-3."""
     parsed: bool = True
     """Whether the scorer could read an answer out of the completion; where it could not, the answer is wrong."""
+    error: str | None = None
+    """Why the answer could not be judged, which counts as wrong: a time limit, a crash."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +70,15 @@ def answer_examples(
     settings: GenerationSettings,
     scorer: str,
 ) -> tuple[Outcome, ...]:
-    """A model by itself, through plain `transformers`: generate, or read the references, and score, in the order of `examples`.
+    """A model by itself, through plain `transformers`: generate, or read the references or choices, and score, in the order of
+    `examples`.
 
     NumericsError where a logit is NaN.
     """
+    if any(example.choices for example in examples):
+        parts = [choice for example in examples for choice in example.choices]
+        heard = (found(r) for _, r in read(model, tokenizer, parts, settings, lambda _: None, settings.batch_size, decodes=False))
+        return tuple(choose(variant, example, [next(heard) for _ in example.choices], scorer) for example in examples)
     if scorer == FORCED:
         readings = read(model, tokenizer, examples, settings, lambda _: None, settings.batch_size)
         return tuple(read_outcome(variant, examples[i], found(reading), tokenizer) for i, reading in readings)
@@ -77,9 +87,12 @@ def answer_examples(
 
 
 def score(variant: str, example: Rendered, completion: Completion, scorer: str) -> Outcome:
-    grade = find_scorer(scorer)(completion.text, example.answer)
-    tokens, parsed = len(completion.token_ids), grade.parsed is not None
-    return Outcome(variant, example.id, completion.text, grade.correct, tokens, completion.finished, completion.num_close, parsed)
+    if scorer.startswith(HARNESS):
+        grade = judge(scorer, example, [completion.text])
+    else:
+        grade = find_scorer(scorer)(completion.text, example.answer)
+    told = (len(completion.token_ids), completion.finished, completion.num_close, grade.parsed is not None, grade.error)
+    return Outcome(variant, example.id, completion.text, grade.correct, *told)
 
 
 def read_outcome(variant: str, example: Rendered, reading: Reading, tokenizer: PreTrainedTokenizerBase) -> Outcome:
@@ -89,6 +102,35 @@ def read_outcome(variant: str, example: Rendered, reading: Reading, tokenizer: P
     """
     text = tokenizer.decode(reading.token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return Outcome(variant, example.id, text, reading.matches, len(reading.token_ids), reading.matches, reading.num_close)
+
+
+def choose(variant: str, example: Rendered, readings: Sequence[Reading], scorer: str) -> Outcome:
+    """The likeliest choice, the first of equal ones; `readings` are those of `example.choices`, in their order.
+
+    It is close where the second best is: each is a sum of what rounding moves.
+    """
+    if scorer.startswith(HARNESS):
+        return _judged(variant, example, readings, scorer)
+    parts = list(zip(example.choices, readings, strict=True))
+    lengths = [CHOICES[scorer](choice.answer, len(choice.answer_ids)) for choice in example.choices]
+    scores = [-reading.loss * len(choice.answer_ids) / length for (choice, reading), length in zip(parts, lengths, strict=True)]
+    best = scores.index(max(scores))
+    close = sum(scores[best] - score < CLOSE_GAP for score in scores) > 1
+    said = example.choices[best]
+    return Outcome(variant, example.id, said.answer, said.answer == example.answer, len(said.answer_ids), True, int(close))
+
+
+def _judged(variant: str, example: Rendered, readings: Sequence[Reading], scorer: str) -> Outcome:
+    """A task of the harness makes of log-likelihoods what it likes; the likeliest is kept as the completion."""
+    read = list(zip(example.choices, readings, strict=True))
+    heard = [(-reading.loss * len(choice.answer_ids), reading.token_ids == choice.answer_ids) for choice, reading in read]
+    grade = judge(scorer, example, heard)
+    likelihoods = [likelihood for likelihood, _ in heard]
+    best = likelihoods.index(max(likelihoods))
+    close = readings[0].num_close if len(readings) == 1 else sum(max(likelihoods) - each < CLOSE_GAP for each in likelihoods) - 1
+    said = example.choices[best]
+    text = said.answer if len(readings) > 1 or heard[0][1] else ""
+    return Outcome(variant, example.id, text, grade.correct, len(said.answer_ids), True, close, error=grade.error)
 
 
 def found(value: T | None) -> T:

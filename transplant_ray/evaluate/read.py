@@ -47,8 +47,13 @@ def read(
     settings: GenerationSettings,
     assign: Assign,
     rows: int,
+    *,
+    decodes: bool = True,
 ) -> Iterator[tuple[int, Reading | None]]:
-    """(index, reading) of every example, in the given order; None where a logit was NaN. At most `rows` in one pass."""
+    """(index, reading) of every example, in the given order; None where a logit was NaN. At most `rows` in one pass.
+
+    Past a RoPE boundary one pass does not tell what decoding would say: without `decodes`, what it says itself is taken.
+    """
     boundary = rope_boundary(model.config)
     # No cache lies beside a pass, so it may be larger than one that fills a cache.
     for batch in _batches(examples, rows, 2 * pass_tokens(model), LOGITS // model.config.vocab_size, boundary):
@@ -57,7 +62,7 @@ def read(
             forget_longest(model)
         chosen = [examples[i] for i in batch]
         readings = list(_read_batch(model, chosen, settings))
-        if _reaches(chosen[0], boundary):
+        if decodes and _reaches(chosen[0], boundary):
             readings = [_decoded(model, tokenizer, chosen[0], settings, reading) for reading in readings]
         yield from zip(batch, readings, strict=True)
 

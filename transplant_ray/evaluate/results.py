@@ -164,6 +164,7 @@ OUTCOME_SCHEMA = pa.schema(
         ("finished", pa.bool_()),
         ("num_close", pa.int32()),
         ("parsed", pa.bool_()),
+        ("error", pa.string()),
     ]
 )
 

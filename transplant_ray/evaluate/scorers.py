@@ -32,8 +32,20 @@ Scorer = Callable[[str, str], Grade]
 FORCED = "forced"
 """Right if and only if greedy decoding would emit exactly the reference's tokens; decided without decoding (`read`)."""
 
+CHOICES: Mapping[str, Callable[[str, int], int]] = MappingProxyType(
+    {
+        "choice": lambda _text, _num_tokens: 1,
+        "choice:tokens": lambda _text, num_tokens: num_tokens,
+        "choice:characters": lambda text, _num_tokens: len(text.strip()),
+    }
+)
+"""Scorers that read choices: what the log-likelihood of one is divided by, of its text and its number of tokens."""
+
 REGEX = "regex:"
 """Begins the name of a scorer that is a pattern; the recipe's `{regex: PATTERN}`."""
+
+MATCH_LIMIT = 5.0
+"""Seconds for one text and a pattern."""
 
 TAIL = 20_000
 """Characters at the end of a completion in which `math` looks for an answer that is not boxed."""
@@ -80,9 +92,15 @@ def number(completion: str, answer: str) -> Grade:
     return Grade(said is not None and reference is not None and Decimal(said) == Decimal(reference), said)
 
 
-def regex(pattern: re.Pattern[str], completion: str, answer: str) -> Grade:
-    """Equal as strings: the pattern's group where it matches last. An answer that it does not match is the reference itself."""
-    return _same(_last_group(pattern, completion), _last_group(pattern, answer) or answer.strip())
+def regex(pattern: str, completion: str, answer: str) -> Grade:
+    """Equal as strings: the pattern's group where it matches last. An answer that it does not match is the reference itself.
+
+    A pattern that takes longer than MATCH_LIMIT on a text, which backtracking can, is an error of the grade.
+    """
+    try:
+        return _same(_last_group(pattern, completion), _last_group(pattern, answer) or answer.strip())
+    except TimeoutError:
+        return Grade(False, None, f"no match within {MATCH_LIMIT:g} s")
 
 
 SCORERS: Mapping[str, Scorer] = MappingProxyType({"exact": exact, "strict_boxed": strict_boxed, "math": math, "number": number})
@@ -92,17 +110,38 @@ SCORERS: Mapping[str, Scorer] = MappingProxyType({"exact": exact, "strict_boxed"
 def find_scorer(name: str) -> Scorer:
     """The scorer behind a name of SCORERS, or behind `regex:PATTERN`; the recipe has checked that there is one."""
     if name.startswith(REGEX):
-        return partial(regex, re.compile(name.removeprefix(REGEX)))
+        return partial(regex, name.removeprefix(REGEX))
     return SCORERS[name]
+
+
+def check_scorer(name: str) -> None:
+    """RecipeError where a library that the scorer needs cannot be used here: before anything is loaded, not at the first answer."""
+    if SCORERS.get(name) is math:
+        math_answers.check()
 
 
 def _same(said: str | None, reference: str) -> Grade:
     return Grade(said == reference, said)
 
 
-def _last_group(pattern: re.Pattern[str], text: str) -> str | None:
-    groups = [match[1].strip() for match in pattern.finditer(text) if match[1] is not None]
-    return groups[-1] if groups else None
+def _last_group(pattern: str, text: str) -> str | None:
+    """TimeoutError after MATCH_LIMIT."""
+    found = _matched(pattern, text, MATCH_LIMIT)
+    if found is None:
+        raise TimeoutError
+    return found[-1] if found else None
+
+
+@lru_cache(maxsize=4096)  # variants often say the same, and what takes long should do so once
+def _matched(pattern: str, text: str, limit: float) -> tuple[str, ...] | None:
+    """What the group is in the last match, in one element or none; None where the limit was reached."""
+    from regex import compile as compile_pattern  # type: ignore[import-untyped]  # unlike `re`, it can be given a time limit
+
+    try:
+        groups = [match[1].strip() for match in compile_pattern(pattern).finditer(text, timeout=limit) if match[1] is not None]
+    except TimeoutError:
+        return None
+    return tuple(groups[-1:])
 
 
 def _number(text: str) -> str | None:

@@ -8,7 +8,7 @@ import json
 import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from transformers import PreTrainedTokenizerBase
 
 from transplant_ray import zoo
 from transplant_ray.errors import DataError
+from transplant_ray.evaluate.choices import Choosing, check_choices, settle
 from transplant_ray.evaluate.example import Example, Rendered, Split, encode_example
-from transplant_ray.recipe import HubData, SplitSpec, TaskSpec, TextSpec
+from transplant_ray.recipe import HubData, ShotSpec, SplitSpec, TaskSpec, TextSpec
 
 Row = Mapping[str, Any]
 
@@ -30,6 +31,8 @@ class Task:
     probe: tuple[Example, ...]
     select: tuple[Example, ...]
     test: tuple[Example, ...]
+    shots: tuple[Example, ...] = ()
+    """Examples that stand before every prompt, in their order; they are in no split."""
 
     def __getitem__(self, split: Split) -> tuple[Example, ...]:
         examples: tuple[Example, ...] = getattr(self, split)
@@ -38,11 +41,34 @@ class Task:
 
 def load_task(spec: TaskSpec) -> Task:
     """Read, render and split. DataError for missing files, columns or fields, duplicates, or too few rows."""
-    rows = read_data(spec.data)
-    where = spec.data if isinstance(spec.data, str) else spec.data.path
-    examples = [make_example(row, spec, f"{where}, row {index}") for index, row in enumerate(rows, start=1)]
+    where, examples = _read_examples(spec.data, spec)
+    task = split_examples(examples, spec.split, where)
+    return task if spec.shots is None else replace(task, shots=_draw_shots(task, examples, spec.shots, spec))
+
+
+def _read_examples(data: str | HubData, spec: TaskSpec) -> tuple[str, list[Example]]:
+    where = data if isinstance(data, str) else data.path
+    examples = make_examples(read_data(data), spec, where)
     check_distinct(examples, where)
-    return split_examples(examples, spec.split, where)
+    return where, examples
+
+
+def _draw_shots(task: Task, examples: Sequence[Example], shots: ShotSpec, spec: TaskSpec) -> tuple[Example, ...]:
+    """From rows that the splits leave over, or from data of their own, which must then hold no example of a split."""
+    taken = {(example.prompt, example.choices) for split in (task.probe, task.select, task.test) for example in split}
+    if shots.data is None:
+        where, rest = "`task.shots`", [example for example in examples if (example.prompt, example.choices) not in taken]
+    else:
+        where, rest = _read_examples(shots.data, spec)
+    drawn = tuple(draw(rest, spec.split.seed)[: shots.num])
+    if len(drawn) < shots.num:
+        raise DataError(
+            f"{where}: {len(drawn)} rows are in no split, and {shots.num} shots are asked for. Make `task.split` smaller."
+        )
+    for shot in drawn:
+        if (shot.prompt, shot.choices) in taken:
+            raise DataError(f"{where}: the shot {shot.prompt[:60]!r} is an example of a split. Draw shots from other rows.")
+    return drawn
 
 
 def read_data(data: str | HubData) -> list[Row]:
@@ -62,6 +88,31 @@ def _read_file(data: str) -> list[Row]:
     return reader(path)
 
 
+def make_examples(rows: Sequence[Row], spec: TaskSpec, where: str) -> list[Example]:
+    places = [f"{where}, row {number}" for number in range(1, len(rows) + 1)]
+    if spec.choices is None:
+        return [make_example(row, spec, place) for row, place in zip(rows, places, strict=True)]
+    return settle([_make_choosing(row, spec.choices, spec, place) for row, place in zip(rows, places, strict=True)])
+
+
+def _make_choosing(row: Row, choices: str | Sequence[str], spec: TaskSpec, where: str) -> Choosing:
+    example = make_example(row, spec, where)
+    place = f"{where}, `choices`"
+    texts = _over_list(choices, row, place) if isinstance(choices, str) else [render(text, row, place) for text in choices]
+    return Choosing(where, example.prompt, example.answer, check_choices(texts, place))
+
+
+def _over_list(template: str, row: Row, where: str) -> list[str]:
+    """The template for every element of the list that it names; a bare name is a column."""
+    template = template if "{" in template else f"{{{template}}}"
+    fields = [field for _, field in _fields(template, where) if field is not None]
+    lists = [field for field in fields if isinstance(row.get(field), list)]
+    if len(lists) != 1:
+        found = f"{len(lists)} columns with a list" if fields else "no column"
+        raise DataError(f"{where}: {template!r} names {found}, expected one; columns are {', '.join(map(str, row))}.")
+    return [render(template, {**row, lists[0]: element}, where) for element in row[lists[0]]]
+
+
 def make_example(row: Row, spec: TaskSpec, where: str) -> Example:
     prompt, answer = render(spec.prompt, row, f"{where}, `prompt`"), render(spec.answer, row, f"{where}, `answer`")
     if not answer.strip():
@@ -71,11 +122,15 @@ def make_example(row: Row, spec: TaskSpec, where: str) -> Example:
 
 def render(template: str, row: Row, where: str) -> str:
     """Fill `{column}` fields; `{{` is a brace. DataError for a field that is no column, or empty in this row."""
+    return "".join(text + ("" if field is None else _column(row, field, where)) for text, field in _fields(template, where))
+
+
+def _fields(template: str, where: str) -> list[tuple[str, str | None]]:
+    """Texts, each with the column that follows it."""
     try:
-        fields = [(text, _plain_field(*parts)) for text, *parts in string.Formatter().parse(template)]
+        return [(text, _plain_field(*parts)) for text, *parts in string.Formatter().parse(template)]
     except ValueError as error:
         raise DataError(f"{where}: the template {template!r} is malformed ({error}). Write {{{{ for a brace.") from error
-    return "".join(text + ("" if field is None else _column(row, field, where)) for text, field in fields)
 
 
 def _plain_field(field: str | None, layout: str | None, conversion: str | None) -> str | None:
@@ -85,8 +140,8 @@ def _plain_field(field: str | None, layout: str | None, conversion: str | None) 
 
 
 def check_distinct(examples: Iterable[Example], where: str) -> None:
-    counts = Counter(example.prompt for example in examples)
-    prompt, count = max(counts.items(), key=lambda item: item[1])
+    counts = Counter((example.prompt, example.choices) for example in examples)
+    (prompt, _), count = max(counts.items(), key=lambda item: item[1])
     if count > 1:
         repeated = sum(n - 1 for n in counts.values())
         raise DataError(
@@ -95,11 +150,10 @@ def check_distinct(examples: Iterable[Example], where: str) -> None:
         )
 
 
-def check_apart(tasks: Mapping[str, Task]) -> None:
-    """DataError where two tasks share a prompt: a guard is an ability of its own."""
+def check_apart(prompts_of: Mapping[str, Sequence[str]]) -> None:
+    """DataError where two tasks, given by name and prompts, share one: a guard is an ability of its own."""
     owner: dict[str, str] = {}
-    for name, task in tasks.items():
-        prompts = [example.prompt for split in (task.probe, task.select, task.test) for example in split]
+    for name, prompts in prompts_of.items():
         if shared := [prompt for prompt in prompts if prompt in owner]:
             raise DataError(
                 f"`guards.tasks.{name}`: {len(shared)} of its {len(prompts)} prompts are prompts of `{owner[shared[0]]}`, e.g. "
@@ -137,34 +191,48 @@ def split_examples(examples: Sequence[Example], spec: SplitSpec, where: str) -> 
             f"{where}: {len(examples)} examples, the splits need {needed} ({spec.probe} probe + {spec.select} select + "
             f"{spec.test} test). Make `task.split` smaller or add rows."
         )
-    order = sorted(examples, key=lambda e: hashlib.sha256(f"{spec.seed}:{e.id}".encode()).digest())
+    order = draw(examples, spec.seed)
     select_end = spec.probe + spec.select
     return Task(tuple(order[: spec.probe]), tuple(order[spec.probe : select_end]), tuple(order[select_end:needed]))
 
 
-def tokenize(examples: Sequence[Example], spec: TaskSpec, tokenizer: PreTrainedTokenizerBase) -> tuple[Rendered, ...]:
-    """Token ids of prompts and answers. DataError where a chat template is asked for and there is none."""
-    encode = prompt_encoder(spec, tokenizer)
-    return tuple(encode_example(example, encode, tokenizer) for example in examples)
+def draw(examples: Sequence[Example], seed: int) -> list[Example]:
+    """In an order that follows from what they hold, and from the seed."""
+    return sorted(examples, key=lambda example: hashlib.sha256(f"{seed}:{example.id}".encode()).digest())
 
 
-def prompt_encoder(spec: TaskSpec, tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
-    """How a prompt becomes token ids: plain with the tokenizer's special tokens, or as a chat message."""
+def tokenize(
+    examples: Sequence[Example], spec: TaskSpec, tokenizer: PreTrainedTokenizerBase, shots: Sequence[Example] = ()
+) -> tuple[Rendered, ...]:
+    """Token ids of prompts (after the shots), answers and choices. DataError where a chat template is missing."""
+    write = prompt_writer(spec, tokenizer, shots)
+
+    def encode(text: str) -> list[int]:  # a chat template writes the special tokens itself
+        return list(tokenizer(text, add_special_tokens=not spec.chat_template)["input_ids"])
+
+    return tuple(encode_example(replace(example, prompt=write(example.prompt)), encode, tokenizer) for example in examples)
+
+
+def prompt_writer(spec: TaskSpec, tokenizer: PreTrainedTokenizerBase, shots: Sequence[Example] = ()) -> Callable[[str], str]:
+    """What the model is given of a prompt: the shots and the prompt as they are, or as messages of a chat."""
     if not spec.chat_template:
-        return lambda prompt: list(tokenizer(prompt)["input_ids"])
+        before = "".join(shot.prompt + shot.answer + (spec.shots.separator if spec.shots else "") for shot in shots)
+        return lambda prompt: before + prompt
     if not tokenizer.chat_template:
         raise DataError("`task.chat_template: true`: the target's tokenizer has no chat template. Set it to false.")
     system = [{"role": "system", "content": spec.system}] if spec.system is not None else []
 
-    def encode(prompt: str) -> list[int]:
-        messages = [*system, {"role": "user", "content": prompt}]
+    pairs = [(("user", shot.prompt), ("assistant", shot.answer)) for shot in shots]
+    turns = [{"role": role, "content": content} for pair in pairs for role, content in pair]
+
+    def write(prompt: str) -> str:
+        messages = [*system, *turns, {"role": "user", "content": prompt}]
         try:
-            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
         except TemplateError as error:  # e.g. a template that knows no system message
             raise DataError(f"`task.chat_template: true`: the target's chat template refuses the messages ({error}).") from error
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    return encode
+    return write
 
 
 def _column(row: Row, field: str, where: str) -> str:

@@ -16,7 +16,7 @@ from transplant_ray.errors import DataError, RecipeError
 from transplant_ray.evaluate.example import Example
 from transplant_ray.evaluate.metrics import wilson_interval
 from transplant_ray.evaluate.row_index import RowIndex
-from transplant_ray.evaluate.scorers import FORCED, Grade, find_scorer
+from transplant_ray.evaluate.scorers import FORCED, Grade, check_scorer, find_scorer
 from transplant_ray.evaluate.significance import McNemar, mcnemar
 from transplant_ray.evaluate.task import Row, check_distinct, make_example, read_data
 from transplant_ray.files import write_text
@@ -205,6 +205,7 @@ def _common(files: Sequence[Completions]) -> list[int]:
 
 
 def _grade(file: Completions, examples: Sequence[Example], name: str, watch: Watch) -> Graded:
+    check_scorer(name)
     scorer = find_scorer(name)
     watch.stage(f"grade {file.path.name}", len(file.texts))
     grades = []

@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from transplant_ray.errors import RecipeError
 from transplant_ray.evaluate.example import Rendered, Split, check_answers, check_lengths
 from transplant_ray.evaluate.generate import GenerationSettings, Rules, end_ids
-from transplant_ray.evaluate.scorers import FORCED
-from transplant_ray.evaluate.task import Task, check_apart, load_passages, load_task, tokenize
+from transplant_ray.evaluate.prepared import SPLITS, prepare_task
+from transplant_ray.evaluate.scorers import FORCED, check_scorer
+from transplant_ray.evaluate.task import check_apart, load_passages
 from transplant_ray.graft.mergekit import COMMAND, PIP_LINE, PLACE, find_mergekit
 from transplant_ray.graft.plan import Planned, SweepPlan, depth_order, plan_sweep
 from transplant_ray.graft.variant import Variant
@@ -26,16 +27,22 @@ from transplant_ray.recipe import ACTIVATION_RANKERS, CHANNEL_RANKERS, MAIN, RES
 DEFAULT_ROWS = 64
 """Rows of a batch where one model answers by itself and the recipe names no number."""
 
-SPLITS: tuple[Split, ...] = ("probe", "select", "test")
-
 
 @dataclass(frozen=True)
 class PreparedTask:
-    """A task made concrete: its examples as text and as token ids, and how they are answered and judged."""
+    """A task made concrete: its examples, and how they are answered and judged."""
 
-    texts: Task
     examples: Mapping[Split, tuple[Rendered, ...]]
+    prompts: Mapping[str, str]
+    """Example → what was asked, for people."""
+    texts: tuple[str, ...]
+    """What the tokenizers of both models must cut alike."""
     rules: Rules
+
+    @property
+    def decodes(self) -> bool:
+        """Whether anything is generated; references and choices are read."""
+        return self.rules.scorer != FORCED and not self.examples["probe"][0].choices
 
 
 @dataclass(frozen=True)
@@ -105,15 +112,15 @@ def prepare(recipe: Recipe) -> Job:
     target = open_checkpoint(recipe.target.model, recipe.target.revision, accept=recipe.accept)
     comparison = compare(source, target)
     base = _base(recipe, target)
+    ours, theirs = load_tokenizer(target), load_tokenizer(source)
+    ends = end_ids(read_generation_ends(target), ours)
     specs: dict[str, TaskSpec] = {MAIN: recipe.task, **recipe.guards.tasks}
-    texts = {name: load_task(spec) for name, spec in specs.items()}
-    check_apart(texts)
+    tasks = {name: _prepare_task(recipe, spec, ours, ends) for name, spec in specs.items()}
+    check_apart({name: list(task.prompts.values()) for name, task in tasks.items()})
     ours, theirs = load_tokenizer(target), load_tokenizer(source)
     check_vocabulary(theirs.get_vocab(), ours.get_vocab(), recipe.accept)
-    prompts = [example.prompt for task in texts.values() for split in SPLITS for example in task[split]]
-    check_segmentation(prompts, lambda text: theirs(text)["input_ids"], lambda text: ours(text)["input_ids"], recipe.accept)
-    ends = end_ids(read_generation_ends(target), ours)
-    tasks = {name: _prepare_task(recipe, spec, texts[name], ours, ends) for name, spec in specs.items()}
+    texts = [text for task in tasks.values() for text in task.texts]
+    check_segmentation(texts, lambda text: theirs(text)["input_ids"], lambda text: ours(text)["input_ids"], recipe.accept)
     passages = {} if recipe.guards.text is None else load_passages(recipe.guards.text, ours)
     job = Job(recipe, comparison, tasks, passages, base)
     _check_positions(job, max_positions(target.config))
@@ -121,14 +128,14 @@ def prepare(recipe: Recipe) -> Job:
     return job
 
 
-def _prepare_task(
-    recipe: Recipe, spec: TaskSpec, texts: Task, tokenizer: PreTrainedTokenizerBase, ends: tuple[int, ...]
-) -> PreparedTask:
-    examples = {split: tokenize(texts[split], spec, tokenizer) for split in SPLITS}
+def _prepare_task(recipe: Recipe, spec: TaskSpec, tokenizer: PreTrainedTokenizerBase, ends: tuple[int, ...]) -> PreparedTask:
+    check_scorer(spec.scorer)
+    task = prepare_task(spec, tokenizer, recipe.accept)
     if spec.scorer == FORCED:
-        check_answers([example for split in SPLITS for example in examples[split]], spec.max_new_tokens, ends)
+        check_answers([example for split in SPLITS for example in task.examples[split]], task.max_new_tokens, ends)
     rows = DEFAULT_ROWS if recipe.resources.batch_size == "auto" else recipe.resources.batch_size
-    return PreparedTask(texts, examples, Rules(GenerationSettings(spec.max_new_tokens, ends, spec.stop, rows), spec.scorer))
+    rules = Rules(GenerationSettings(task.max_new_tokens, ends, task.stop, rows), task.scorer)
+    return PreparedTask(task.examples, task.prompts, task.texts, rules)
 
 
 def _check_positions(job: Job, positions: int | None) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from transplant_ray.distributed.probing import ProbeResult
 from transplant_ray.evaluate.example import Split
 from transplant_ray.evaluate.metrics import reachable_recovery
+from transplant_ray.evaluate.prepared import SPLITS
 from transplant_ray.evaluate.results import EXAMPLE_SCHEMA, GUARD_SCHEMA, OUTCOME_SCHEMA, RESULT_SCHEMA, GuardResult, Result
 from transplant_ray.files import write_json
 from transplant_ray.graft.merges import planned_merges
@@ -19,7 +20,6 @@ from transplant_ray.graft.variant import VARIANT_SCHEMA, variant_rows
 from transplant_ray.pipeline.evaluating import Evaluation
 from transplant_ray.pipeline.exporting import write_winner_card
 from transplant_ray.pipeline.guarding import guard_rows
-from transplant_ray.pipeline.job import SPLITS
 from transplant_ray.pipeline.judging import EXPORTED, describe, intervals, judge_sweep
 from transplant_ray.pipeline.run import Run
 from transplant_ray.pipeline.searching import describe_searches
@@ -94,8 +94,8 @@ def _examples(run: Run) -> Iterator[dict[str, str]]:
     """What was asked, so that completions can be read."""
     for name, task in run.job.tasks.items():
         for split in SPLITS:
-            for e in task.texts[split]:
-                yield {"task": name, "split": split, "example": e.id, "prompt": e.prompt, "answer": e.answer}
+            for e in task.examples[split]:
+                yield {"task": name, "split": split, "example": e.id, "prompt": task.prompts[e.id], "answer": e.answer}
 
 
 def _guards(evaluation: Evaluation, results: Sequence[Result]) -> list[GuardResult]:
@@ -124,6 +124,7 @@ def summarise(run: Run, results: Sequence[Result], probed: ProbeResult, run_id: 
         "vetoed": sorted(row.label for row in results if row.vetoed_by),
         "stopped": dict(Counter(row.stopped for row in results if row.stopped)),
         "close": _close(run),
+        "unjudged": {split: sum(o.error is not None for o in outcomes) for split, outcomes in run.answers.outcomes.items()},
         "rankings": _rankings(run, probed.rankings),
         "warnings": list(run.job.comparison.warnings),
         "excluded": [asdict(exclusion) for exclusion in run.job.comparison.excluded],

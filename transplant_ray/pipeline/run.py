@@ -12,7 +12,6 @@ from transplant_ray.evaluate.answers import Answers, VariantShard
 from transplant_ray.evaluate.example import Split
 from transplant_ray.evaluate.outcome import Tally
 from transplant_ray.evaluate.results import Result, make_result
-from transplant_ray.evaluate.scorers import FORCED
 from transplant_ray.evaluate.significance import Right
 from transplant_ray.graft.plan import Planned
 from transplant_ray.graft.variant import ORIGIN
@@ -77,7 +76,7 @@ class Run:
         """The results row of a planned variant, against the baselines on the examples that it has answered."""
         examples = {example.id for example in self.job.examples[split][: tally.n]}
         target, source = (self.answers.baseline(split, name, examples) for name in (ORIGIN.id, "source"))
-        decoded = self.job.recipe.task.scorer != FORCED
+        decoded = self.job.tasks[MAIN].decodes
         return make_result(entry, tally, split, self.modules, target=target, source=source, decoded=decoded)
 
     def asked(self, splits: Sequence[Split]) -> list[Asked]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from tiny import EOS, tiny_model, tiny_tokenizer
 
+from transplant_ray.evaluate import scorers
 from transplant_ray.evaluate.answers import Answers, VariantShard
 from transplant_ray.evaluate.example import Rendered
 from transplant_ray.evaluate.generate import Completion, GenerationSettings, generate
@@ -110,3 +111,12 @@ def test_a_baseline_is_counted_on_the_examples_that_are_asked_for() -> None:
     answers.add("select", VariantShard("v", outcomes("v", True, False, True), 1.0))
     assert answers.baseline("select", "v", {"e0", "e1"}) == Tally(2, 1, 1.0, parsed=2)
     assert answers.baseline("select", "v", {"e0", "e9"}) is None
+
+
+def test_an_answer_that_could_not_be_judged_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scorers, "MATCH_LIMIT", 0.2)
+    example = Rendered("e", (1,), (EOS,), "a")
+    found = score("v", example, Completion((7, EOS), "a" * 200 + "b", True), "regex:((?:a|aa)+)$")
+    assert found == Outcome("v", "e", "a" * 200 + "b", False, 2, True, 0, False, "no match within 0.2 s")
+    write_rows(tmp_path / "test.parquet", [asdict(found)], OUTCOME_SCHEMA)
+    assert [Outcome(**row) for row in read_rows(tmp_path / "test.parquet")] == [found]

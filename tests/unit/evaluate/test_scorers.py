@@ -3,6 +3,7 @@ r"""Scorers: what each reads out of a completion, what it calls equal, and that 
 from __future__ import annotations
 
 import os
+import random
 import re
 import subprocess
 import sys
@@ -17,10 +18,11 @@ from hypothesis import strategies as st
 
 from transplant_ray import recipe
 from transplant_ray.errors import RecipeError
-from transplant_ray.evaluate import math_answers
+from transplant_ray.evaluate import math_answers, scorers
 from transplant_ray.evaluate.boxed import last_boxed, normalise
+from transplant_ray.evaluate.guarded import Worker
 from transplant_ray.evaluate.math_answers import Comparison, MathWorker
-from transplant_ray.evaluate.scorers import REGEX, SCORERS, Grade, exact, find_scorer, math, number, strict_boxed
+from transplant_ray.evaluate.scorers import REGEX, SCORERS, Grade, check_scorer, exact, find_scorer, math, number, strict_boxed
 
 TEXT = st.text(st.sampled_from("\\boxed{}frac12 sqrt.-$,#=x%\n/") | st.characters())
 PURE = {name: scorer for name, scorer in SCORERS.items() if name != "math"}
@@ -346,3 +348,49 @@ def test_scorers_need_no_library_before_one_is_used() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
+
+
+# Before a sweep, and on hostile text.
+
+
+def test_what_a_scorer_needs_is_looked_for_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("exact", "forced", "choice", "number", "regex:(x)", "math"):
+        check_scorer(name)
+    with monkeypatch.context() as patch:
+        patch.setattr(math_answers, "find_spec", lambda _: None)
+        with pytest.raises(RecipeError, match="math-verify is not installed"):
+            check_scorer("math")
+    monkeypatch.setattr(math_answers, "_worker", lambda: Worker("transplant_ray.nothing", 1.0, "x"))
+    monkeypatch.setattr(Worker, "check", MathWorker.check, raising=False)
+    with pytest.raises(RecipeError, match="its process ended at the start"):
+        check_scorer("math")
+
+
+def test_a_system_without_such_pipes_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "win32")
+    with pytest.raises(RecipeError, match="`scorer: math`: it needs a process with a pipe of its own"):
+        MathWorker().check()
+
+
+BACKTRACKS = r"((?:a|aa)+)$"
+
+
+def test_a_pattern_that_backtracks_is_an_error_and_hangs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scorers, "MATCH_LIMIT", 0.3)
+    scorer, hostile = find_scorer(f"regex:{BACKTRACKS}"), "a" * 200 + "b"
+    assert scorer("b aaa", "aaa") == Grade(True, "aaa")
+    expected = Grade(False, None, "no match within 0.3 s")
+    assert scorer(hostile, "a") == expected
+    before = scorers._matched.cache_info().misses
+    assert scorer(hostile, "a") == scorer(hostile, "aa") == expected
+    assert scorers._matched.cache_info().misses == before
+    assert scorer("aa", hostile) == expected
+
+
+def test_the_last_match_is_that_of_the_standard_library() -> None:
+    rng = random.Random(0)
+    for pattern in (r"x(\d*)", r"(?:a|(b))x?", r"^(.)$", r"(?m)^(.*)$", r"answer: (\S+)", r"(\d)(?=\d)"):
+        for _ in range(200):
+            text = "".join(rng.choice("abx12 \n") for _ in range(12))
+            groups = [match[1].strip() for match in re.finditer(pattern, text) if match[1] is not None]
+            assert find_scorer(f"regex:{pattern}")(text, "?").parsed == (groups[-1] if groups else None)
