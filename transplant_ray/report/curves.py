@@ -52,7 +52,7 @@ def comparable(rows: Iterable[Row]) -> list[Row]:
 
 def kinds(rows: Iterable[Row]) -> list[str]:
     """Kinds of the trials, in the order of the plan."""
-    return list(dict.fromkeys(str(row.kind) for row in rows if row.role == "trial"))
+    return list(dict.fromkeys(row.panel for row in rows if row.role == "trial"))
 
 
 def k_curves(rows: Sequence[Row]) -> Figure:
@@ -110,7 +110,7 @@ def headline(rows: Sequence[Row]) -> Figure:
 def _draw(axis: Axes, rows: Sequence[Row], kind: str, across: Across) -> None:
     every = comparable(rows)
     shown = [row for row in every if across(row) is not None]
-    of_kind = [row for row in shown if row.kind == kind]
+    of_kind = [row for row in shown if row.panel == kind]
     _draw_baselines(axis, every)
     _draw_controls(axis, [row for row in of_kind if row.role == "control"], across)
     if across is over_moved:
@@ -121,9 +121,9 @@ def _draw(axis: Axes, rows: Sequence[Row], kind: str, across: Across) -> None:
     axis.set(title=f"kind: {kind}", ylim=_limits(every))
     if across is over_k:
         grid = [row for row in shown if row.role in ("trial", "control") and row.ranker != "uniform"]
-        _scale_k(axis, [row.size for row in grid], [row.size for row in grid if row.kind == kind])
+        _scale_k(axis, [row.size for row in grid], [row.size for row in grid if row.panel == kind])
     else:
-        axis.set(xlim=(-0.02, 1.02), xlabel="share of ‖ΔW‖ that is moved")
+        axis.set(xlim=(-0.02, 1.02 * max(1.0, *(across(row) or 0 for row in of_kind), 0.0)), xlabel="share of ‖ΔW‖ that is moved")
 
 
 def _draw_trials(axis: Axes, rows: Iterable[Row], styles: Mapping[str, Look], across: Across) -> None:
@@ -195,18 +195,17 @@ def _draw_baselines(axis: Axes, rows: Iterable[Row]) -> None:
 def _scale_k(axis: Axes, sizes: Sequence[int], of_kind: Sequence[int]) -> None:
     """The same for all kinds, logarithmic where K spans a decade or so; the K of this kind as ticks, where there is room."""
     axis.set_xlabel("K, modules transplanted")
-    ends = [size for size in sizes if size > 0]
-    if not ends:
+    if not sizes:
         return
-    low, high = min(ends), max(ends)
-    logarithmic = high >= 8 * low
+    low, high = min(sizes), max(sizes)
+    logarithmic = low > 0 and high >= 8 * low  # gates may all be rounded to 0, which a logarithm cannot show
     if logarithmic:
         axis.set_xscale("log", base=2)
         axis.set_xlim(low / 1.25, high * 1.25)
     place = log2 if logarithmic else float
     room = MIN_TICK_ROOM * (place(high) - place(low))
     ticks: list[int] = []
-    for size in sorted({size for size in of_kind if size > 0}):
+    for size in sorted(set(of_kind)):
         if not ticks or place(size) - place(ticks[-1]) >= room:
             ticks.append(size)
     axis.xaxis.set_major_locator(FixedLocator(ticks))

@@ -54,8 +54,10 @@ def curve_plots(sweep: Sweep) -> list[Plot]:
     n, seed, seeds = every[0].n, _seed(sweep), len({row.seed for row in every if row.ranker == "random"})
     star = "The star is the winner, which was chosen on these numbers."
     base = f"Select, n = {n}, split seed {seed}. Bands: 95 % Wilson intervals. {star}"
+    left_out = sum(row.role == "trial" for row in sweep.on("select")) - len(trials)
+    absent = f" {left_out} trials that failed or were stopped early are in the table alone." if left_out else ""
     random = f" Grey: random sets ({seeds} seeds; the line is their mean, the area their range) and depth order." if seeds else ""
-    plots = [Plot(_panels(rows, "k", over_k, "K"), f"Accuracy over K, one panel a kind. {base}{random}")]
+    plots = [Plot(_panels(rows, "k", over_k, "K"), f"Accuracy over K, one panel a kind. {base}{random}{absent}")]
     if any(row.moved is not None for row in trials):
         merge = "The grey diamonds are plain merges of all modules at a uniform alpha."
         caption = f"The same over the share of ‖ΔW‖ that is moved: equal distance from the target, not equal count. {merge} {base}"

@@ -65,13 +65,14 @@ def shown(text: str, most: int = MOST_CHARACTERS) -> str:
     The end stays: that is where an answer stands.
     """
     if len(text) <= most:
-        return _visible(text)
+        return visible(text)
     head, tail = text[: most - most // 3], text[len(text) - most // 3 :]
     left_out = len(text) - len(head) - len(tail)
-    return f"{_visible(head)} […{left_out:,} characters left out…] {_visible(tail)}"
+    return f"{visible(head)} […{left_out:,} characters left out…] {visible(tail)}"
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
+    """A text in which nothing hides."""
     return text.translate(CONTROL_PICTURES).translate(DIRECTIONS)
 
 

@@ -16,8 +16,8 @@ Item = tuple[str, str]
 NOT_RECORDED = "not recorded"
 WINNER_RULE = "the smallest K within one standard error of the best trial on select, then the fewest parameters"
 VERDICT_RULE = (
-    f"on test, in fixed sequence, each at {ALPHA}: exact McNemar against the target; against arms of random sets that were chosen by "
-    "the same rule; guards within their margins"
+    f"on test, in fixed sequence, each at {ALPHA}: exact McNemar against the target; against arms of random sets, chosen "
+    "by the same rule; guards within their margins"
 )
 
 
@@ -86,8 +86,8 @@ def _tests(sweep: Sweep) -> list[Item]:
         ("winner", f"{primary}, named beforehand" if primary else WINNER_RULE),
         (
             "intervals",
-            f"Wilson, 95 %, of an accuracy; paired bootstrap over examples ({RESAMPLES:,} resamples, seed {text(dig(split, 'seed'))}) "
-            "of differences, TIR and Recovery",
+            f"Wilson, 95 %, of an accuracy; paired bootstrap over examples ({RESAMPLES:,} resamples, seed "
+            f"{text(dig(split, 'seed'))}) of differences, TIR and Recovery",
         ),
         ("verdict", VERDICT_RULE),
         ("arms", _arms(sweep)),

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from transplant_ray.report import words
 from transplant_ray.report.figures import changed_plot, cost_plots, curve_plots, headline_plot, legend, score_plots
-from transplant_ray.report.flips import MOST_SHOWN, shown
+from transplant_ray.report.flips import MOST_SHOWN, shown, visible
 from transplant_ray.report.method import agreements, method, ranker_costs
 from transplant_ray.report.records import GuardRow, Row
 from transplant_ray.report.sweep import Sweep, dig
@@ -57,11 +57,21 @@ class Line:
 def render(sweep: Sweep) -> str:
     """The whole page as HTML."""
     environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_visible,
     )
     environment.filters |= {"shown": shown, "number": words.number, "percent": words.percent, "count": words.count}
     css = Markup((HERE / "report.css").read_text(encoding="utf-8"))
     return environment.get_template("report.html.jinja").render(css=css, **_context(sweep))
+
+
+def _visible(value: Any) -> Any:
+    """Whatever the template writes that comes from a run."""
+    return visible(value) if type(value) is str else value
 
 
 def _context(sweep: Sweep) -> Mapping[str, Any]:

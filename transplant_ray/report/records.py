@@ -75,6 +75,11 @@ class Row(Record):
         return self.num_modules if self.k is None else self.k
 
     @property
+    def panel(self) -> str:
+        """The kind, under which it is drawn; what was fitted over all modules may have none."""
+        return self.kind or "all"
+
+    @property
     def measured(self) -> bool:
         """On all examples of its split, without an error: comparable with the others."""
         return self.accuracy is not None and self.error is None and self.stopped is None

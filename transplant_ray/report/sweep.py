@@ -137,9 +137,13 @@ def _coefficients(folder: RunFolder) -> Mapping[str, Any]:
         found = dig(json.loads(path.read_text(encoding="utf-8")), "coefficients")
     except (OSError, ValueError) as error:
         raise RunError(f"{path}: not a readable variant ({error}). Export the winner again.") from error
-    if not isinstance(found, dict):
-        raise RunError(f"{path}: has no `coefficients`. Export the winner again.")
+    if not isinstance(found, dict) or not all(_is_coefficient(value) for value in found.values()):
+        raise RunError(f"{path}: has no `coefficients` that are numbers, or lists of them. Export the winner again.")
     return found
+
+
+def _is_coefficient(value: Any) -> bool:
+    return all(isinstance(c, int | float) for c in value) if isinstance(value, list) and value else isinstance(value, int | float)
 
 
 def _flips(folder: RunFolder, won: Mapping[Split, str]) -> Flips | None:
