@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from xml.etree import ElementTree
 
 import matplotlib
@@ -30,9 +31,10 @@ def inline_svg(figure: Figure, name: str, title: str) -> Markup:
     bytes.
     """
     written = io.StringIO()
-    with matplotlib.rc_context({**STYLE, "svg.fonttype": "none", "svg.hashsalt": name}):
+    with matplotlib.rc_context({**STYLE, "svg.fonttype": "none", "svg.hashsalt": name}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # the page's fonts draw it
         figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    root = ElementTree.fromstring(_ILLEGAL.sub("\ufffd", written.getvalue()))
+    root = ElementTree.fromstring(_legal(written.getvalue()))
     referred = _references(root)
     for parent in root.iter():
         for child in [child for child in parent if child.tag in (f"{SVG}metadata", f"{SVG}style")]:
@@ -40,7 +42,7 @@ def inline_svg(figure: Figure, name: str, title: str) -> Markup:
     for element in root.iter():
         _clean(element, name, referred)
     root.attrib = {
-        "xmlns": SVG.strip("{}"), "viewBox": root.attrib["viewBox"], "role": "img", "aria-label": title,
+        "xmlns": SVG.strip("{}"), "viewBox": root.attrib["viewBox"], "role": "img", "aria-label": _legal(title),
         "stroke-linejoin": "round", "stroke-linecap": "butt", "style": _widths(root.attrib["viewBox"]),
     }  # fmt: skip
     return Markup(ElementTree.tostring(root, encoding="unicode"))
@@ -50,6 +52,10 @@ def _widths(view_box: str) -> str:
     """How far a figure may shrink and grow before its text is too small or too large to read; less room scrolls it in its box."""
     width = float(view_box.split()[2])
     return f"min-width: {LEAST * width:.0f}px; max-width: {MOST * width:.0f}px"
+
+
+def _legal(text: str) -> str:
+    return _ILLEGAL.sub("\ufffd", text)
 
 
 def _references(root: ElementTree.Element) -> frozenset[str]:
