@@ -74,7 +74,8 @@ def hostile(address: str) -> tuple[str, ...]:
         f"<svg><image href='{address}/svg'/><script>document.title='owned'</script></svg>",
         f"<iframe src='{address}/frame'></iframe><object data='{address}/object'></object>",
         f"<meta http-equiv=refresh content='0;url={address}/meta'><base href='{address}/'>",
-        "</title><plaintext>", "<!-- not closed", "&#60;script&#62;document.title='owned'&#60;/script&#62;", "\x00<\x00script>", "‮nigiro",
+        "</title><plaintext>", "<!-- not closed",
+        "&#60;script&#62;document.title='owned'&#60;/script&#62;", "\x00<\x00script>", "‮nigiro",
     )  # fmt: skip
 
 
@@ -115,9 +116,8 @@ def test_such_errors_and_requests_would_be_seen(server: Server, tmp_path: Path) 
 def test_a_script_that_came_in_all_the_same_would_be_refused(page: Path, server: Server, tmp_path: Path) -> None:
     """The page's own policy is a second wall behind the escaping."""
     broken = tmp_path / "broken.html"
-    broken.write_text(
-        page.read_text().replace("</main>", f"<script>document.title='owned'</script><img src='{server.address}/wall'></main>")
-    )
+    came_in = f"<script>document.title='owned'</script><img src='{server.address}/wall'>"
+    broken.write_text(page.read_text().replace("</main>", f"{came_in}</main>"))
     server.asked.clear()
     seen = look_at(broken, tmp_path / "profile")
     assert "owned</title>" not in seen.dom
@@ -127,7 +127,7 @@ def test_a_script_that_came_in_all_the_same_would_be_refused(page: Path, server:
 
 @pytest.mark.parametrize("width", [320, 360, 1280])
 def test_the_page_is_no_wider_than_the_screen(page: Path, tmp_path: Path, width: int) -> None:
-    """Figures and tables scroll in boxes of their own. The browser's window has a least width, so the page is looked at in a frame."""
+    """Figures and tables scroll in boxes of their own. A window of the browser is at least 500 wide, so the page is in a frame."""
     policy = re.compile(r"<meta http-equiv=\"Content-Security-Policy\"[^>]*>")
     measure = "<script>parent.postMessage(`${innerWidth} ${document.documentElement.scrollWidth}`, '*')</script></body>"
     (tmp_path / "inner.html").write_text(policy.sub("", page.read_text()).replace("</body>", measure))
