@@ -52,8 +52,8 @@ def curve_plots(sweep: Sweep) -> list[Plot]:
     if not trials:
         return []
     n, seed, seeds = every[0].n, _seed(sweep), len({row.seed for row in every if row.ranker == "random"})
-    star = "The star is the winner, which was chosen on these numbers."
-    base = f"Select, n = {n}, split seed {seed}. Bands: 95 % Wilson intervals. {star}"
+    star = " The star is the winner, which was chosen on these numbers." if any(row.winner for row in trials) else ""
+    base = f"Select, n = {n}, split seed {seed}. Bands: 95 % Wilson intervals.{star}"
     left_out = sum(row.role == "trial" for row in sweep.on("select")) - len(trials)
     absent = f" {left_out} trials that failed or were stopped early are in the table alone." if left_out else ""
     random = f" Grey: random sets ({seeds} seeds; the line is their mean, the area their range) and depth order." if seeds else ""

@@ -74,7 +74,7 @@ def depth_panel(scores: Sequence[Score]) -> Figure:
             )  # fmt: skip
         axis.set(title=f"{scores[0].ranker} against depth", xlabel="layer", ylabel="score")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
-        axis.legend(frameon=False, loc="lower right", bbox_to_anchor=(1.02, 0.98), ncols=3, handletextpad=0, columnspacing=0.8)
+        axis.legend(frameon=False, loc="upper right", bbox_to_anchor=(1.02, -0.1), ncols=3, handletextpad=0, columnspacing=0.8)
     return figure
 
 
