@@ -116,6 +116,14 @@ def show(run: RunPath, every: Annotated[bool, typer.Option("--all", help="Every 
 
 
 @app.command()
+def report(run: RunPath) -> None:
+    """Make the report of a finished sweep again: report.html, and the variants as CSV and LaTeX."""
+    from transplant_ray.pipeline.reporting import report as run_report
+
+    console.print(f"wrote {run_report(run)}", markup=False, soft_wrap=True)
+
+
+@app.command()
 def grade(
     task: Annotated[str, typer.Option(help=f"Named task: {', '.join(NAMED_TASKS)}.")],
     completions: Annotated[

@@ -49,13 +49,34 @@ class RunFolder:
         writable_folder(folder.path)
         for path in (folder.recipe, folder.rankings, folder.results, folder.variants, folder.summary):
             folder.fetch(path)
+        folder.fetch_present(folder.guards, folder.examples)
         return folder
 
     def fetch(self, path: Path) -> None:
         """Copy one file of a remote run here; RunError where it is not there."""
         if self.address is not None:
-            with _remote(self.address) as (system, root), system.open_input_stream(f"{root}/{path.name}") as stream:
+            with _remote(self.address) as (system, root), system.open_input_stream(f"{root}/{self._inside(path)}") as stream:
+                path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(stream.read())
+
+    def fetch_present(self, *paths: Path) -> None:
+        """Copy those files of a remote run here that are there; what is not there is not here either."""
+        if self.address is None:
+            return
+        with _remote(self.address) as (system, root):
+            infos = system.get_file_info([f"{root}/{self._inside(path)}" for path in paths])
+        for path, info in zip(paths, infos, strict=True):
+            path.unlink(missing_ok=True)
+            if info.is_file:
+                self.fetch(path)
+
+    def send(self, *paths: Path) -> None:
+        """Copy single files to `address`; nothing to do for a local folder."""
+        if self.address is not None:
+            with _remote(self.address) as (system, root):
+                for path in paths:
+                    with system.open_output_stream(f"{root}/{self._inside(path)}") as stream:
+                        stream.write(path.read_bytes())
 
     def publish(self) -> None:
         """Copy everything to `address`; nothing to do for a local folder."""
@@ -103,6 +124,31 @@ class RunFolder:
     @property
     def summary(self) -> Path:
         return self.path / "summary.json"
+
+    @property
+    def guards(self) -> Path:
+        return self.path / "guards.parquet"
+
+    @property
+    def examples(self) -> Path:
+        return self.path / "examples.parquet"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def variants_csv(self) -> Path:
+        return self.path / "variants.csv"
+
+    @property
+    def variants_tex(self) -> Path:
+        return self.path / "variants.tex"
+
+    @property
+    def reports(self) -> tuple[Path, ...]:
+        """What `build_report` writes."""
+        return self.report, self.variants_csv, self.variants_tex
 
     @property
     def outcomes(self) -> Path:
@@ -158,6 +204,9 @@ class RunFolder:
         write_text(self.path / ".identity", identity)  # first: a recipe without its mark would be taken for another's
         write_text(self.recipe, recipe_text)
 
+    def _inside(self, path: Path) -> str:
+        return path.relative_to(self.path).as_posix()
+
     def require(self, path: Path) -> Path:
         if not path.exists():
             raise RunError(f"{path}: not there. Is {self.path} a run folder, and did its sweep finish? Run the sweep again.")
@@ -193,12 +242,7 @@ def _local_copy(address: str) -> Path:
 def _mirror_claim(folder: RunFolder, mark: Path) -> None:
     """Make the local copy say what the address says, so that another recipe's results there are seen."""
     writable_folder(folder.path)
-    with _remote(folder.address or "") as (system, root):
-        there = system.get_file_info([f"{root}/{path.name}" for path in (folder.recipe, mark)])
-    for path, info in zip((folder.recipe, mark), there, strict=True):
-        path.unlink(missing_ok=True)
-        if info.is_file:
-            folder.fetch(path)
+    folder.fetch_present(folder.recipe, mark)
 
 
 def _beside(root: str, path: Path) -> str:
@@ -223,9 +267,10 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema)
         pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema=schema), temporary)
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path, filters: Sequence[tuple[str, str, Any]] | None = None) -> list[dict[str, Any]]:
+    """Rows of a Parquet file, or those that pass all of pyarrow's `filters`; RunError where it cannot be read."""
     try:
-        rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+        rows: list[dict[str, Any]] = pq.read_table(path, filters=None if filters is None else list(filters)).to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise RunError(f"{path}: not a readable Parquet file ({error}). Run the sweep again.") from error
     return rows

@@ -13,7 +13,7 @@ from integration.helpers import SPLIT, Place, Swept, folder_bytes, run_main, wei
 
 from transplant_ray import cli
 
-COMMANDS = ("demo", "plan", "rank", "sweep", "export", "apply", "show", "grade")
+COMMANDS = ("demo", "plan", "rank", "sweep", "export", "apply", "show", "report", "grade")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -49,6 +49,18 @@ def test_a_command_line_that_cannot_be_read_ends_with_2(argv: tuple[str, ...]) -
     assert finished.code == 2
     assert "Usage:" in finished.err
     assert "--help" in finished.err
+
+
+def test_report_makes_the_report_of_a_sweep_again_byte_for_byte(swept: Swept) -> None:
+    before = folder_bytes(swept.folder)
+    for name in ("report.html", "variants.csv", "variants.tex"):
+        (swept.folder / name).unlink()
+    finished = run_main("report", swept.folder)
+    assert (finished.code, finished.out.split()) == (0, ["wrote", str(swept.folder / "report.html")])
+    assert folder_bytes(swept.folder) == before
+    page = (swept.folder / "report.html").read_text(encoding="utf-8")
+    measured = swept.results.dropna(subset=["accuracy"])
+    assert all(f"{accuracy:.3f}" in page for accuracy in measured["accuracy"])
 
 
 def test_plan_tells_modules_variants_memory_and_placement_and_writes_nothing(place: Place) -> None:

@@ -26,8 +26,9 @@ from transplant_ray.pipeline.searching import describe_searches
 from transplant_ray.probe.agreement import compare_rankings, spearman_with_depth, stability
 from transplant_ray.probe.rankers import Ranking
 from transplant_ray.recipe import MAIN
+from transplant_ray.report.build import build_report
+from transplant_ray.report.figures import tracking_figures
 from transplant_ray.storage import RunFolder, write_rows
-from transplant_ray.tracking.figures import heat_map, k_curves
 from transplant_ray.tracking.tracker import Tracker, environment
 
 
@@ -48,7 +49,7 @@ class SweepResult:
 
 
 def record(run: Run, evaluation: Evaluation, results: list[Result], probed: ProbeResult, tracker: Tracker) -> SweepResult:
-    """Write tables, summary and the winner's card, then tell MLflow; returns what was recorded."""
+    """Write tables, summary and the winner's card, tell MLflow, and write the report; returns what was recorded."""
     folder = run.folder
     with run.stopwatch.stage("record"):
         guards = _guards(evaluation, results)
@@ -66,15 +67,16 @@ def record(run: Run, evaluation: Evaluation, results: list[Result], probed: Prob
             "guards": [asdict(row) for row in guards if row.winner or row.role in ("target", "source", "all")],
         }
         write_json(folder.summary, summary)
-        figures = {"k_curves": k_curves(results)}
-        figures |= {f"scores_{r.ranker}": heat_map(r, run.job.comparison.modules) for r in probed.rankings}
         folder.publish()
-        tracker.log_summary(folder, _headline(results), figures, verdict)
+        tracker.log_summary(folder, _headline(results), tracking_figures(folder), verdict)
         if winner:
             summary["model_version"] = tracker.log_winner(evaluation.reported[winner[0].label].run_id, winner[-1], folder)
     summary["seconds"] = run.stopwatch.seconds
     write_json(folder.summary, summary)
     shutil.rmtree(folder.path / ".tune", ignore_errors=True)  # Tune's own state: all of it is in the tables
+    build_report(folder)  # last: whatever becomes of it, everything else is kept, and `report` makes it again
+    folder.send(folder.summary, *folder.reports)
+    tracker.log_report(folder)
     return SweepResult(folder, results, summary)
 
 

@@ -108,6 +108,11 @@ class Tracker:
         for name, figure in figures.items():
             self.client.log_figure(self.run_id, figure, f"figures/{name}.png")
 
+    def log_report(self, folder: RunFolder) -> None:
+        """The report and its tables into the parent run."""
+        for path in folder.reports:
+            self.client.log_artifact(self.run_id, str(path))
+
     def log_winner(self, run_id: str, result: Result, folder: RunFolder) -> str | None:
         """What the recipe wants of the winner in its run; a checkpoint also as a model version, returned as `name/version`.
 

@@ -1,0 +1,21 @@
+"""`report`: the report of a finished sweep, made again from its run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transplant_ray.report.build import build_report
+from transplant_ray.storage import RunFolder
+
+
+def report(run: str | Path) -> Path:
+    """Write `report.html`, `variants.csv` and `variants.tex` of a finished run, and return the first; a remote run gets them too.
+
+    RunError where the run is not there, or a file of it is damaged.
+    """
+    folder = RunFolder.open(str(run))
+    answers = [folder.outcomes / f"{split}.parquet" for split in ("select", "test")]
+    folder.fetch_present(*answers, folder.delta / "variant.json")
+    page = build_report(folder)
+    folder.send(*folder.reports)
+    return page

@@ -1,0 +1,70 @@
+"""All rows of a sweep as CSV, with every column of the run's own table, and as LaTeX for a paper."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transplant_ray.report.records import Row
+from transplant_ray.report.words import NOTHING, interval, measured_columns, number
+
+_SPECIAL = re.compile(r"[\\&%$#_{}~^<>|\"]")
+_WRITTEN = {
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+    "|": r"\textbar{}", '"': r"\textquotedbl{}",
+}  # fmt: skip
+_SYMBOLS = {"‖ΔW‖": r"$\|\Delta W\|$", "λ": r"$\lambda$", "–": "--", "÷": r"$\div$"}
+_CONTROL = re.compile(r"[\x00-\x1f\x7f\u2028\u2029]+")
+
+
+def to_csv(table: Sequence[Mapping[str, Any]]) -> str:
+    """One line per row of results.parquet: its label, then every column that it has; empty where there is no value."""
+    columns = ["label", *(name for name in dict.fromkeys(name for row in table for name in row) if name != "label")]
+    written = io.StringIO()
+    writer = csv.DictWriter(written, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    return written.getvalue()
+
+
+def to_latex(rows: Sequence[Row], caption: str) -> str:
+    """A longtable with booktabs rules: every row, the measured columns."""
+    columns = measured_columns(rows)
+    titles = ["variant", "split", "accuracy", "95 % interval", *(column.title for column in columns)]
+    heading = " & ".join(map(_title, titles)) + r" \\"
+    return "\n".join(
+        [
+            r"% \usepackage{booktabs,longtable}",
+            rf"\begin{{longtable}}{{ll{'r' * (len(titles) - 2)}}}",
+            rf"\caption{{{escape_latex(caption)}}} \\",
+            rf"\toprule {heading} \midrule \endfirsthead",
+            rf"\toprule {heading} \midrule \endhead",
+            r"\bottomrule \endfoot",
+            *(_line(row, [column.shown(column.value(row)) for column in columns]) for row in rows),
+            r"\end{longtable}",
+            "",
+        ]
+    )
+
+
+def escape_latex(text: str) -> str:
+    """Text that LaTeX prints as it is; control characters become spaces."""
+    plain = _CONTROL.sub(" ", text)
+    return _SPECIAL.sub(lambda match: _WRITTEN.get(match[0], f"\\{match[0]}"), plain)
+
+
+def _line(row: Row, cells: Sequence[str]) -> str:
+    name = escape_latex(row.label) + (r" $\star$" if row.winner else "")
+    accuracy = number(row.accuracy) if row.error is None else "failed"
+    return " & ".join([name, row.split, accuracy, _cell(interval(row) or NOTHING), *map(_cell, cells)]) + r" \\"
+
+
+def _cell(text: str) -> str:
+    return escape_latex(text).replace("–", "--")
+
+
+def _title(text: str) -> str:
+    return _SYMBOLS.get(text) or escape_latex(text).replace("‖ΔW‖", _SYMBOLS["‖ΔW‖"])
