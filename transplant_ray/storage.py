@@ -47,9 +47,9 @@ class RunFolder:
             return cls(_expanded(run))
         folder = cls(_local_copy(run), run)
         writable_folder(folder.path)
-        for path in (folder.recipe, folder.rankings, folder.results, folder.variants, folder.summary):
+        for path in (folder.recipe, folder.rankings, folder.results, folder.summary):
             folder.fetch(path)
-        folder.fetch_present(folder.guards, folder.examples)
+        folder.fetch_present(folder.variants, folder.guards, folder.examples)
         return folder
 
     def fetch(self, path: Path) -> None:
@@ -114,14 +114,6 @@ class RunFolder:
         return self.path / "modules.parquet"
 
     @property
-    def guards(self) -> Path:
-        return self.path / "guards.parquet"
-
-    @property
-    def examples(self) -> Path:
-        return self.path / "examples.parquet"
-
-    @property
     def summary(self) -> Path:
         return self.path / "summary.json"
 
@@ -172,7 +164,7 @@ class RunFolder:
         split = hashlib.sha256("\n".join(sorted(examples)).encode()).hexdigest()[:16]
         if self.address is not None:
             self._mirror_openings()
-        opened = _read_json(self.openings) if self.openings.exists() else {}
+        opened = _read_json(self.openings, "record of test splits") if self.openings.exists() else {}
         opened.setdefault(split, []).append({"run": self.path.name, "at": datetime.now(UTC).isoformat(timespec="seconds")})
         write_json(self.openings, opened)
         if self.address is not None:
@@ -213,16 +205,16 @@ class RunFolder:
         return path
 
     def read_summary(self) -> dict[str, Any]:
-        return _read_json(self.require(self.summary))
+        return _read_json(self.require(self.summary), "summary")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, what: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError(f"found {type(content).__name__}, expected an object")
     except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{path}: not readable as JSON ({error}). Move it away and run the sweep again.") from error
+        raise RunError(f"{path}: not a readable {what} ({error}). Move it away and run the sweep again.") from error
     return content
 
 

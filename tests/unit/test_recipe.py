@@ -49,10 +49,16 @@ WHOLE: dict[str, Any] = {
                 "prompt": "{prompt}",
                 "answer": "{answer}",
                 "scorer": "exact",
+                "choices": None,
                 "max_new_tokens": 8,
                 "stop": [],
                 "chat_template": False,
                 "system": None,
+                "shots": None,
+                "lm_eval": None,
+                "num_fewshot": None,
+                "metric": None,
+                "filter": None,
                 "split": {"probe": 64, "select": 150, "test": 150, "seed": 42},
                 "margin": 0.1,
             }
@@ -565,7 +571,7 @@ LEFT_OUT = {
     "sweep.primary",
     "sweep.channels",
     "guards.held_out",
-    "guards.tasks.reversal.system",
+    *(f"guards.tasks.reversal.{key}" for key in ("system", "choices", "shots", "lm_eval", "num_fewshot", "metric", "filter")),
 }  # tried below and in another file
 
 

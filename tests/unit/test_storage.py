@@ -228,7 +228,6 @@ def test_a_published_run_can_be_opened_by_its_address(tmp_path: Path, monkeypatc
     written.claim("identity", "name: run\n")
     write_rows(written.rankings, [{"name": "a", "n": 1}], SCHEMA)
     write_rows(written.results, [], SCHEMA)
-    write_rows(written.variants, [], SCHEMA)
     write_json(written.summary, {"winner": None})
     write_text(written.checkpoint / "README.md", "card")
     assert list((tmp_path / "store").iterdir()) == []

@@ -70,8 +70,6 @@ class Sweep:
 def read_sweep(folder: RunFolder) -> Sweep:
     """RunError where the folder, its results or its summary are missing, or a file is damaged."""
     summary = folder.read_summary()
-    if not isinstance(summary, dict):
-        raise RunError(f"{folder.summary}: found {type(summary).__name__}, expected an object. Run the sweep again.")
     table, rows = read_table(folder)
     recipe, recipe_text = _recipe(folder.recipe)
     won = {row.split: row.variant for row in rows if row.winner}

@@ -37,7 +37,7 @@ def test_a_task_of_choices_is_as_long_as_its_longest_choice(folder: Path) -> Non
     examples = [example for examples in made.examples.values() for example in examples]
     assert {split: len(examples) for split, examples in made.examples.items()} == SPLIT
     assert made.generation.max_new_tokens == made.probe_settings.max_new_tokens == 2
-    assert made.scorer == "choice"
+    assert made.rules.scorer == "choice"
     assert {len(example.choices) for example in examples} == {2}
     text = tiny_tokenizer().decode(examples[0].prompt_ids, skip_special_tokens=True)
     assert text.count("\n") == 2

@@ -151,7 +151,7 @@ def test_the_table_says_where_each_module_is() -> None:
 
 def test_the_recipe_knows_the_same_rankers_and_scorers_as_the_code() -> None:
     assert set(recipe.RANKERS) == set(RANKERS)
-    assert set(recipe.SCORERS) == {*SCORERS, FORCED}
+    assert set(recipe.SCORERS) == {*SCORERS, FORCED, "choice"}
     assert set(RESIDENT) == recipe.RESIDENT_RANKERS
 
 

@@ -271,7 +271,7 @@ def test_a_damaged_file_is_named_and_no_report_is_written(tmp_path: Path, name: 
 def test_a_summary_that_is_no_object_is_refused(tmp_path: Path, content: str) -> None:
     folder = write_run(tmp_path / "run", SMALL)
     folder.summary.write_text(content)
-    with pytest.raises(RunError, match=r"summary\.json: found .*, expected an object"):
+    with pytest.raises(RunError, match=r"summary\.json: not a readable summary \(found .*, expected an object\)"):
         build_report(folder)
 
 
