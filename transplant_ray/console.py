@@ -88,7 +88,7 @@ def results_table(results: Sequence[Result], split: str = "select", top: int | N
     hidden = len(rows) - sum(map(len, groups))
     if hidden:
         table.caption = f"{hidden} more rows: transplant-ray show RUN --all"
-    table.add_column("what", no_wrap=True)
+    table.add_column("what", no_wrap=True, max_width=34)
     for name, width in (("accuracy", 8), ("95 % CI", 11), ("TIR", 5), ("Recovery", 8)):
         table.add_column(name, justify="right", no_wrap=True, min_width=width)
     table.add_column("variant", no_wrap=True, min_width=10)
@@ -149,6 +149,9 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
     lines += _price_lines(summary)
     if winner["same_as"]:
         lines.append(f"the ranking made no difference here: {', '.join(winner['same_as'])} hold the same modules")
+    if matched := winner["matched"]:
+        told = f"{_interval(matched['test'])} (McNemar p = {matched['p']:.2g})"
+        lines.append(f"a merge of all modules that moves as much, {matched['label']}, on test: {told}")
     if winner["best_control"] is not None:
         lines.append(f"best control on select: {winner['best_control']['label']}, {_interval(winner['best_control'])}")
     return lines

@@ -219,7 +219,7 @@ class TextSpec(Part):
     """Template over the columns of the data."""
     tokens: int = Field(128, ge=2)
     """Of each passage, so many are read."""
-    split: SplitSpec = SplitSpec(probe=40, select=40, test=40)
+    split: SplitSpec = SplitSpec(probe=24, select=24, test=60)
 
 
 class GuardSpec(Part):

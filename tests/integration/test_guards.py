@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
+from transplant_ray.evaluate.significance import mcnemar
 from transplant_ray.graft.variant import Variant, blend, read_variant
 from transplant_ray.storage import read_rows
 
@@ -74,7 +75,8 @@ def test_what_a_search_finds_is_a_trial_like_any_other(guarded: Swept) -> None:
     variants = read_rows(guarded.folder / "variants.parquet")
     for result in found(guarded):
         row = trials.loc[[result["variant"]]].query("ranker in ['gates row', 'greedy']").iloc[0]
-        assert (row["penalty"], row["k"], row["n"]) == (result["penalty"], result["num_modules"], SPLIT["select"])
+        assert pd.isna(row["k"])
+        assert (row["penalty"], row["num_modules"], row["n"]) == (result["penalty"], result["num_modules"], SPLIT["select"])
         coefficients = read_variant(variants, result["variant"]).coefficients
         assert {c for each in coefficients.values() for c in (each if isinstance(each, tuple) else (each,))} <= {0.0, 1.0}
         shares = [sum(c) / len(c) if isinstance(c, tuple) else c for c in coefficients.values()]
@@ -114,9 +116,9 @@ def test_the_guards_of_the_verdict_are_of_the_exported_checkpoint(guarded: Swept
     if verdict["gain"] is None:
         pytest.skip("no gap: nothing was judged")
     found = {guard["name"]: guard for guard in verdict["guards"]}
-    assert set(found) == {"one", "two (held out)"}
+    assert {name: guard["held_out"] for name, guard in found.items()} == {"one": False, "two": True}
     for name, guard in found.items():
-        after = accuracy(guarded, f"guard-{name.split()[0]}-test", "exported")
+        after = accuracy(guarded, f"guard-{name}-test", "exported")
         assert guard["pairs"]["n"] == GUARD_SPLIT["test"]
         assert (guard["pairs"]["both"] + guard["pairs"]["gained"]) / GUARD_SPLIT["test"] == pytest.approx(after)
         assert guard["margin"] == 0.1
@@ -154,6 +156,25 @@ def test_a_trial_by_channel_can_be_exported_and_is_what_was_measured(guarded: Sw
     said = said[said["variant"] == row.variant].drop_duplicates("example").head(5)
     prompts = pd.read_parquet(guarded.folder / "examples.parquet").set_index("example")["prompt"]
     assert [plain_completion(model, tiny_tokenizer(), prompts[e]) for e in said["example"]] == list(said["completion"])
+
+
+def test_the_merge_that_moves_as_much_as_the_winner_is_held_against_it(guarded: Swept) -> None:
+    results = guarded.results
+    (winner,) = results[results["winner"] & (results["split"] == "select")].itertuples()
+    matched = guarded.summary["winner"]["matched"]
+    rows = results[(results["ranker"] == "uniform") & (results["alpha"] == round(winner.moved, 4))]
+    assert set(rows["split"]) == {"select", "test"}
+    assert rows["moved"].sub(winner.moved).abs().max() < 1e-4
+    (test,) = rows[rows["split"] == "test"].itertuples()
+    assert matched["test"]["accuracy"] == test.accuracy == accuracy(guarded, "test", test.variant)
+    ours, theirs = (right_on_test(guarded, name) for name in ("exported", test.variant))
+    assert matched["p"] == pytest.approx(mcnemar(theirs, ours).p)
+    assert matched["label"] in guarded.finished.out
+
+
+def right_on_test(swept: Swept, variant: str) -> Any:
+    found = outcomes(swept, "test")
+    return found[found["variant"] == variant].drop_duplicates("example").sort_values("example")["correct"].to_numpy()
 
 
 def test_console_and_mlflow_tell_the_price(guarded: Swept) -> None:

@@ -184,6 +184,8 @@ class Guard:
     variant: Right
     margin: float
     """Loss of accuracy that is put up with, a share in (0, 1)."""
+    held_out: bool = False
+    """Whether nothing was fitted on it or chosen by it."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,7 @@ class GuardTest:
     """One-sided, of a loss of the margin or more."""
     p_holm: float
     """The same, adjusted for the number of guards."""
+    held_out: bool = False
 
     @property
     def holds(self) -> bool:
@@ -213,7 +216,9 @@ def check_guards(guards: Sequence[Guard]) -> tuple[GuardTest, ...]:
     ps = [non_inferiority_p(each, guard.margin) for each, guard in zip(pairs, guards, strict=True)]
     adjusted = multipletests(ps, alpha=ALPHA, method="holm")[1].tolist()
     rows = zip(guards, pairs, ps, adjusted, strict=True)
-    return tuple(GuardTest(g.name, each, g.margin, score_interval(each, 2 * ALPHA), p, holm) for g, each, p, holm in rows)
+    return tuple(
+        GuardTest(g.name, each, g.margin, score_interval(each, 2 * ALPHA), p, holm, g.held_out) for g, each, p, holm in rows
+    )
 
 
 def non_inferiority_p(pairs: Pairs, margin: float) -> float:

@@ -192,7 +192,8 @@ def _more_arms(needed: int | None) -> str:
 
 def _guard(guard: GuardTest) -> str:
     worst = "" if guard.interval.low is None else f", at worst {_points(guard.interval.low)}"
-    return f"{guard.name} {_points(guard.pairs.difference)} points{worst}, margin {100 * guard.margin:.1f}, p = {guard.p_holm:.2g}"
+    name = f"{guard.name} (held out)" if guard.held_out else guard.name
+    return f"{name} {_points(guard.pairs.difference)} points{worst}, margin {100 * guard.margin:.1f}, p = {guard.p_holm:.2g}"
 
 
 def _guard_examples(needed: int | None) -> str:

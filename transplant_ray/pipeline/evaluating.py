@@ -17,7 +17,7 @@ from transplant_ray.evaluate.outcome import Tally
 from transplant_ray.evaluate.race import legs, pass_rung, pass_screen
 from transplant_ray.evaluate.results import Result, Stopped, choose_winner
 from transplant_ray.graft.export import describe_variant
-from transplant_ray.graft.norms import Norms, moved
+from transplant_ray.graft.norms import Norms, alpha_of_equal_norm, moved
 from transplant_ray.graft.plan import Planned, SweepPlan
 from transplant_ray.graft.variant import ORIGIN, Variant
 from transplant_ray.pipeline.arms import evaluate_arms
@@ -58,6 +58,7 @@ def evaluate(run: Run, plan: SweepPlan, norms: Norms, capacity: Capacity, tracke
             trials.run(run.folder.path / ".tune", lambda result: stage.report(result, tracker))
         evaluation.choose()
         evaluation.test_opened = run.folder.open_test([example.id for example in job.examples["test"]])
+        stage.match_winner()
         _answer_on_test(evaluation, pool)
         if plan.arms:
             evaluation.arms = evaluate_arms(run, plan.arms, pool)
@@ -67,7 +68,7 @@ def evaluate(run: Run, plan: SweepPlan, norms: Norms, capacity: Capacity, tracke
 def _answer_on_test(evaluation: Evaluation, pool: Pool) -> None:
     """What the winner will be held against: the baselines, on the task and the guards, and the text that nothing was chosen on."""
     run, plan = evaluation.run, evaluation.plan
-    baselines = [entry.variant for entry in plan.entries if entry.role in ("target", "all")]
+    baselines = [entry.variant for entry in evaluation.beside_the_winner() if entry.role != "source"]
     tasks = run.job.tasks
     with run.stopwatch.stage("baselines on test", len(baselines) * sum(len(task.examples["test"]) for task in tasks.values())):
         for name, task in tasks.items():
@@ -106,6 +107,8 @@ class Evaluation:
     """What Tune reported, by label."""
     arms: Arms | None = None
     """What chance reached; None where it was not tried."""
+    matched: Planned | None = None
+    """The uniform merge that moves as much of ‖ΔW‖ as the winner."""
     test_opened: int = 0
     """How often a run under this storage has opened the test split, this one included."""
 
@@ -122,6 +125,10 @@ class Evaluation:
     def winner(self) -> Result | None:
         """Its row on select."""
         return next((row for row in self.results if row.winner), None)
+
+    def beside_the_winner(self) -> list[Planned]:
+        """What answers on test besides the winner: the baselines, and the merge that moves as much."""
+        return [entry for entry in self.plan.entries if entry.role in ("target", "source", "all") or entry == self.matched]
 
     def choose(self) -> None:
         """Take stock of select. A trial that reported nothing is a failed row, whatever the evaluator saw."""
@@ -200,6 +207,27 @@ class _Stage:
                 self._stop(racers.keys() - pass_rung(racers, race), "raced")
                 for entry in self.unposted:
                     self.trials.post(self.evaluation.row(entry), last=False)
+
+    def match_winner(self) -> None:
+        """A control that could not be planned: all modules, each as far as takes the model the distance that the winner went."""
+        evaluation, job = self.evaluation, self.run.job
+        winner = evaluation.winner
+        if winner is None:
+            return
+        alpha = round(alpha_of_equal_norm(self.plan.trial(winner.label).variant, evaluation.norms), 4)
+        names = [module.name for module in job.comparison.modules]
+        matched = Planned("control", Variant.uniform(names, alpha), "uniform", "all", len(names), alpha)
+        if not 0 < alpha < 1 or matched.label in {entry.label for entry in self.plan.entries}:
+            return
+        evaluation.matched, evaluation.plan = matched, replace(self.plan, entries=(*self.plan.entries, matched))
+        with self.run.stopwatch.stage("merge of equal distance", sum(len(task.examples["select"]) for task in job.tasks.values())):
+            for name, task in job.tasks.items():
+                work = plan_work([matched.variant], task.examples["select"], task.rules, job.recipe.resources.shard_size)
+                self.pool.run(work, partial(self.run.take, name, "select"))
+            if job.passages:
+                found = self.pool.divergences([matched.variant], job.passages["select"], job.rules, lambda _: None)
+                evaluation.divergences["select"] |= found
+        evaluation.results.append(evaluation.row(matched))
 
     def report(self, result: Result, tracker: Tracker) -> None:
         """A trial has ended in Tune: it becomes a run in MLflow."""

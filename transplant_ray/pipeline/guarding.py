@@ -61,8 +61,7 @@ def guards_for_verdict(run: Run, exported: str) -> tuple[Guard, ...]:
     for name, spec in run.job.recipe.guards.tasks.items():
         target, variant = (run.right(name, "test", who) for who in (ORIGIN.id, exported))
         if target is not None and variant is not None:
-            label = f"{name} (held out)" if name == run.job.recipe.guards.spared else name
-            found.append(Guard(label, target, variant, spec.margin))
+            found.append(Guard(name, target, variant, spec.margin, held_out=name == run.job.recipe.guards.spared))
     return tuple(found)
 
 

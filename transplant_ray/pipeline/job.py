@@ -102,7 +102,7 @@ class Job:
             members = [module.name for module in select_kind(self.comparison.modules, spec.kind, f"search.{name}.kind")]
             for place, penalty in enumerate(spec.penalty, start=1):
                 blend = Variant.uniform(members, place / (len(spec.penalty) + 1.5))
-                found.append(Planned("trial", blend, name, spec.kind, len(members), 1.0, penalty=penalty))
+                found.append(Planned("trial", blend, name, spec.kind, None, 1.0, penalty=penalty))
         return found
 
 

@@ -13,6 +13,7 @@ from transplant_ray.evaluate.example import Split
 from transplant_ray.evaluate.metrics import reachable_recovery
 from transplant_ray.evaluate.prepared import SPLITS
 from transplant_ray.evaluate.results import EXAMPLE_SCHEMA, GUARD_SCHEMA, OUTCOME_SCHEMA, RESULT_SCHEMA, GuardResult, Result
+from transplant_ray.evaluate.significance import mcnemar
 from transplant_ray.files import write_json
 from transplant_ray.graft.merges import planned_merges
 from transplant_ray.graft.plan import SweepPlan
@@ -59,7 +60,7 @@ def record(run: Run, evaluation: Evaluation, results: list[Result], probed: Prob
             variant = evaluation.plan.trial(winner[0].label).variant
             write_winner_card(run.job.recipe, run.job.comparison, variant, winner, folder)
         verdict = judge_sweep(evaluation, next(iter(winner), None))
-        summary = summarise(run, results, probed, tracker.run_id) | {
+        summary = summarise(evaluation, results, probed, tracker.run_id) | {
             "rows_per_step": evaluation.rows_per_step,
             "test_opened": evaluation.test_opened,
             "searches": describe_searches(probed.found),
@@ -113,15 +114,16 @@ def _guards(evaluation: Evaluation, results: Sequence[Result]) -> list[GuardResu
     return rows
 
 
-def summarise(run: Run, results: Sequence[Result], probed: ProbeResult, run_id: str) -> dict[str, Any]:
+def summarise(evaluation: Evaluation, results: Sequence[Result], probed: ProbeResult, run_id: str) -> dict[str, Any]:
     """`summary.json`."""
+    run = evaluation.run
     by_split: dict[Split, dict[str, Any]] = {split: _baselines(results, split) for split in ("select", "test")}
     winner = [row for row in results if row.winner]
     return {
         "name": run.job.recipe.name,
         "recipe": run.job.recipe.identity(),
         "baselines": by_split,
-        "winner": _describe_winner(run, results, winner) if winner else None,
+        "winner": _describe_winner(evaluation, results, winner) if winner else None,
         "failed": [{"variant": row.variant, "label": row.label, "error": row.error} for row in results if row.error],
         "vetoed": sorted(row.label for row in results if row.vetoed_by),
         "stopped": dict(Counter(row.stopped for row in results if row.stopped)),
@@ -151,7 +153,18 @@ def _rankings(run: Run, rankings: Sequence[Ranking]) -> dict[str, Any]:
     return {"by_ranker": by_ranker, "agreement": [asdict(pair) for pair in compare_rankings(rankings, recipe.sweep.k)]}
 
 
-def _describe_winner(run: Run, results: Sequence[Result], winner: Sequence[Result]) -> dict[str, Any]:
+def _describe_matched(evaluation: Evaluation) -> dict[str, Any] | None:
+    """The merge that moves as much as the winner, against it on test."""
+    matched, run = evaluation.matched, evaluation.run
+    if matched is None:
+        return None
+    theirs, ours = (run.right(MAIN, "test", name) for name in (matched.id, EXPORTED))
+    test = _numbers(evaluation.row(matched, "test"))
+    return {"label": matched.label, "test": test, "p": None if theirs is None or ours is None else mcnemar(theirs, ours).p}
+
+
+def _describe_winner(evaluation: Evaluation, results: Sequence[Result], winner: Sequence[Result]) -> dict[str, Any]:
+    run = evaluation.run
     first = winner[0]
     described: dict[str, Any] = {"variant": first.variant, "label": first.label, "num_modules": first.num_modules}
     for row in winner:
@@ -166,6 +179,7 @@ def _describe_winner(run: Run, results: Sequence[Result], winner: Sequence[Resul
     best = max(controls, key=lambda row: row.accuracy or 0, default=None)
     described["best_control"] = None if best is None else {"label": best.label, **_numbers(best)}
     described["same_as"] = [row.label for row in controls if row.variant == first.variant]
+    described["matched"] = _describe_matched(evaluation)
     described["exported_agrees"] = _agreement(run, first.variant)
     return described
 

@@ -18,10 +18,11 @@ def planned_searches(recipe: Recipe, found: Mapping[str, Sequence[Found]]) -> li
     for name, results in found.items():
         spec = specs[name]
         ranker = f"{name} {spec.unit}" if isinstance(spec, GatesSpec) else name
-        for result in results:
-            if result.variant.coefficients:
-                size = len(result.variant.coefficients)
-                planned.append(Planned("trial", result.variant, ranker, spec.kind, size, 1.0, penalty=result.penalty))
+        planned += [
+            Planned("trial", result.variant, ranker, spec.kind, None, 1.0, penalty=result.penalty)
+            for result in results
+            if result.variant.coefficients
+        ]
     return planned
 
 

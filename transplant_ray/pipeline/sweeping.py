@@ -112,5 +112,5 @@ def _confirm(evaluation: Evaluation, capacity: Capacity) -> list[Result]:
     with run.stopwatch.stage("confirm", sum(len(one.examples) for one in asked)):
         for one, shard in answer_alone(exported, EXPORTED, asked, run.workload, capacity):
             run.take(one.task, one.split, shard)
-    baselines = [evaluation.row(entry, "test") for entry in plan.entries if entry.role in ("target", "source", "all")]
-    return [*baselines, replace(evaluation.row(planned, "test", EXPORTED), winner=True)]
+    beside = [evaluation.row(entry, "test") for entry in evaluation.beside_the_winner()]
+    return [*beside, replace(evaluation.row(planned, "test", EXPORTED), winner=True)]

@@ -178,7 +178,8 @@ def _elsewhere_card(sweep: Sweep, winner: Row) -> Card:
     """What it costs elsewhere, at its worst."""
     guards = [line[0] for line in guard_lines(sweep) if line[0].share is not None]
     on_select = next((row for row in sweep.on("select") if row.winner), winner)
-    kl = "" if on_select.kl is None else f"KL to the target {on_select.kl:.3f} nats per token"
+    divergence = on_select.kl if winner.kl is None else winner.kl
+    kl = "" if divergence is None else f"KL to the target {divergence:.3f} nats per token"
     if guards:
         worst = min(guards, key=lambda row: row.share or 0)
         mean = sum(row.share or 0 for row in guards) / len(guards)
@@ -186,8 +187,8 @@ def _elsewhere_card(sweep: Sweep, winner: Row) -> Card:
         return Card("Guards kept", words.percent(mean), "", f"{note}{f'; {kl}' if kl else ''}")
     if on_select.guard_share is not None:
         return Card("Guards kept", words.percent(on_select.guard_share), "", f"of the target's, on select{f'; {kl}' if kl else ''}")
-    if on_select.kl is not None:
-        return Card("KL to the target", words.number(on_select.kl), "", "nats per token on general text; no guard was measured")
+    if divergence is not None:
+        return Card("KL to the target", words.number(divergence), "", "nats per token on general text; no guard was measured")
     return Card("Elsewhere", "not measured", "", "no guard, so what it costs is not known", measured=False)
 
 

@@ -365,5 +365,5 @@ def test_a_passage_without_two_tokens_is_refused(tmp_path: Path) -> None:
 
 def test_passages_of_the_package_are_enough_for_the_default_splits() -> None:
     passages = load_passages(TextSpec(), tiny_tokenizer())
-    assert {split: len(found) for split, found in passages.items()} == {"probe": 40, "select": 40, "test": 40}
+    assert {split: len(found) for split, found in passages.items()} == {"probe": 24, "select": 24, "test": 60}
     assert all(len(passage.answer_ids) == 127 for found in passages.values() for passage in found)
