@@ -13,7 +13,7 @@ from typing import Any
 
 _HOMES = {
     "Recipe": "recipe",
-    "load_recipe": "recipe_file",
+    "load_recipe": "recipe",
     "Variant": "graft.variant",
     "Engine": "evaluate.engine",
     "ResidentPair": "graft.resident",

@@ -178,7 +178,7 @@ def _sweep(path: Path, overrides: list[str] | None) -> None:
 
 
 def _load(path: Path, overrides: list[str] | None):  # type: ignore[no-untyped-def]
-    from transplant_ray.recipe_file import load_recipe
+    from transplant_ray.recipe import load_recipe
 
     return load_recipe(path, overrides or [])
 

@@ -405,7 +405,7 @@ def peers(options: Namespace) -> Iterator[Row]:
         from peers import HOW_TO_MAKE, Peers
 
         from transplant_ray.pipeline.job import prepare
-        from transplant_ray.recipe_file import load_recipe
+        from transplant_ray.recipe import load_recipe
         from transplant_ray.zoo import recipe_path
     except ImportError as missing:
         yield Row(what, "", "0", f"skipped: this machine has no {missing.name}", f"≥ {bar} ×")

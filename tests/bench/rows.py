@@ -33,7 +33,7 @@ from transplant_ray.models.compare import Comparison, compare
 from transplant_ray.models.loading import load_model, load_tokenizer
 from transplant_ray.pipeline.job import Job, prepare
 from transplant_ray.probe.statistics import replay
-from transplant_ray.recipe_file import load_recipe
+from transplant_ray.recipe import load_recipe
 
 PAIR = "cross-generation"
 

@@ -243,7 +243,7 @@ def recipe_of(data: Path, tmp_path: Path) -> dict[str, Any]:
 
 def test_a_recipe_is_prepared_with_it(recipe_of: dict[str, Any]) -> None:
     from transplant_ray.pipeline.job import prepare as prepare_job
-    from transplant_ray.recipe_file import parse_recipe
+    from transplant_ray.recipe import parse_recipe
 
     job = prepare_job(parse_recipe(recipe_of))
     assert {split: len(examples) for split, examples in job.examples.items()} == SPLIT

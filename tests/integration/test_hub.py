@@ -27,7 +27,7 @@ from transplant_ray.models.checkpoint import open_checkpoint
 from transplant_ray.models.loading import load_model, load_tokenizer
 from transplant_ray.pipeline.job import prepare
 from transplant_ray.pipeline.planning import make_plan
-from transplant_ray.recipe_file import load_recipe
+from transplant_ray.recipe import load_recipe
 import huggingface_hub.constants
 
 said = {}

@@ -16,7 +16,7 @@ from transplant_ray.evaluate.task import load_task
 from transplant_ray.graft.mergekit import PLACE, find_mergekit
 from transplant_ray.graft.merges import MASK_SEED
 from transplant_ray.pipeline import job
-from transplant_ray.recipe_file import load_recipe
+from transplant_ray.recipe import load_recipe
 
 TOO_FAR = 1e39
 """A λ at which weights overflow: the merge cannot be loaded."""

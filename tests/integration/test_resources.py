@@ -15,8 +15,7 @@ from transplant_ray.models.loading import load_model, load_tokenizer
 from transplant_ray.pipeline.job import prepare
 from transplant_ray.probe.rankers import Evidence, lae, read_rankings
 from transplant_ray.probe.statistics import ActivationStats, stream_stats
-from transplant_ray.recipe import ResourceSpec
-from transplant_ray.recipe_file import load_recipe
+from transplant_ray.recipe import ResourceSpec, load_recipe
 
 
 def test_source_and_target_are_on_different_gpus_where_there_are_two(swept: Swept) -> None:

@@ -13,7 +13,7 @@ from integration.helpers import SPLIT, Place, Swept, run_main, timeless
 
 from transplant_ray.distributed import trials
 from transplant_ray.evaluate.task import load_task
-from transplant_ray.recipe_file import load_recipe
+from transplant_ray.recipe import load_recipe
 
 RUNGS = (10, 20)
 STOPPING = {"k": [2, 6, 16], "kind": ["attn", "all"], "screen": {"keep": 0.7}, "race": {"rungs": list(RUNGS), "keep": 0.5}}

@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from transplant_ray.errors import RecipeError
-from transplant_ray.recipe import HubData, Recipe
-from transplant_ray.recipe_file import load_recipe, parse_recipe
+from transplant_ray.recipe import HubData, Recipe, load_recipe, parse_recipe
 
 WHOLE: dict[str, Any] = {
     "name": "cross-generation",

@@ -9,8 +9,7 @@ import pytest
 import yaml
 
 from transplant_ray.errors import RecipeError
-from transplant_ray.recipe import GENERAL_TEXT, GuardSpec, Recipe
-from transplant_ray.recipe_file import load_recipe, parse_recipe
+from transplant_ray.recipe import GENERAL_TEXT, GuardSpec, Recipe, load_recipe, parse_recipe
 
 TASK = {"data": "d.jsonl", "prompt": "{a}", "answer": "{b}", "max_new_tokens": 4}
 MODELS = {"source": {"model": "s"}, "target": {"model": "t"}}

@@ -10,8 +10,7 @@ import pytest
 
 from transplant_ray.errors import RecipeError
 from transplant_ray.graft.merges import MASK_SEED, planned_merges
-from transplant_ray.recipe import MERGES, Recipe
-from transplant_ray.recipe_file import load_recipe, parse_recipe
+from transplant_ray.recipe import MERGES, Recipe, load_recipe, parse_recipe
 
 
 def recipe(base: str | None = "b", **controls: Any) -> Recipe:

@@ -8,8 +8,7 @@ import pytest
 
 from transplant_ray.errors import RecipeError
 from transplant_ray.evaluate.significance import ALPHA, chance_p
-from transplant_ray.recipe import FEWEST_ARMS, Recipe
-from transplant_ray.recipe_file import parse_recipe
+from transplant_ray.recipe import FEWEST_ARMS, Recipe, parse_recipe
 
 PRIMARY = {"by": "lae", "kind": "ffn", "k": 4}
 

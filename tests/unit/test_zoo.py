@@ -15,8 +15,7 @@ from transplant_ray.evaluate.task import make_example, read_data, tokenize
 from transplant_ray.models.checkpoint import open_checkpoint, read_generation_ends
 from transplant_ray.models.compare import compare
 from transplant_ray.models.loading import load_model, load_tokenizer
-from transplant_ray.recipe import TaskSpec
-from transplant_ray.recipe_file import load_recipe
+from transplant_ray.recipe import TaskSpec, load_recipe
 
 RECORD: dict[str, Any] = json.loads((zoo.HOME / "zoo.json").read_text())
 MEGABYTE = 1_000_000
@@ -72,7 +71,7 @@ def test_a_model_reaches_its_recorded_accuracy(pair: str, role: str) -> None:
 
 def test_names_cannot_leave_the_zoo() -> None:
     with pytest.raises(RecipeError, match="no such file"):
-        zoo.resolve("zoo:../recipe.py")
+        zoo.resolve("zoo:../errors.py")
     with pytest.raises(RecipeError, match="cross-generation"):
         zoo.recipe_path("crossgeneration")
 

@@ -18,8 +18,7 @@ from transplant_ray.graft.mergekit import variant_yaml
 from transplant_ray.graft.variant import Variant, read_variant
 from transplant_ray.models.checkpoint import open_checkpoint
 from transplant_ray.models.compare import Comparison, compare
-from transplant_ray.recipe import Recipe
-from transplant_ray.recipe_file import load_recipe
+from transplant_ray.recipe import Recipe, load_recipe
 from transplant_ray.storage import RunFolder, read_rows
 
 CARD_METRICS = ("split", "n", "accuracy", "interval", "TIR", "Recovery")

@@ -23,8 +23,7 @@ from transplant_ray.pipeline.searching import planned_searches
 from transplant_ray.pipeline.watch import Watch
 from transplant_ray.probe.rankers import SCHEMA as RANKING_SCHEMA
 from transplant_ray.probe.rankers import Ranking, ranking_rows
-from transplant_ray.recipe import MAIN, Recipe
-from transplant_ray.recipe_file import load_recipe
+from transplant_ray.recipe import MAIN, Recipe, load_recipe
 from transplant_ray.storage import write_rows
 from transplant_ray.tracking.tracker import tracked
 

@@ -60,7 +60,7 @@ def test_the_zoo_is_read_by_name() -> None:
     rows = read_data("zoo:cross-generation/tasks/lost.jsonl")
     assert len(rows) >= 900
     assert {"prompt", "answer"} <= rows[0].keys()
-    for name in ("zoo:cross-generation/tasks/nothing.jsonl", "zoo:../recipe.py"):
+    for name in ("zoo:cross-generation/tasks/nothing.jsonl", "zoo:../errors.py"):
         with pytest.raises(RecipeError, match="the zoo has no such file"):
             read_data(name)
 

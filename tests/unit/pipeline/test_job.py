@@ -12,7 +12,7 @@ from tiny import save_tiny, tiny_tokenizer, write_recipe
 from transplant_ray.errors import DataError, RecipeError
 from transplant_ray.evaluate import math_answers
 from transplant_ray.pipeline.job import Job, prepare
-from transplant_ray.recipe_file import load_recipe
+from transplant_ray.recipe import load_recipe
 
 ROWS = [{"q": f"{n}+1=", "options": [str(n + 1), "no"], "gold": "A"} for n in range(14)]
 SPLIT = {"probe": 3, "select": 4, "test": 5}

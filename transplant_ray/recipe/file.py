@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from transplant_ray import zoo
 from transplant_ray.errors import RecipeError
-from transplant_ray.recipe import Recipe
+from transplant_ray.recipe.whole import Recipe
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

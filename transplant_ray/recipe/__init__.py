@@ -1,0 +1,64 @@
+"""The recipe: everything a user decides, as frozen pydantic models; unknown keys are refused. `file` reads one from YAML."""
+
+from transplant_ray.recipe.file import load_recipe, parse_recipe
+from transplant_ray.recipe.guards import GENERAL_TEXT, MAIN, GuardSpec, GuardTask, TextSpec
+from transplant_ray.recipe.part import Kind
+from transplant_ray.recipe.ranking import ACTIVATION_RANKERS, CHANNEL_RANKERS, RANKERS, RESIDENT_RANKERS, REVERSE, RankSpec
+from transplant_ray.recipe.search import SEARCHES, GatesSpec, GreedySpec, SearchSpec
+from transplant_ray.recipe.sweep import (
+    FEWEST_ARMS,
+    MERGES,
+    SPARSE_MERGES,
+    ControlSpec,
+    ObjectiveSpec,
+    PrimarySpec,
+    RaceSpec,
+    ScreenSpec,
+    SweepSpec,
+)
+from transplant_ray.recipe.tasks import CHOICE_SCORERS, HARNESS, REGEX, SCORERS, HubData, ShotSpec, SplitSpec, TaskSpec
+from transplant_ray.recipe.whole import Acceptance, ModelSpec, Recipe, ResourceSpec, TrackingSpec, redact
+
+__all__ = [
+    "ACTIVATION_RANKERS",
+    "CHANNEL_RANKERS",
+    "CHOICE_SCORERS",
+    "FEWEST_ARMS",
+    "GENERAL_TEXT",
+    "HARNESS",
+    "MAIN",
+    "MERGES",
+    "RANKERS",
+    "REGEX",
+    "RESIDENT_RANKERS",
+    "REVERSE",
+    "SCORERS",
+    "SEARCHES",
+    "SPARSE_MERGES",
+    "Acceptance",
+    "ControlSpec",
+    "GatesSpec",
+    "GreedySpec",
+    "GuardSpec",
+    "GuardTask",
+    "HubData",
+    "Kind",
+    "ModelSpec",
+    "ObjectiveSpec",
+    "PrimarySpec",
+    "RaceSpec",
+    "RankSpec",
+    "Recipe",
+    "ResourceSpec",
+    "ScreenSpec",
+    "SearchSpec",
+    "ShotSpec",
+    "SplitSpec",
+    "SweepSpec",
+    "TaskSpec",
+    "TextSpec",
+    "TrackingSpec",
+    "load_recipe",
+    "parse_recipe",
+    "redact",
+]

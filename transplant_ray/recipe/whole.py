@@ -1,0 +1,153 @@
+"""The whole recipe, and where and how it runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+from transplant_ray.recipe.guards import GuardSpec
+from transplant_ray.recipe.part import Part
+from transplant_ray.recipe.ranking import CHANNEL_RANKERS, RankSpec
+from transplant_ray.recipe.search import SearchSpec
+from transplant_ray.recipe.sweep import MERGES, SweepSpec
+from transplant_ray.recipe.tasks import TaskSpec
+
+Acceptance = Literal["vocabulary", "segmentation", "pickle", "remote_code", "task_code"]
+
+
+class ModelSpec(Part):
+    model: str
+    """A folder, a hub id such as `microsoft/Phi-3-mini-4k-instruct`, or `zoo:PAIR/source`."""
+    revision: str | None = None
+    """Branch, tag or commit; hub models only."""
+
+
+class ResourceSpec(Part):
+    address: str | None = None
+    """Address of a Ray cluster; without one Ray starts in this process (or `RAY_ADDRESS` is joined)."""
+    gpus_per_model: float = Field(0, ge=0)
+    """GPUs of each model actor; fractions share one GPU, 0 runs on CPU."""
+    cpus_per_model: float = Field(1, gt=0)
+    evaluators: int = Field(1, ge=1)
+    """Resident pairs that evaluate side by side."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    batch_size: int | Literal["auto"] = "auto"
+    """Rows per forward pass; `auto` measures at the start how many the device likes. A number makes runs repeat bit for bit."""
+    shard_size: int = Field(128, ge=1)
+    """Examples per unit of work that is handed to an evaluator."""
+
+    @field_validator("batch_size", mode="before")
+    @classmethod
+    def _rows(cls, value: Any) -> Any:
+        if value != "auto" and (not isinstance(value, int) or value < 1):
+            raise ValueError("expected a number of rows, 1 or more, or `auto`")
+        return value
+
+    @field_validator("gpus_per_model")
+    @classmethod
+    def _whole_or_fraction(cls, value: float) -> float:
+        if value > 1 and value != int(value):
+            raise ValueError(f"{value} GPUs: Ray shares fractions of one GPU, or gives whole ones")
+        return value
+
+
+class TrackingSpec(Part):
+    uri: str = "sqlite:///mlflow.db"
+    experiment: str = "transplant"
+    upload: Literal["checkpoint", "delta", "none"] = "checkpoint"
+    """What of the winner becomes an artifact of its run."""
+
+
+class Recipe(Part):
+    """Everything a user decides about a sweep; `load_recipe` reads one."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    source: ModelSpec
+    target: ModelSpec
+    base: ModelSpec | None = None
+    """What source and target were both trained from; `sweep.controls.merges` need it."""
+    task: TaskSpec
+    rank: RankSpec = RankSpec()
+    guards: GuardSpec = GuardSpec()
+    sweep: SweepSpec
+    search: SearchSpec | None = None
+    """Variants that are fitted, beside those of the grid."""
+    resources: ResourceSpec = ResourceSpec()
+    tracking: TrackingSpec = TrackingSpec()
+    storage: str = "runs"
+    """Results go to `<storage>/<name>/`: a folder, or an object store such as `s3://bucket/runs`."""
+    accept: tuple[Acceptance, ...] = ()
+    """What is otherwise refused: other vocabularies, other segmentation, pickle checkpoints, code of a model or a task."""
+
+    @model_validator(mode="after")
+    def _primary_is_ranked(self) -> Recipe:
+        primary = self.sweep.primary
+        if primary is not None and primary.by not in self.rank.by:
+            raise ValueError(f"`sweep.primary.by` is {primary.by!r}, which is not in `rank.by` {list(self.rank.by)}")
+        return self
+
+    @model_validator(mode="after")
+    def _channels_are_ranked(self) -> Recipe:
+        if self.sweep.channels and not CHANNEL_RANKERS & self.rank.measured:
+            raise ValueError(f"`sweep.channels` needs a ranker that scores channels: one of {sorted(CHANNEL_RANKERS)} in `rank.by`")
+        return self
+
+    @model_validator(mode="after")
+    def _penalties_are_paid(self) -> Recipe:
+        guarded = bool(self.guards.choosing) or self.guards.text is not None
+        for name, spec in {} if self.search is None or guarded else self.search.wanted.items():
+            if any(spec.penalty):
+                raise ValueError(
+                    f"`search.{name}.penalty` has no effect: there is neither a guard that is not held out nor general text to "
+                    f"lose on; add one, or use `search.{name}.penalty: [0]`"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _guards_decide(self) -> Recipe:
+        if self.sweep.objective is not None and not self.guards.choosing:
+            raise ValueError("`sweep.objective` weighs guards, and there is none that is not held out; add one to `guards.tasks`")
+        return self
+
+    @model_validator(mode="after")
+    def _base_is_merged(self) -> Recipe:
+        merges = list(self.sweep.controls.merges)
+        if merges and self.base is None:
+            raise ValueError(
+                f"`sweep.controls.merges` {merges} need a `base`: the model that source and target were both trained from"
+            )
+        if self.base is not None and not merges:
+            raise ValueError(f"`base` has no effect without `sweep.controls.merges`, for example {list(MERGES[:1])}")
+        return self
+
+    @model_validator(mode="after")
+    def _rungs_have_effect(self) -> Recipe:
+        race, select = self.sweep.race, self.task.split.select
+        if race is not None and race.rungs[-1] >= select:
+            raise ValueError(f"`sweep.race`: rung {race.rungs[-1]} has no effect, for there are {select} select examples")
+        return self
+
+    def identity(self) -> str:
+        """Content hash of all that can change a result: where and how fast it runs, and who is told, cannot."""
+        content = self.model_dump(mode="json", exclude={"tracking", "storage", "resources"})
+        content["numerics"] = [self.resources.dtype, self.resources.batch_size, self.resources.shard_size]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """For the record: addresses come without the user and password in them."""
+        content = self.model_dump(mode="json")
+        content["storage"], content["tracking"]["uri"] = redact(self.storage), redact(self.tracking.uri)
+        text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+        if "\x85" in text:  # PyYAML writes this line end as it is, and reads it back as another
+            text = yaml.safe_dump(content, sort_keys=False)
+        return text
+
+
+def redact(address: str) -> str:
+    """An address without the user and password in it."""
+    return re.sub(r"//[^/\s]*@", "//", address)
