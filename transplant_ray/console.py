@@ -197,6 +197,8 @@ def print_plan(console: Console, report: PlanReport) -> None:
     console.print(f"variants: {roles}; at most {report.num_distinct} to evaluate, equal ones once", highlight=False)
     examples = ", ".join(f"{n} {split}" for split, n in report.examples.items())
     console.print(f"examples: {examples}; at most {report.num_answers} answers on select", highlight=False)
+    if report.guards:
+        console.print(f"guards: {'; '.join(report.guards)}", highlight=False)
     if report.arms.num_arms:
         each = "one random set" if report.arms.sets_each == 1 else f"{report.arms.sets_each} random sets"
         console.print(

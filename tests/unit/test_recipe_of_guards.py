@@ -78,6 +78,11 @@ def test_what_cannot_be_a_guard_is_refused(guards: Any, message: str) -> None:
         ({"objective": {"price": -1}}, {"tasks": {"a": TASK}}, "price"),
         ({"objective": {"veto": True}}, None, "none that is not held out"),
         ({"objective": {"price": 1}}, {"tasks": {"a": TASK}, "held_out": "a"}, "none that is not held out"),
+        (
+            {"objective": {"veto": True}, "primary": {"by": "lae", "k": 4}},
+            {"tasks": {"a": TASK}},
+            "`objective` has no effect with `primary`",
+        ),
         ({"channels": [0.1]}, None, "needs a ranker that scores channels"),
         ({"channels": [1.0]}, None, "less than 1"),
         ({"channels": [0.1, 0.1]}, None, "has a value twice"),

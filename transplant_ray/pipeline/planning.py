@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -76,6 +77,8 @@ class PlanReport:
     num_distinct: int
     """Variants to evaluate, equal ones once; rankings that agree make it smaller."""
     examples: dict[str, int]
+    guards: tuple[str, ...]
+    """What else every variant that is not stopped is asked on select, in words."""
     num_answers: int
     """Completions to generate on select, at most; fewer with a screen or a race. Without those of the arms."""
     arms: Arms
@@ -104,6 +107,7 @@ def make_plan(job: Job) -> PlanReport:
         variants=dict(Counter(entry.role for entry in sweep_plan.entries)),
         num_distinct=len(sweep_plan.variants),
         examples={split: len(examples) for split, examples in job.examples.items()},
+        guards=tuple(_guards(job)),
         num_answers=_num_select_answers(job, sweep_plan),
         arms=_arms(job, sweep_plan),
         merges=tuple(merge.label for merge in planned_merges(recipe.sweep.controls)),
@@ -144,6 +148,15 @@ def count_answers(plan: SweepPlan, job: Job) -> int:
     live = num_live(racers, sweep.screen, sweep.race) + others
     guards = sum(len(guard.examples["select"]) for guard in job.guards.values())
     return num_answers(racers, others, num_examples, sweep.screen, sweep.race) + live * guards
+
+
+def _guards(job: Job) -> Iterator[str]:
+    for name, guard in job.guards.items():
+        held_out = " (held out)" if name == job.recipe.guards.spared else ""
+        yield f"{name}{held_out}, {len(guard.examples['select'])} examples"
+    if job.passages:
+        tokens = sum(len(passage.answer_ids) for passage in job.passages["select"])
+        yield f"divergence on {len(job.passages['select'])} passages of general text, {tokens} tokens"
 
 
 def _num_select_answers(job: Job, plan: SweepPlan) -> int:

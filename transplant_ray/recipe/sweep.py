@@ -137,6 +137,8 @@ class SweepSpec(Part):
                 raise ValueError(f"`primary.{name}` is {getattr(self.primary, name)!r}, which is not in the grid {list(grid)}")
         if len(self.alpha) > 1:
             raise ValueError("`primary` names one trial, and there are several `alpha`; give one")
+        if self.objective is not None:
+            raise ValueError("`objective` has no effect with `primary`, which names the winner beforehand; drop one of them")
         if self.screen is not None or self.race is not None:
             raise ValueError("`screen` and `race` choose among trials, and `primary` names the winner beforehand; drop one of them")
         return self
