@@ -88,7 +88,7 @@ def results_table(results: Sequence[Result], split: str = "select", top: int | N
     hidden = len(rows) - sum(map(len, groups))
     if hidden:
         table.caption = f"{hidden} more rows: transplant-ray show RUN --all"
-    table.add_column("what", no_wrap=True, max_width=34)
+    table.add_column("what", no_wrap=True, max_width=28)  # with the ids of variants in 80 columns
     for name, width in (("accuracy", 8), ("95 % CI", 11), ("TIR", 5), ("Recovery", 8)):
         table.add_column(name, justify="right", no_wrap=True, min_width=width)
     table.add_column("variant", no_wrap=True, min_width=10)
@@ -149,7 +149,7 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
     lines += _price_lines(summary)
     if winner["same_as"]:
         lines.append(f"the ranking made no difference here: {', '.join(winner['same_as'])} hold the same modules")
-    if matched := winner["matched"]:
+    if matched := winner.get("matched"):
         told = f"{_interval(matched['test'])} (McNemar p = {matched['p']:.2g})"
         lines.append(f"a merge of all modules that moves as much, {matched['label']}, on test: {told}")
     if winner["best_control"] is not None:
@@ -158,25 +158,22 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
 
 
 def _no_winner(summary: dict[str, Any]) -> str:
-    if summary["vetoed"]:
+    if summary.get("vetoed"):
         return "no winner: every trial that was evaluated loses more than its margin on a guard (`sweep.objective.veto`)"
     return "no winner: every trial failed; the reasons are in the table"
 
 
 def _price_lines(summary: dict[str, Any]) -> list[str]:
     """What the winner costs elsewhere, on test, and how often test was looked at."""
-    test, swapped = summary["winner"]["test"], summary["baselines"]["test"]["all"]
-    prices = (
-        []
-        if test["kl"] is None or swapped["kl"] is None
-        else [f"KL on general text {test['kl']:.3g} nats a token (all swapped {swapped['kl']:.3g})"]
-    )
-    for guard in summary["guards"]:
+    moved, swapped = (numbers.get("kl") for numbers in (summary["winner"]["test"], summary["baselines"]["test"]["all"]))
+    known = moved is not None and swapped is not None
+    prices = [f"KL on general text {moved:.3g} nats a token (all swapped {swapped:.3g})"] if known else []
+    for guard in summary.get("guards", ()):
         if guard["winner"] and guard["split"] == "test" and guard["share"] is not None:
             held_out = " (held out)" if guard["held_out"] else ""
             prices.append(f"{guard['guard']}{held_out} {_percent(guard['share'])} of the target's accuracy")
     lines = [f"price: {', '.join(prices)}"] if prices else []
-    opened = summary["test_opened"]
+    opened = summary.get("test_opened", 0)
     return [*lines, f"these test examples were opened {opened} times under this storage"] if opened > 1 else lines
 
 
