@@ -88,7 +88,7 @@ def results_table(results: Sequence[Result], split: str = "select", top: int | N
     hidden = len(rows) - sum(map(len, groups))
     if hidden:
         table.caption = f"{hidden} more rows: transplant-ray show RUN --all"
-    table.add_column("what", no_wrap=True, max_width=28)  # with the ids of variants in 80 columns
+    table.add_column("what", max_width=27)  # with the ids of variants in 80 columns
     for name, width in (("accuracy", 8), ("95 % CI", 11), ("TIR", 5), ("Recovery", 8)):
         table.add_column(name, justify="right", no_wrap=True, min_width=width)
     table.add_column("variant", no_wrap=True, min_width=10)
