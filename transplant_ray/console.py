@@ -88,7 +88,7 @@ def results_table(results: Sequence[Result], split: str = "select", top: int | N
     hidden = len(rows) - sum(map(len, groups))
     if hidden:
         table.caption = f"{hidden} more rows: transplant-ray show RUN --all"
-    table.add_column("what", max_width=27)  # with the ids of variants in 80 columns
+    table.add_column("what", min_width=27, max_width=27)  # with the ids of variants in 80 columns
     for name, width in (("accuracy", 8), ("95 % CI", 11), ("TIR", 5), ("Recovery", 8)):
         table.add_column(name, justify="right", no_wrap=True, min_width=width)
     table.add_column("variant", no_wrap=True, min_width=10)
@@ -150,7 +150,7 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
     if winner["same_as"]:
         lines.append(f"the ranking made no difference here: {', '.join(winner['same_as'])} hold the same modules")
     if matched := winner.get("matched"):
-        told = f"{_interval(matched['test'])} (McNemar p = {matched['p']:.2g})"
+        told = _interval(matched["test"]) + ("" if matched["p"] is None else f" (McNemar p = {matched['p']:.2g})")
         lines.append(f"a merge of all modules that moves as much, {matched['label']}, on test: {told}")
     if winner["best_control"] is not None:
         lines.append(f"best control on select: {winner['best_control']['label']}, {_interval(winner['best_control'])}")
@@ -159,8 +159,8 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
 
 def _no_winner(summary: dict[str, Any]) -> str:
     if summary.get("vetoed"):
-        return "no winner: every trial that was evaluated loses more than its margin on a guard (`sweep.objective.veto`)"
-    return "no winner: every trial failed; the reasons are in the table"
+        return "no winner: every trial that could be chosen loses more than the margin on a guard (`sweep.objective.veto`)"
+    return "no winner: no trial answered all that it would be chosen by; the reasons are in the table"
 
 
 def _price_lines(summary: dict[str, Any]) -> list[str]:

@@ -247,6 +247,6 @@ def test_a_recipe_is_prepared_with_it(recipe_of: dict[str, Any]) -> None:
 
     job = prepare_job(parse_recipe(recipe_of))
     assert {split: len(examples) for split, examples in job.examples.items()} == SPLIT
-    assert job.scorer.startswith("lm_eval:")
+    assert job.rules.scorer.startswith("lm_eval:")
     choices = [choice for examples in job.examples.values() for example in examples for choice in example.choices]
     assert job.generation.max_new_tokens == max(len(choice.answer_ids) for choice in choices)

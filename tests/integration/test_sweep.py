@@ -38,7 +38,7 @@ def select_rows(swept: Swept) -> pd.DataFrame:
 def test_a_sweep_writes_the_files_of_the_recipe(swept: Swept) -> None:
     assert {path.name for path in swept.folder.iterdir() if not path.name.startswith(".")} == {
         "recipe.yaml", "rankings.parquet", "results.parquet", "summary.json", "outcomes", "checkpoint", "delta", "report.html",
-        "variants.csv", "variants.tex",
+        "variants.csv", "variants.tex", "variants.parquet", "examples.parquet", "guards.parquet", "modules.parquet",
     }  # fmt: skip
     assert list(swept.results.columns) == RESULT_COLUMNS
 
@@ -53,16 +53,17 @@ def test_every_baseline_trial_and_control_is_a_row_on_select(swept: Swept) -> No
     expected += [("trial", "lae", kind, k, 1.0, None) for kind, k in points]
     expected += [("control", "depth", kind, k, 1.0, None) for kind, k in points]
     expected += [("control", "random", kind, k, 1.0, seed) for (kind, k), seed in product(points, range(3))]
-    expected += [("control", "uniform", "all", 21, alpha, None) for alpha in (0.25, 0.5, 0.75)]
+    matched = round(select_rows(swept).query("winner")["moved"].iloc[0], 4)  # the merge that moves as much as the winner
+    expected += [("control", "uniform", "all", 21, alpha, None) for alpha in (0.25, 0.5, 0.75, matched)]
     keys = select_rows(swept)[["role", "ranker", "kind", "k", "alpha", "seed"]].astype(object)
     found = [tuple(None if pd.isna(value) else value for value in row) for row in keys.itertuples(index=False)]
     assert sorted(found, key=str) == sorted(expected, key=str)
 
 
-def test_on_test_there_are_the_baselines_and_the_winner_and_nothing_else(swept: Swept) -> None:
+def test_on_test_there_are_the_baselines_the_winner_and_its_match_and_nothing_else(swept: Swept) -> None:
     results = swept.results
     test = results[results["split"] == "test"]
-    assert sorted(test["role"]) == ["all", "source", "target", "trial"]
+    assert sorted(test["role"]) == ["all", "control", "source", "target", "trial"]
     assert set(results["split"]) == {"select", "test"}
     assert set(results["n"].where(results["split"] == "select").dropna()) == {SPLIT["select"]}
     assert set(test["n"]) == {SPLIT["test"]}

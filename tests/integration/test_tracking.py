@@ -70,7 +70,7 @@ def test_the_parent_run_has_tables_and_figures_as_artifacts(tracked: Tracked, tm
     rankers = {"lae"} if tracked.swept.summary["name"] == "tiny" else {"lae", "random", "depth"}
     assert tracked.artifacts(tracked.parent) == {
         "recipe.yaml", "environment.json", "rankings.parquet", "results.parquet", "summary.json", "figures/k_curves.png",
-        "report.html", "variants.csv", "variants.tex",
+        "report.html", "variants.csv", "variants.tex", "guards.parquet",
         *(f"figures/scores_{ranker}.png" for ranker in rankers),
     }  # fmt: skip
     table = pd.read_parquet(tracked.download(tracked.parent, "results.parquet", tmp_path))

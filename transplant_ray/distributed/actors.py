@@ -13,6 +13,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from transplant_ray.errors import TransplantError
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.engine import Engine
 from transplant_ray.evaluate.example import Rendered
@@ -88,9 +89,13 @@ class ModelActor:
         yield from stream_stats(*self._load(), examples, modules, settings, continuations)
 
     def answer(self, examples: Sequence[Rendered], rules: Rules) -> VariantShard:
+        """What it answers, or the reason why it could not: one model that overflows must not end a sweep."""
         loaded = self._load()
         start = time.perf_counter()
-        outcomes = answer_examples(self.name, *loaded, examples, rules.generation, rules.scorer)
+        try:
+            outcomes = answer_examples(self.name, *loaded, examples, rules.generation, rules.scorer)
+        except (TransplantError, RuntimeError) as error:  # torch reports what a device cannot do as RuntimeError
+            return VariantShard(self.name, (), time.perf_counter() - start, f"{type(error).__name__}: {error}")
         return VariantShard(self.name, outcomes, time.perf_counter() - start)
 
 
@@ -147,10 +152,13 @@ class Evaluator:
         measured = measure(ranker, Bench(engine, self._source, examples, steps))
         return replace(measured, notes=(*measured.notes, *self._new_notes()))
 
-    def search(self, name: str, spec: GatesSpec | GreedySpec, seen: Seen, rules: Rules, rows: int) -> list[Found]:
-        """What one of the searches finds."""
+    def search(self, name: str, spec: GatesSpec | GreedySpec, seen: Seen, rules: Rules, rows: int) -> list[Found] | str:
+        """What one of the searches finds, or the reason why it could not."""
         bench = Bench(self._engine(rules, rows), self._source, seen.examples, steps=1)
-        return SEARCHES[name](Search(bench, seen.guards, seen.texts), spec)
+        try:
+            return SEARCHES[name](Search(bench, seen.guards, seen.texts), spec)
+        except (TransplantError, RuntimeError) as error:
+            return f"{type(error).__name__}: {error}"
 
     def _source(self) -> PreTrainedModel:
         """The source as it is, with embeddings and norms of its own."""

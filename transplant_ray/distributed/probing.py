@@ -83,6 +83,8 @@ class ProbeResult:
     """How far source and target are apart, module by module."""
     found: Mapping[str, list[Found]]
     """What each search came upon."""
+    failed: Mapping[str, str]
+    """Searches that could not be made, with the reason."""
 
 
 def run_probe(comparison: Comparison, plan: ProbePlan, workload: Workload, capacity: Capacity, advance: Advance) -> ProbeResult:
@@ -94,7 +96,7 @@ def run_probe(comparison: Comparison, plan: ProbePlan, workload: Workload, capac
     roles = _needed_models(plan)
     for group in [roles] if capacity.num_actors >= len(roles) else [[role] for role in roles]:
         stage.measure(group)
-    return ProbeResult(stage.rank(), stage.answers, stage.places, ray.get(norms), stage.found)
+    return ProbeResult(stage.rank(), stage.answers, stage.places, ray.get(norms), stage.found, stage.failed)
 
 
 def _needed_models(plan: ProbePlan) -> list[Role]:
@@ -112,6 +114,7 @@ class _Stage:
         self.statistics: dict[Role, ActivationStats] = {}
         self.resident: dict[str, Measured] = {}
         self.found: dict[str, list[Found]] = {}
+        self.failed: dict[str, str] = {}
         self.seconds = 0.0
         self.answers: Said = []
         self.places: dict[str, dict[str, Any]] = {}
@@ -127,7 +130,11 @@ class _Stage:
                 self.advance(len(plan.probe))
             seen = Seen(plan.probe, plan.guards, plan.texts)
             for name, spec in plan.searches.items():
-                self.found[name] = ray.get(actor.search.remote(name, spec, seen, plan.rules, plan.settings.batch_size))
+                found = ray.get(actor.search.remote(name, spec, seen, plan.rules, plan.settings.batch_size))
+                if isinstance(found, str):
+                    self.failed[name] = found
+                else:
+                    self.found[name] = found
                 self.advance(len(plan.probe))
 
     def measure(self, roles: Sequence[Role]) -> None:

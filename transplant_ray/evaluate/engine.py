@@ -123,14 +123,14 @@ class Engine:
 
         VariantError where a variant does not fit, DataError where an example exceeds the model's positions.
         """
-        self._check(examples, reads=True)
+        self._check(examples, reads=True, decodes=False)
         for variant in variants:
             check_variant(variant, self.pair.modules)
         means: dict[str, float | None] = {}
         for pack in self._packs(variants):
             found: dict[int, list[float | None]] = defaultdict(list)
             with _Routed(self.pair, pack) as routed:
-                for request, reading in self.until_done(_requests(pack, examples), self._reader(routed)):
+                for request, reading in self.until_done(_requests(pack, examples), self._reader(routed, decodes=False)):
                     found[request.variant].append(None if reading is None else reading.loss)
             means |= {pack[place].id: _mean(losses) for place, losses in found.items()}
         return means
@@ -140,16 +140,30 @@ class Engine:
 
         VariantError where a variant does not fit, DataError where a text exceeds the model's positions.
         """
-        self._check(texts, reads=True)
+        self._check(texts, reads=True, decodes=False)
         for variant in variants:
             check_variant(variant, self.pair.modules)
-        found: dict[str, dict[str, float | None]] = {variant.id: {} for variant in variants}
         together = self._share_batches(variants)
+        found: dict[str, tuple[float | None, ...]] = {}
         for pack in self._packs(variants):
-            requests = [Request(place, text) for text in texts for place in range(len(pack))]
+            found |= self._diverge_pack(pack, texts, together=together)
+        return found
+
+    def _diverge_pack(
+        self, pack: Sequence[Variant], texts: Sequence[Rendered], *, together: bool
+    ) -> dict[str, tuple[float | None, ...]]:
+        """A failure of the whole pack is looked for variant by variant, as in `_answer_pack`; what fails alone has no number."""
+        requests = [Request(place, text) for text in texts for place in range(len(pack))]
+        found: dict[str, dict[str, float | None]] = {variant.id: {} for variant in pack}
+        try:
             with _Routed(self.pair, [*pack, ORIGIN]) as routed:
                 for request, mean in self.until_done(requests, self._diverger(routed, together=together)):
                     found[pack[request.variant].id][request.example.id] = mean
+        except RuntimeError:
+            if len(pack) == 1:
+                return {pack[0].id: (None,) * len(texts)}
+            alone = [self._diverge_pack([variant], texts, together=together) for variant in pack]
+            return {variant: values for part in alone for variant, values in part.items()}
         return {variant: tuple(means[text.id] for text in texts) for variant, means in found.items()}
 
     def until_done(
@@ -173,10 +187,14 @@ class Engine:
                 torch.cuda.empty_cache()
             left = [request for index, request in enumerate(left) if index not in done]
 
-    def _check(self, examples: Sequence[Rendered], *, reads: bool) -> None:
+    def _check(self, examples: Sequence[Rendered], *, reads: bool, decodes: bool = True) -> None:
         choices = [choice for example in examples for choice in example.choices]
         answers = max((len(part.answer_ids) for part in (*(examples if reads else ()), *choices)), default=0)
-        check_lengths([*examples, *choices], max(answers, self.settings.max_new_tokens), max_positions(self.pair.model.config))
+        check_lengths(
+            [*examples, *choices],
+            max(answers, self.settings.max_new_tokens if decodes else 0),
+            max_positions(self.pair.model.config),
+        )
 
     def _packs(self, variants: Sequence[Variant]) -> list[list[Variant]]:
         """All together in their best order, or each alone where a module mixes the rows of a batch."""

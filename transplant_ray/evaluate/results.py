@@ -220,10 +220,11 @@ def guard_result(planned: Planned, guard: str, split: Split, tally: Tally, targe
 def choose_winner(results: Sequence[Result]) -> Result | None:
     """The trial that the rule of `choose` picks; None where there is none to pick.
 
-    A trial that was stopped early has seen fewer examples than the others and cannot win. Only trials can win: a full swap is
-    nearly the source and always wins on accuracy alone (method.md, "Transplant and sweep").
+    One without a worth failed, or has not answered all that it would be chosen by. One that was stopped early has seen fewer
+    examples than the others and cannot win. Only trials can: a full swap is nearly the source and always wins on accuracy alone
+    (method.md, "Transplant and sweep").
     """
-    trials = [r for r in results if r.role == "trial" and r.accuracy is not None and r.stopped is None]
+    trials = [r for r in results if r.role == "trial" and r.worth is not None and r.stopped is None]
     trials.sort(key=lambda trial: trial.variant)
     place = choose([_candidate(trial) for trial in trials])
     return None if place is None else trials[place]

@@ -55,6 +55,8 @@ class Evidence:
     """Trials that the winner was chosen from; 1 where it was named beforehand."""
     arms: Arms | None = None
     guards: tuple[Guard, ...] = ()
+    missing: tuple[str, ...] = ()
+    """Guards that the target or the winner could not answer."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ def judge(evidence: Evidence) -> Verdict:
     closed = _by_gap(gap)
     if closed:
         return closed
-    gain, guards = mcnemar(evidence.target, evidence.winner), check_guards(evidence.guards)
+    gain = mcnemar(evidence.target, evidence.winner)
+    guards = check_guards(evidence.guards, len(evidence.missing))
     end = _by_gain(gain) or _by_chance(evidence, guards)
     return Verdict(
         end.conclusion,
@@ -139,10 +142,14 @@ def _by_chance(evidence: Evidence, guards: Sequence[GuardTest]) -> _End:
     if p > ALPHA:
         needed = arms_needed(as_good, num_arms)
         return _End("gain, not better than chance", f"{against}; {_more_arms(needed)}", p, arms_needed=needed)
-    return _by_guards(guards, against, p)
+    return _by_guards(guards, evidence.missing, against, p)
 
 
-def _by_guards(guards: Sequence[GuardTest], against: str, chance: float) -> _End:
+def _by_guards(guards: Sequence[GuardTest], missing: Sequence[str], against: str, chance: float) -> _End:
+    if missing:
+        return _End(
+            "confirmed, with loss", f"{against}; could not be measured on {', '.join(missing)}, so no loss is ruled out", chance
+        )
     if not guards:
         return _End("confirmed", f"{against}; no guard was measured", chance)
     failed = [guard for guard in guards if not guard.holds]

@@ -36,10 +36,10 @@ SCHEMA = pa.schema(
         ("projection", pa.string()),
         ("num_parameters", pa.int64()),
         ("delta_norm", pa.float64()),
-        ("channel_norms", pa.list_(pa.float32())),
+        ("channel_norms", pa.list_(pa.float64())),
     ]
 )
-"""modules.parquet. `delta_norm` is the norm of `channel_norms` before these were shortened to float32."""
+"""modules.parquet. `delta_norm` is the norm of `channel_norms`."""
 
 
 def delta_norms(comparison: Comparison) -> Norms:
@@ -76,7 +76,7 @@ def write_norms(path: Path, norms: Norms, modules: Iterable[Module]) -> None:
 
 
 def read_norms(path: Path) -> Norms:
-    """What `write_norms` kept, rounded to float32. RunError where the file cannot be read."""
+    """What `write_norms` kept. RunError where the file cannot be read."""
     return {str(row["module"]): np.asarray(row["channel_norms"], dtype=np.float64) for row in read_rows(path)}
 
 
@@ -115,5 +115,5 @@ def _row(module: Module, norms_O: NDArray[np.float64]) -> dict[str, Any]:
         "projection": module.role.projection,
         "num_parameters": module.num_parameters,
         "delta_norm": float(np.linalg.norm(norms_O)),
-        "channel_norms": norms_O.astype(np.float32),
+        "channel_norms": norms_O,
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from math import ceil
 from types import MappingProxyType
 from typing import Literal, Protocol
@@ -128,13 +129,14 @@ def plan_sweep(
     for ranker, order in orders.items():
         entries += _top_k("trial", ranker, order, kinds, sweep.k, sweep.alpha, extrapolate=sweep.extrapolate)
         if ranker in channels:
-            entries += _by_channel("trial", ranker, order, channels[ranker], kinds, sweep)
+            entries += _by_channel("trial", ranker, order, channels[ranker], kinds, sweep, sweep.alpha)
     entries += [*found, *_controls(modules, kinds, sweep)]
     trials = [entry for entry in entries if entry.role == "trial"]
     primary = _primary(trials, kinds, sweep)
+    notes = tuple(_notes(kinds, sweep.k))
     kinds |= {str(entry.kind): frozenset(m.name for m in select_kind(modules, str(entry.kind))) for entry in found}
     arms = _arms([primary] if primary else trials, kinds, {module.name: module.num_channels for module in modules}, sweep)
-    return SweepPlan(tuple(entries), tuple(_notes(kinds, sweep.k)), tuple(arms), primary.label if primary else None)
+    return SweepPlan(tuple(entries), notes, tuple(arms), primary.label if primary else None)
 
 
 def depth_order(modules: Sequence[Module]) -> list[str]:
@@ -160,7 +162,7 @@ def _controls(modules: Sequence[Module], kinds: Mapping[str, frozenset[str]], sw
         order = random_order(modules, seed)
         yield from _top_k("control", "random", order, kinds, sweep.k, (1.0,), seed)
         if sweep.channels:
-            yield from _by_channel("control", "random", order, random_channels(modules, seed), kinds, sweep, seed)
+            yield from _by_channel("control", "random", order, random_channels(modules, seed), kinds, sweep, (1.0,), seed)
     names = [module.name for module in modules]
     for alpha in sweep.controls.alpha:
         yield Planned("control", Variant.uniform(names, alpha), "uniform", "all", len(names), alpha)
@@ -230,22 +232,23 @@ def _by_channel(
     scores: ChannelScores,
     kinds: Mapping[str, frozenset[str]],
     sweep: SweepSpec,
+    alphas: Sequence[float],
     seed: int | None = None,
 ) -> Iterator[Planned]:
     """Of each of the K modules, the channels with the largest scores."""
     for kind, members in kinds.items():
         chosen = [name for name in order if name in members]
         for k in sorted({min(k, len(chosen)) for k in sweep.k}):
-            for share in sweep.channels:
-                variant = Variant({name: top_channels(scores[name], share) for name in chosen[:k]})
-                yield Planned(role, variant, ranker, kind, k, 1.0, seed, share)
+            for share, alpha in product(sweep.channels, alphas):
+                taken = {name: top_channels(scores[name], share, alpha) for name in chosen[:k]}
+                yield Planned(role, Variant(taken, sweep.extrapolate), ranker, kind, k, alpha, seed, share)
 
 
-def top_channels(scores: Sequence[float], share: float) -> tuple[float, ...]:
-    """1 for this share of the channels, rounded up, the largest first and ties in their order; 0 for the others."""
+def top_channels(scores: Sequence[float], share: float, alpha: float = 1.0) -> tuple[float, ...]:
+    """`alpha` for this share of the channels, rounded up, the largest first and ties in their order; 0 for the others."""
     order = sorted(range(len(scores)), key=lambda channel: (-scores[channel], channel))
     chosen = set(order[: _count(share, len(scores))])
-    return tuple(float(channel in chosen) for channel in range(len(scores)))
+    return tuple(alpha if channel in chosen else 0.0 for channel in range(len(scores)))
 
 
 def _notes(kinds: Mapping[str, frozenset[str]], ks: Sequence[int]) -> Iterator[str]:

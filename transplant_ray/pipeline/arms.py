@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 
-from transplant_ray.distributed.pool import Pool, plan_work
+from transplant_ray.distributed.pool import Pool
 from transplant_ray.evaluate.arms import Arms
 from transplant_ray.evaluate.choosing import choose
-from transplant_ray.evaluate.example import Split
 from transplant_ray.graft.plan import Planned
-from transplant_ray.graft.variant import Variant
+from transplant_ray.pipeline.asking import ask
 from transplant_ray.pipeline.guarding import candidate_of
 from transplant_ray.pipeline.run import Run
 from transplant_ray.recipe import MAIN
@@ -27,27 +25,18 @@ def evaluate_arms(run: Run, arms: Sequence[Sequence[Planned]], pool: Pool) -> Ar
     if sets_each > 1:
         sets = [entry.variant for arm in arms for entry in arm]
         for task in [MAIN, *(run.job.recipe.guards.choosing if run.job.recipe.sweep.objective else ())]:
-            _answer(run, task, "select", sets, pool)
+            with run.stopwatch.stage("arms on select", len(sets) * len(run.job.tasks[task].examples["select"])):
+                ask(run, pool, task, "select", sets)
         chosen = [choice for arm in arms if (choice := _choose(run, arm)) is not None]
     else:
         chosen = [entry for arm in arms for entry in arm]
-    _answer(run, MAIN, "test", [entry.variant for entry in chosen], pool)
+    with run.stopwatch.stage("arms on test", len(chosen) * len(run.job.examples["test"])):
+        ask(run, pool, MAIN, "test", [entry.variant for entry in chosen])
     tallies = [run.answers.tallies["test"][entry.id] for entry in chosen]
     correct = tuple(tally.correct for tally in tallies if tally.error is None)
     if len(correct) < len(arms):
         run.stopwatch.watch.note(f"arms: {len(arms) - len(correct)} of {len(arms)} failed and are left out")
     return Arms(correct, sets_each)
-
-
-def _answer(run: Run, name: str, split: Split, variants: Sequence[Variant], pool: Pool) -> None:
-    """Those that have not answered this split yet, each once."""
-    task = run.job.tasks[name]
-    examples = task.examples[split]
-    known = run.answered[name].tallies.get(split, {})
-    new = {v.id: v for v in variants if v.id not in known or (known[v.id].error is None and known[v.id].n < len(examples))}
-    with run.stopwatch.stage(f"arms on {split}", len(new) * len(examples)):
-        work = plan_work(list(new.values()), examples, task.rules, run.job.recipe.resources.shard_size)
-        pool.run(work, partial(run.take, name, split))
 
 
 def _choose(run: Run, arm: Sequence[Planned]) -> Planned | None:

@@ -16,11 +16,13 @@ from transplant_ray.evaluate.example import Split
 from transplant_ray.evaluate.outcome import Tally
 from transplant_ray.evaluate.race import legs, pass_rung, pass_screen
 from transplant_ray.evaluate.results import Result, Stopped, choose_winner
+from transplant_ray.evaluate.verdict import no_gap
 from transplant_ray.graft.export import describe_variant
 from transplant_ray.graft.norms import Norms, alpha_of_equal_norm, moved
 from transplant_ray.graft.plan import Planned, SweepPlan
 from transplant_ray.graft.variant import ORIGIN, Variant
 from transplant_ray.pipeline.arms import evaluate_arms
+from transplant_ray.pipeline.asking import ask
 from transplant_ray.pipeline.guarding import with_guards
 from transplant_ray.pipeline.planning import count_answers
 from transplant_ray.pipeline.run import Run
@@ -57,12 +59,19 @@ def evaluate(run: Run, plan: SweepPlan, norms: Norms, capacity: Capacity, tracke
         with run.stopwatch.stage("evaluate", stage.num_answers()), working(stage.answer, on_failure=trials.fail):
             trials.run(run.folder.path / ".tune", lambda result: stage.report(result, tracker))
         evaluation.choose()
-        evaluation.test_opened = run.folder.open_test([example.id for example in job.examples["test"]])
-        stage.match_winner()
-        _answer_on_test(evaluation, pool)
-        if plan.arms:
+        if evaluation.winner is not None:
+            stage.match_winner()
+            evaluation.test_opened = run.folder.open_test([example.id for example in job.examples["test"]])
+            _answer_on_test(evaluation, pool)
+        if plan.arms and evaluation.winner is not None and not no_gap_on_select(run):
             evaluation.arms = evaluate_arms(run, plan.arms, pool)
     return evaluation
+
+
+def no_gap_on_select(run: Run) -> bool:
+    """Whether there is nothing to close, so that no arm need be asked."""
+    target, source = (run.right(MAIN, "select", name) for name in (ORIGIN.id, "source"))
+    return target is None or source is None or no_gap(target, source) is not None
 
 
 def _answer_on_test(evaluation: Evaluation, pool: Pool) -> None:
@@ -71,10 +80,10 @@ def _answer_on_test(evaluation: Evaluation, pool: Pool) -> None:
     baselines = [entry.variant for entry in evaluation.beside_the_winner() if entry.role != "source"]
     tasks = run.job.tasks
     with run.stopwatch.stage("baselines on test", len(baselines) * sum(len(task.examples["test"]) for task in tasks.values())):
-        for name, task in tasks.items():
-            work = plan_work(baselines, task.examples["test"], task.rules, run.job.recipe.resources.shard_size)
-            pool.run(work, partial(run.take, name, "test"))
-    if evaluation.winner is not None and run.job.passages:
+        for name in tasks:
+            ask(run, pool, name, "test", baselines)
+    assert evaluation.winner is not None
+    if run.job.passages:
         variants = [*baselines, plan.trial(evaluation.winner.label).variant]
         evaluation.divergences["test"] = pool.divergences(variants, run.job.passages["test"], run.job.rules, lambda _: None)
 
@@ -185,6 +194,9 @@ class _Stage:
         for name, guard in self.run.job.guards.items():
             work = plan_work(live, guard.examples["select"], guard.rules, self.run.job.recipe.resources.shard_size)
             self.pool.run(work, partial(self._take, name))
+            failed = [tally.error for tally in self.run.answered[name].tallies.get("select", {}).values() if tally.error]
+            if failed:
+                self.run.stopwatch.watch.note(f"guard {name}: {len(failed)} variants failed, the first with {failed[0]}")
 
     def screen(self) -> None:
         """Read the reference answers with every variant; of those that may be stopped, only the best go on."""
@@ -217,13 +229,18 @@ class _Stage:
         alpha = round(alpha_of_equal_norm(self.plan.trial(winner.label).variant, evaluation.norms), 4)
         names = [module.name for module in job.comparison.modules]
         matched = Planned("control", Variant.uniform(names, alpha), "uniform", "all", len(names), alpha)
-        if not 0 < alpha < 1 or matched.label in {entry.label for entry in self.plan.entries}:
+        same = next((entry for entry in self.plan.entries if entry.id == matched.id), None)
+        if same is not None:  # a merge of the grid moves as much, or the winner is such a merge itself
+            evaluation.matched = same if same.role == "control" else None
+            return
+        if not 0 < alpha < 1:
             return
         evaluation.matched, evaluation.plan = matched, replace(self.plan, entries=(*self.plan.entries, matched))
         with self.run.stopwatch.stage("merge of equal distance", sum(len(task.examples["select"]) for task in job.tasks.values())):
-            for name, task in job.tasks.items():
-                work = plan_work([matched.variant], task.examples["select"], task.rules, job.recipe.resources.shard_size)
-                self.pool.run(work, partial(self.run.take, name, "select"))
+            for name in job.tasks:
+                ask(self.run, self.pool, name, "select", [matched.variant])
+            if self.sweep.screen is not None:
+                evaluation.losses |= self.pool.losses([matched.variant], self.examples, job.rules, lambda _: None)
             if job.passages:
                 found = self.pool.divergences([matched.variant], job.passages["select"], job.rules, lambda _: None)
                 evaluation.divergences["select"] |= found

@@ -129,7 +129,7 @@ def _read_variant(folder: RunFolder, id: str) -> Variant:
 def _winner(folder: RunFolder) -> str:
     winner = folder.read_summary().get("winner")
     if winner is None:
-        raise RunError(f"{folder.path}: this sweep has no winner, every trial failed. Choose one with --variant.")
+        raise RunError(f"{folder.path}: this sweep has no winner; its summary says why. Choose one with --variant.")
     return str(winner["variant"])
 
 

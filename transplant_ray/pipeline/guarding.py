@@ -30,18 +30,17 @@ def candidate_of(run: Run, entry: Planned) -> Candidate | None:
 
 
 def with_guards(run: Run, row: Result, entry: Planned, name: str) -> Result:
-    """The row with what the guards say of it; a variant that failed at a guard has failed. `name` is whose answers these are."""
-    tallies = {guard: run.tally(guard, row.split, name) for guard in run.job.guards}
-    broken = next((f"guard {guard}: {tally.error}" for guard, tally in tallies.items() if tally and tally.error), None)
-    if broken and row.error is None:
-        row = replace(
-            row, accuracy=None, correct=None, ci_low=None, ci_high=None, tir=None, recovery=None, worth=None, error=broken
-        )
+    """The row with what the guards say of it. `name` is whose answers these are.
+
+    A guard that has no say in choosing cannot take a trial out of the choice, not even by an error.
+    """
     shares = [guard.share for guard in guard_rows(run, entry, row.split, name) if guard.share is not None]
     row = replace(row, guard_share=mean(shares) if shares else None)
-    candidate = candidate_of(run, entry) if row.split == "select" and row.accuracy is not None and entry.role != "source" else None
-    if candidate is None:
+    if entry.role != "trial" or row.split != "select" or row.accuracy is None:
         return row
+    candidate = candidate_of(run, entry)
+    if candidate is None:
+        return replace(row, worth=None, worth_error=None)
     return replace(row, worth=candidate.worth, worth_error=candidate.error, vetoed_by=candidate.vetoed_by)
 
 
@@ -55,14 +54,16 @@ def guard_rows(run: Run, entry: Planned, split: Split, name: str) -> Iterator[Gu
             yield guard_result(entry, guard, split, tally, target, held_out=guard == run.job.recipe.guards.spared)
 
 
-def guards_for_verdict(run: Run, exported: str) -> tuple[Guard, ...]:
-    """Every guard on test, the held-out one too; one that the target or the winner failed at is left out."""
-    found = []
+def guards_for_verdict(run: Run, exported: str) -> tuple[tuple[Guard, ...], tuple[str, ...]]:
+    """Every guard on test, the held-out one too; and the names of those that the target or the winner failed at."""
+    found, missing = [], []
     for name, spec in run.job.recipe.guards.tasks.items():
         target, variant = (run.right(name, "test", who) for who in (ORIGIN.id, exported))
-        if target is not None and variant is not None:
+        if target is None or variant is None:
+            missing.append(name)
+        else:
             found.append(Guard(name, target, variant, spec.margin, held_out=name == run.job.recipe.guards.spared))
-    return tuple(found)
+    return tuple(found), tuple(missing)
 
 
 def _guarded(run: Run, name: str, variant: str) -> Guarded | None:

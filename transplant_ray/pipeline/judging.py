@@ -30,6 +30,7 @@ def judge_sweep(evaluation: Evaluation, winner: Result | None) -> Verdict | None
     if winner is None or target is None or found is None:
         return no_gap(select_target, select_source)
     primary = evaluation.plan.primary is not None
+    guards, missing = guards_for_verdict(run, EXPORTED)
     return judge(
         Evidence(
             select_target,
@@ -40,7 +41,8 @@ def judge_sweep(evaluation: Evaluation, winner: Result | None) -> Verdict | None
             num_modules=len(select_kind(run.job.comparison.modules, str(winner.kind))),
             chosen_from=1 if primary else len(evaluation.plan.trials),
             arms=evaluation.arms,
-            guards=guards_for_verdict(run, EXPORTED),
+            guards=guards,
+            missing=missing,
         )
     )
 

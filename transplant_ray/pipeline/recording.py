@@ -68,13 +68,13 @@ def record(run: Run, evaluation: Evaluation, results: list[Result], probed: Prob
             "guards": [asdict(row) for row in guards if row.winner or row.role in ("target", "source", "all")],
         }
         write_json(folder.summary, summary)
+        shutil.rmtree(folder.path / ".tune", ignore_errors=True)  # Tune's own state: all of it is in the tables
         folder.publish()
         tracker.log_summary(folder, _headline(results), tracking_figures(folder), verdict)
         if winner:
             summary["model_version"] = tracker.log_winner(evaluation.reported[winner[0].label].run_id, winner[-1], folder)
     summary["seconds"] = run.stopwatch.seconds
     write_json(folder.summary, summary)
-    shutil.rmtree(folder.path / ".tune", ignore_errors=True)  # Tune's own state: all of it is in the tables
     build_report(folder)  # last: whatever becomes of it, everything else is kept, and `report` makes it again
     folder.send(folder.summary, *folder.reports)
     tracker.log_report(folder)
@@ -125,10 +125,10 @@ def summarise(evaluation: Evaluation, results: Sequence[Result], probed: ProbeRe
         "baselines": by_split,
         "winner": _describe_winner(evaluation, results, winner) if winner else None,
         "failed": [{"variant": row.variant, "label": row.label, "error": row.error} for row in results if row.error],
-        "vetoed": sorted(row.label for row in results if row.vetoed_by),
+        "vetoed": sorted(row.label for row in results if row.role == "trial" and row.vetoed_by),
         "stopped": dict(Counter(row.stopped for row in results if row.stopped)),
         "close": _close(run),
-        "unjudged": {split: sum(o.error is not None for o in outcomes) for split, outcomes in run.answers.outcomes.items()},
+        "unjudged": {split: _num_unjudged(run, split) for split in ("select", "test")},
         "rankings": _rankings(run, probed.rankings),
         "warnings": list(run.job.comparison.warnings),
         "excluded": [asdict(exclusion) for exclusion in run.job.comparison.excluded],
@@ -188,6 +188,11 @@ def _agreement(run: Run, variant: str) -> dict[str, int]:
     """On how many select examples the reloaded checkpoint gave the very completion of the resident variant."""
     resident, exported = (run.answers.completions("select", name) for name in (variant, EXPORTED))
     return {"n": len(resident), "equal": sum(exported.get(example) == text for example, text in resident.items())}
+
+
+def _num_unjudged(run: Run, split: Split) -> int:
+    """Answers to the task and the guards that no scorer could judge."""
+    return sum(o.error is not None for answers in run.answered.values() for o in answers.outcomes.get(split, ()))
 
 
 def _close(run: Run) -> dict[str, int]:

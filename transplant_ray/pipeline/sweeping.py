@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from transplant_ray import zoo
@@ -23,7 +23,7 @@ from transplant_ray.pipeline.searching import planned_searches
 from transplant_ray.pipeline.watch import Watch
 from transplant_ray.probe.rankers import SCHEMA as RANKING_SCHEMA
 from transplant_ray.probe.rankers import Ranking, ranking_rows
-from transplant_ray.recipe import MAIN, Recipe, load_recipe
+from transplant_ray.recipe import MAIN, Recipe, SearchSettings, load_recipe
 from transplant_ray.storage import write_rows
 from transplant_ray.tracking.tracker import tracked
 
@@ -40,7 +40,7 @@ def rank(recipe: Recipe, watch: Watch | None = None) -> list[Ranking]:
     run = begin(recipe, watch)
     with plain_errors(), connect(recipe.resources) as capacity:
         run.folder.claim(recipe.identity(), recipe.to_yaml())
-        return _probe(run, capacity, baselines=()).rankings
+        return _probe(run, capacity, baselines=(), searches={}).rankings
 
 
 def sweep(recipe: Recipe, watch: Watch | None = None) -> SweepResult:
@@ -48,7 +48,7 @@ def sweep(recipe: Recipe, watch: Watch | None = None) -> SweepResult:
     run = begin(recipe, watch)
     with plain_errors(), tracked(recipe) as tracker, connect(recipe.resources) as capacity:
         run.folder.claim(recipe.identity(), recipe.to_yaml())
-        probed = _probe(run, capacity, run.asked(MEASURED))
+        probed = _probe(run, capacity, run.asked(MEASURED), {} if recipe.search is None else recipe.search.wanted)
         for asked, shard in probed.source:
             run.answered[asked.task].add(asked.split, shard)
         evaluation = evaluate(run, _plan(run, probed), probed.norms, capacity, tracker)
@@ -57,7 +57,7 @@ def sweep(recipe: Recipe, watch: Watch | None = None) -> SweepResult:
         return record(run, evaluation, [*evaluation.results, *confirmed], probed, tracker)
 
 
-def _probe(run: Run, capacity: Capacity, baselines: Sequence[Asked]) -> ProbeResult:
+def _probe(run: Run, capacity: Capacity, baselines: Sequence[Asked], searches: Mapping[str, SearchSettings]) -> ProbeResult:
     job = run.job
     plan = ProbePlan(
         rankers=job.recipe.rank.by,
@@ -68,7 +68,7 @@ def _probe(run: Run, capacity: Capacity, baselines: Sequence[Asked]) -> ProbeRes
         settings=job.probe_settings,
         probe=job.examples["probe"],
         rules=job.rules,
-        searches={} if job.recipe.search is None else job.recipe.search.wanted,
+        searches=searches,
         guards={name: job.tasks[name].examples["probe"] for name in job.recipe.guards.choosing},
         texts=job.passages.get("probe", ()),
         baselines=baselines,
@@ -76,6 +76,8 @@ def _probe(run: Run, capacity: Capacity, baselines: Sequence[Asked]) -> ProbeRes
     )
     with run.stopwatch.stage("probe and rank", num_probe_steps(plan)):
         probed = run_probe(job.comparison, plan, run.workload, capacity, run.stopwatch.watch.advance)
+    for name, reason in probed.failed.items():
+        run.stopwatch.watch.note(f"search {name} failed and has no trials: {reason}")
     for ranking in probed.rankings:
         for note in ranking.measured.notes if ranking.measured else ():
             run.stopwatch.watch.note(note)

@@ -4,7 +4,7 @@ from transplant_ray.recipe.file import load_recipe, parse_recipe
 from transplant_ray.recipe.guards import GENERAL_TEXT, MAIN, GuardSpec, GuardTask, TextSpec
 from transplant_ray.recipe.part import Kind
 from transplant_ray.recipe.ranking import ACTIVATION_RANKERS, CHANNEL_RANKERS, RANKERS, RESIDENT_RANKERS, REVERSE, RankSpec
-from transplant_ray.recipe.search import SEARCHES, GatesSpec, GreedySpec, SearchSpec
+from transplant_ray.recipe.search import SEARCHES, GatesSpec, GreedySpec, SearchSettings, SearchSpec
 from transplant_ray.recipe.sweep import (
     FEWEST_ARMS,
     MERGES,
@@ -51,6 +51,7 @@ __all__ = [
     "Recipe",
     "ResourceSpec",
     "ScreenSpec",
+    "SearchSettings",
     "SearchSpec",
     "ShotSpec",
     "SplitSpec",

@@ -40,6 +40,7 @@ class GreedySpec(_Penalised):
     """At most so many modules."""
 
 
+SearchSettings = GatesSpec | GreedySpec
 SEARCHES = ("gates", "greedy")
 
 
@@ -68,7 +69,7 @@ class SearchSpec(Part):
         return self
 
     @property
-    def wanted(self) -> dict[str, GatesSpec | GreedySpec]:
+    def wanted(self) -> dict[str, SearchSettings]:
         """Name → settings."""
         both = {"gates": self.gates, "greedy": self.greedy}
         return {name: spec for name, spec in both.items() if spec is not None}

@@ -83,7 +83,7 @@ def _tests(sweep: Sweep) -> list[Item]:
     return [
         ("splits", f"{text(split)}; disjoint: rank on probe, choose on select, confirm on test"),
         ("test split opened", f"{times} so far, this run included" if isinstance(opened, int) else NOT_RECORDED),
-        ("winner", f"{primary}, named beforehand" if primary else WINNER_RULE),
+        ("winner", f"{primary}, named beforehand" if primary else f"{WINNER_RULE}{_objective(sweep)}"),
         (
             "intervals",
             f"Wilson, 95 %, of an accuracy; paired bootstrap over examples ({RESAMPLES:,} resamples, seed "
@@ -111,15 +111,38 @@ def _close(sweep: Sweep) -> str:
 def _grid(sweep: Sweep) -> list[Item]:
     roles = Counter(row.role for row in sweep.on("select"))
     grid = dig(sweep.recipe, "sweep")
-    names = ("k", "kind", "alpha", "channels", "controls", "screen", "race")
+    names = ("k", "kind", "alpha", "channels", "controls", "screen", "race", "arms")
     return [
         ("rankers", text(dig(sweep.recipe, "rank", "by"))),
         ("trajectory", text(dig(sweep.recipe, "rank", "trajectory"))),
         *((name, text(dig(grid, name))) for name in names if dig(grid, name) is not None),
+        ("searches", _searches(sweep)),
         ("variants", ", ".join(f"{n} {role}" for role, n in roles.items()) or NOTHING),
         ("stopped early", text(sweep.told("stopped"))),
         ("left out", _excluded(sweep.told("excluded"))),
     ]
+
+
+def _objective(sweep: Sweep) -> str:
+    """How guards had a say; nothing where they had none."""
+    objective = dig(sweep.recipe, "sweep", "objective")
+    if not isinstance(objective, dict):
+        return ""
+    veto = ", and none that loses more than its margin" if objective.get("veto") else ""
+    return f"; best by accuracy less {text(objective.get('price'))} × the mean loss on guards that are not held out{veto}"
+
+
+def _searches(sweep: Sweep) -> str:
+    """What was fitted: so many numbers, and what rounding them cost, on the probe set."""
+    found = sweep.told("searches")
+    if not isinstance(found, dict) or not found:
+        return NOTHING
+    told = [(name, result) for name, results in found.items() if isinstance(results, list) for result in results]
+    return "; ".join(
+        f"{name} λ = {text(dig(result, 'penalty'))}: {text(dig(result, 'num_coefficients'))} numbers, task loss "
+        f"{number(dig(result, 'task_loss_before_rounding'))} before rounding and {number(dig(result, 'task_loss'))} after"
+        for name, result in told
+    )
 
 
 def _excluded(excluded: Any) -> str:
