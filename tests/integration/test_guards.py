@@ -84,6 +84,11 @@ def test_what_a_search_finds_is_a_trial_like_any_other(guarded: Swept) -> None:
         assert result["num_coefficients"] > 0
 
 
+def test_nobody_is_asked_twice(guarded: Swept) -> None:
+    for path in (guarded.folder / "outcomes").iterdir():
+        assert not pd.read_parquet(path).duplicated(["variant", "example"]).any(), path.name
+
+
 def test_every_variant_answers_every_guard_on_select(guarded: Swept) -> None:
     results = guarded.results
     select = results[results["split"] == "select"]

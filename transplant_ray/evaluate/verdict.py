@@ -147,9 +147,8 @@ def _by_chance(evidence: Evidence, guards: Sequence[GuardTest]) -> _End:
 
 def _by_guards(guards: Sequence[GuardTest], missing: Sequence[str], against: str, chance: float) -> _End:
     if missing:
-        return _End(
-            "confirmed, with loss", f"{against}; could not be measured on {', '.join(missing)}, so no loss is ruled out", chance
-        )
+        why = f"{against}; it could not be measured on {', '.join(missing)}, so no loss there is ruled out"
+        return _End("confirmed, with loss", why, chance)
     if not guards:
         return _End("confirmed", f"{against}; no guard was measured", chance)
     failed = [guard for guard in guards if not guard.holds]

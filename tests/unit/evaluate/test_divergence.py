@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 from math import isclose
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from tiny import EOS, tiny_pair
 from torch.nn.functional import kl_div
 
 from transplant_ray.errors import DataError, VariantError
+from transplant_ray.evaluate import engine as module
+from transplant_ray.evaluate.divergence import diverge
 from transplant_ray.evaluate.engine import Engine
 from transplant_ray.evaluate.example import Rendered
 from transplant_ray.evaluate.generate import GenerationSettings
@@ -110,3 +113,25 @@ def test_examples_of_a_task_are_no_texts_but_have_a_divergence_too(pair: Residen
             other = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
     by_token = kl_div(other, target, log_target=True, reduction="none").sum(-1)
     assert value == pytest.approx(float(by_token[-len(example.answer_ids) :].mean()), rel=1e-4)
+
+
+def test_a_variant_that_raises_has_no_divergence_and_the_others_have_theirs(
+    pair: ResidentPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variants = [Variant.uniform(pair.modules), Variant.uniform(list(pair.modules)[:2])]
+    expected = engine_of(pair).divergences(variants, texts())
+    alone: list[int] = []
+
+    def fragile(model: Any, asked: Any, pick: Any, rows: int, *, together: bool) -> Any:
+        """Two variants together are too many, and so is the second that comes alone."""
+        alone.append(len({variant for variant, _ in asked}))
+        if alone[-1] > 1 or alone.count(1) > 1:
+            raise RuntimeError("a kernel that this device lacks")
+        return diverge(model, asked, pick, rows, together=together)
+
+    monkeypatch.setattr(module, "diverge", fragile)
+    found = engine_of(pair).divergences(variants, texts())
+    assert alone == [2, 1, 1]
+    (failed,) = [variant for variant, values in found.items() if values == (None,) * len(texts())]
+    (well,) = found.keys() - {failed}
+    assert found[well] == pytest.approx(expected[well], rel=1e-4)

@@ -117,6 +117,14 @@ def test_over_half_of_the_modules_chance_cannot_be_tested_and_half_is_not_over()
     assert judge(replace(EVIDENCE, size=32)).conclusion == "confirmed"
 
 
+def test_a_guard_that_nobody_could_measure_is_a_loss_that_is_not_ruled_out() -> None:
+    verdict = judge(replace(EVIDENCE, missing=("sorting",)))
+    assert verdict.conclusion == "confirmed, with loss"
+    assert "it could not be measured on sorting, so no loss there is ruled out" in verdict.sentence
+    (alone,), (beside,) = judge(EVIDENCE).guards, verdict.guards
+    assert beside.p_holm == min(1, 2 * alone.p)  # it keeps its place in Holm's adjustment
+
+
 def test_five_more_of_fifty_is_not_a_gain() -> None:
     """The best cell of the paper's table."""
     verdict = judge(replace(EVIDENCE, target=first(8, 50), winner=first(13, 50)))

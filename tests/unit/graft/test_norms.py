@@ -147,6 +147,6 @@ def test_the_table_gives_back_what_was_kept(comparison: Comparison, tmp_path: Pa
     again = read_norms(tmp_path / "modules.parquet")
     assert list(again) == list(norms)
     for name, norms_O in norms.items():
-        np.testing.assert_array_equal(again[name], norms_O.astype(np.float32))
+        np.testing.assert_array_equal(again[name], norms_O)
     with pytest.raises(RunError, match="not a readable Parquet"):
         read_norms(tmp_path / "nothing.parquet")
