@@ -94,8 +94,8 @@ def main() -> None:
     parser.add_argument("--ranker", default="attribution")
     arguments = parser.parse_args()
     differences = []
-    for folder in arguments.runs:
-        sweep = Sweep(folder)
+    for seed, folder in enumerate(arguments.runs):
+        sweep = Sweep(folder, seed)
         areas = sweep.curves(arguments.ranker)
         best_R = np.max([area for name, area in areas.items() if name != arguments.ranker], axis=0)
         differences.append(areas[arguments.ranker] - best_R)

@@ -92,3 +92,14 @@ def test_a_cluster_that_nobody_answers_for_is_refused(monkeypatch: pytest.Monkey
     port = free_port()
     with pytest.raises(ResourceError, match=rf"`resources.address`: no Ray cluster at .*{port}.*ray start --head"):
         connect(ResourceSpec(address=address.format(port=port))).__enter__()
+
+
+def test_a_ray_that_does_not_come_up_is_an_error_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    def time_out(**_: object) -> None:
+        raise Exception("The current node timed out during startup.")  # Ray's own words and class
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", time_out)
+    with pytest.raises(ResourceError, match=r"Ray did not start on this machine \(The current node timed out.*Try again"):
+        connect(ResourceSpec()).__enter__()

@@ -94,18 +94,21 @@ def _sqlite_path(uri: str) -> tuple[str, str]:
 
 def _start(address: str | None) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # actors without GPUs leave CUDA_VISIBLE_DEVICES alone
+    place = address or os.environ.get("RAY_ADDRESS", "")
     try:
-        _reach(address or os.environ.get("RAY_ADDRESS", ""))
+        _reach(place)
         ray.init(
             address=address,
             log_to_driver=False,
             logging_level=logging.ERROR,
             include_dashboard=None if address else False,
         )
-    except (OSError, OverflowError, RuntimeError, ValueError) as error:
-        raise ResourceError(
-            f"`resources.address`: no Ray cluster at {address!r} ({error}). Start one with `ray start --head`."
-        ) from error
+    except Exception as error:  # a local node that does not come up within 30 seconds is a bare Exception of Ray
+        if place:
+            message = f"`resources.address`: no Ray cluster at {place!r} ({error}). Start one with `ray start --head`."
+        else:
+            message = f"Ray did not start on this machine ({error}). Is it very busy? Try again, or join a cluster with `address`."
+        raise ResourceError(message) from error
 
 
 def _reach(address: str) -> None:
