@@ -224,8 +224,8 @@ def _cells(row: Result) -> tuple[str, ...]:
         return row.label, "screened", "–" if row.loss is None else f"loss {row.loss:.3f}", "–", "–", row.variant
     if row.error is not None or row.accuracy is None:
         reason = (row.error or "no examples").splitlines()[0]
-        return row.label, "failed", reason[:60], "–", "–", row.variant
-    mark = " *" if row.winner else f" (raced, n = {row.n})" if row.stopped else ""
+        return f"{row.label}: {reason[:60]}", "failed", "–", "–", "–", row.variant
+    mark = " *" if row.winner else f" (raced, n={row.n})" if row.stopped else ""
     interval = f"{row.ci_low:.3f}–{row.ci_high:.3f}"
     return (
         row.label + mark, f"{row.accuracy:.3f}", interval, _number(row.tir), _percent(row.recovery),

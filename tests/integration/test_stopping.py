@@ -144,6 +144,6 @@ def test_another_run_with_other_shards_and_one_evaluator_stops_the_same(raced: R
 def test_the_table_says_who_was_stopped(raced: Raced) -> None:
     out = raced.swept.finished.out
     assert "(raced," in out  # a long label goes on in the next line
-    assert "n = 10)" in out
+    assert "n=10)" in out
     assert "screened" in out
     assert "loss" in out
