@@ -155,7 +155,7 @@ def _requests(task: Any, spec: TaskSpec, encoder: Any, name: str) -> list[list[A
     chat = {"apply_chat_template": True, "fewshot_as_multiturn": True, "chat_template": encoder.apply_chat_template}
     try:
         task.build_all_requests(system_instruction=spec.system, **(chat if spec.chat_template else {}))
-    except Exception as error:  # as above
+    except Exception as error:  # functions of the task, too: they make its prompts
         raise DataError(f"`task.lm_eval: {name}`: requests cannot be made ({type(error).__name__}: {error}).") from error
     by_document: dict[int, list[Any]] = defaultdict(list)
     for request in task.instances:

@@ -48,6 +48,8 @@ class RequestEncoder(TemplateLM):
     def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, Ids, Ids]], **_settings: object) -> list[tuple[Ids, Ids]]:
         return [(context, continuation) for _, context, continuation in requests]
 
+    # The library's class demands these two. They answer for a model, and this one only cuts texts into tokens: nobody may ask.
+
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
         raise NotImplementedError
 

@@ -94,6 +94,15 @@ class GuardResult:
     winner: bool
 
 
+COUNTED = [
+    ("n", pa.int32()),
+    ("correct", pa.int32()),
+    ("accuracy", pa.float64()),
+    ("ci_low", pa.float64()),
+    ("ci_high", pa.float64()),
+]
+"""Columns of an accuracy."""
+
 RESULT_SCHEMA = pa.schema(
     [
         ("variant", pa.string()),
@@ -104,11 +113,7 @@ RESULT_SCHEMA = pa.schema(
         ("alpha", pa.float64()),
         ("seed", pa.int32()),
         ("split", pa.string()),
-        ("n", pa.int32()),
-        ("correct", pa.int32()),
-        ("accuracy", pa.float64()),
-        ("ci_low", pa.float64()),
-        ("ci_high", pa.float64()),
+        *COUNTED,
         ("tir", pa.float64()),
         ("recovery", pa.float64()),
         ("num_modules", pa.int32()),
@@ -140,11 +145,7 @@ GUARD_SCHEMA = pa.schema(
         ("guard", pa.string()),
         ("held_out", pa.bool_()),
         ("split", pa.string()),
-        ("n", pa.int32()),
-        ("correct", pa.int32()),
-        ("accuracy", pa.float64()),
-        ("ci_low", pa.float64()),
-        ("ci_high", pa.float64()),
+        *COUNTED,
         ("share", pa.float64()),
         ("winner", pa.bool_()),
     ]
