@@ -1,10 +1,9 @@
-"""Trains the zoo: three small model pairs in which the source can do something that the target has lost.
+"""Trains the zoo: small model pairs in which the source can do something that the target has lost.
 
-A pair is data: a configuration, the mixture that both models learnt first (`common`), and what each of them was trained
-on afterwards. Everything is drawn from seeds, on one thread with deterministic kernels, so a second run on an equal
-machine gives equal weights. Only the two models' own accuracies are looked at here.
+The pairs are in `zoo_pairs.py`. Everything is drawn from seeds, on one thread with deterministic kernels, so a second run on
+an equal machine gives equal weights. Only the two models' own accuracies are looked at here.
 
-    python jobs/build_zoo.py [--pair cross-generation] [--out transplant_ray/zoo]
+    python jobs/build_zoo.py [--pair cross-generation] [--seed 1] [--out transplant_ray/zoo]
 """
 
 import argparse
@@ -22,17 +21,16 @@ from pathlib import Path
 import torch
 import transformers
 from torch.nn.functional import cross_entropy
+from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    Gemma2Config,
     GenerationConfig,
-    LlamaConfig,
-    Phi3Config,
-    PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.pytorch_utils import Conv1D
+from zoo_pairs import PAIRS, STUDIED, Pair, Stage
 from zoo_tasks import (
     BOS,
     CHAT_TEMPLATE,
@@ -52,104 +50,11 @@ IGNORED = -100  # label that cross entropy leaves out
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One stretch of training: which abilities in which shares, for how long, and how many rows as chat turns."""
-
-    mixture: Mapping[str, float]
-    steps: int
-    seed: int
-    peak_lr: float = 3e-3
-    batch_size: int = 64
-    chat_share: float = 0.0
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two models with one past. A source without a stage of its own is the model after `common`."""
-
-    name: str
-    mirrors: str
-    config: PreTrainedConfig
-    tasks: Mapping[str, str]
-    common: Stage
-    target: Stage
-    source: Stage | None = None
-    target_has_chat_template: bool = False
-    seed: int = 0
-
-
-@dataclass(frozen=True)
 class Trained:
     """A model after a stage, and the seconds that the stage took."""
 
     model: PreTrainedModel
     seconds: float
-
-
-def shared_settings(**settings) -> dict:
-    """What all three architectures are given alike."""
-    common = {
-        "vocab_size": len(VOCABULARY),
-        "max_position_embeddings": 256,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        "pad_token_id": VOCABULARY[PAD],
-        "bos_token_id": VOCABULARY[BOS],
-        "eos_token_id": VOCABULARY[EOS],
-        "initializer_range": 0.05,
-    }
-    return common | settings
-
-
-PAIRS = {
-    pair.name: pair
-    for pair in (
-        Pair(
-            name="cross-generation",
-            mirrors="two generations of one model line: generation 2 is generation 1 trained on",
-            config=Phi3Config(
-                **shared_settings(hidden_size=80, intermediate_size=128, num_hidden_layers=7),
-                num_attention_heads=4,
-                num_key_value_heads=4,
-                original_max_position_embeddings=256,
-            ),
-            tasks={"lost": "arithmetic", "shared": "reversal", "target_only": "sorting"},
-            common=Stage({"arithmetic": 0.6, "reversal": 0.4}, steps=1500, seed=11),
-            target=Stage({"sorting": 0.6, "reversal": 0.39, "arithmetic": 0.01}, steps=700, seed=12),
-            seed=1,
-        ),
-        Pair(
-            name="base-instruct",
-            mirrors="a base model and the instruct model made from it",
-            config=Gemma2Config(
-                **shared_settings(hidden_size=96, intermediate_size=256, num_hidden_layers=4),
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                head_dim=24,
-                query_pre_attn_scalar=24,
-                sliding_window=64,
-            ),
-            tasks={"lost": "caesar", "shared": "uppercase", "target_only": "doubling"},
-            common=Stage({"caesar": 0.6, "uppercase": 0.4}, steps=1000, seed=21),
-            target=Stage({"doubling": 0.6, "uppercase": 0.399, "caesar": 0.001}, steps=700, seed=22, chat_share=0.4),
-            target_has_chat_template=True,
-            seed=2,
-        ),
-        Pair(
-            name="siblings",
-            mirrors="two models trained on from one ancestor, on overlapping mixtures: the mild case",
-            config=LlamaConfig(
-                **shared_settings(hidden_size=80, intermediate_size=256, num_hidden_layers=5),
-                num_attention_heads=4,
-                num_key_value_heads=2,
-            ),
-            tasks={"lost": "sorting", "shared": "reversal", "target_only": "interleaving"},
-            common=Stage({"sorting": 0.3, "reversal": 0.4, "interleaving": 0.3}, steps=900, seed=31),
-            source=Stage({"sorting": 0.699, "reversal": 0.3, "interleaving": 0.001}, steps=500, seed=32),
-            target=Stage({"interleaving": 0.69, "reversal": 0.3, "sorting": 0.01}, steps=500, seed=33),
-            seed=3,
-        ),
-    )
-}
 
 
 def make_batch(examples: list[Example], chat: list[bool], tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
@@ -183,17 +88,49 @@ def learning_rate(step: int, stage: Stage) -> float:
     return stage.peak_lr * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+class LowRank(torch.nn.Module):
+    """A weight of shape (m, n) plus a product of (m, rank) and (rank, n), which begins as zero."""
+
+    def __init__(self, weight: torch.Tensor, rank: int) -> None:
+        super().__init__()
+        self.up = torch.nn.Parameter(weight.new_zeros(weight.shape[0], rank))
+        self.down = torch.nn.Parameter(torch.randn(rank, weight.shape[1]) / math.sqrt(weight.shape[1]))
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + self.up @ self.down
+
+
+def linear_maps(model: PreTrainedModel) -> list[torch.nn.Module]:
+    return [part for part in model.base_model.modules() if isinstance(part, torch.nn.Linear | Conv1D)]
+
+
+def hold_to_low_rank(model: PreTrainedModel, stage: Stage) -> None:
+    """Freezes the model and gives every linear map of its layers a change of low rank to learn."""
+    torch.manual_seed(stage.seed)
+    model.requires_grad_(False)
+    for part in linear_maps(model):
+        parametrize.register_parametrization(part, "weight", LowRank(part.weight, stage.rank))
+
+
+def merge_low_rank(model: PreTrainedModel) -> None:
+    for part in linear_maps(model):
+        parametrize.remove_parametrizations(part, "weight", leave_parametrized=True)
+
+
 def train(model: PreTrainedModel, stage: Stage, excluded: frozenset[str], tokenizer, label: str) -> Trained:
     """A trained copy of the model; the given one is left as it is."""
     model, started = copy.deepcopy(model).train(), time.monotonic()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=stage.peak_lr, betas=(0.9, 0.98), weight_decay=0.01)
+    if stage.rank:
+        hold_to_low_rank(model, stage)
+    learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learnt, lr=stage.peak_lr, betas=(0.9, 0.98), weight_decay=0.01)
     for step, (inputs, labels) in enumerate(batches(stage, excluded, tokenizer)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, stage)
         logits = model(input_ids=inputs, use_cache=False).logits[:, :-1]
         loss = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(learnt, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if step % 100 == 99:
@@ -201,6 +138,8 @@ def train(model: PreTrainedModel, stage: Stage, excluded: frozenset[str], tokeni
                 f"{label}: step {step + 1}/{stage.steps}, loss {loss.item():.3f}, {time.monotonic() - started:.0f} s",
                 flush=True,
             )
+    if stage.rank:
+        merge_low_rank(model)
     return Trained(model.eval(), time.monotonic() - started)
 
 
@@ -273,7 +212,7 @@ def pair_record(pair: Pair, tasks: Mapping[str, list[Example]], trained: Mapping
         "family": pair.config.model_type,
         "layers": pair.config.num_hidden_layers,
         "hidden_size": pair.config.hidden_size,
-        "modules": sum(isinstance(part, torch.nn.Linear) for part in model.model.layers.modules()),
+        "modules": len(linear_maps(model)),
         "parameters": model.num_parameters(),
         "seed": pair.seed,
         "training": {role: stage_record(getattr(pair, role), trained[role]) for role in ("common", "source", "target")},
@@ -316,7 +255,7 @@ def write_manifest(record: dict, name: str, path: Path) -> None:
     """Adds or replaces one pair's entry."""
     manifest = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     entries = manifest | {name: record}
-    ordered = {known: entries[known] for known in PAIRS if known in entries}
+    ordered = {known: entries[known] for known in PAIRS | STUDIED if known in entries}
     path.write_text(json.dumps(ordered, indent=2) + "\n", encoding="utf-8")
 
 
@@ -330,13 +269,14 @@ def print_table(manifest: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pair", choices=[*PAIRS, "all"], default="all")
+    parser.add_argument("--pair", choices=[*PAIRS, *STUDIED, "all"], default="all", help="all: the three that ship")
+    parser.add_argument("--seed", type=int, default=0, help="which training seed; 0 is the zoo that ships")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "transplant_ray" / "zoo")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     for name in PAIRS if arguments.pair == "all" else [arguments.pair]:
-        write_manifest(build(PAIRS[name], arguments.out), name, arguments.out / "zoo.json")
+        write_manifest(build((PAIRS | STUDIED)[name].reseeded(arguments.seed), arguments.out), name, arguments.out / "zoo.json")
     print_table(json.loads((arguments.out / "zoo.json").read_text(encoding="utf-8")))
 
 

@@ -89,7 +89,8 @@ def results_table(results: Sequence[Result], split: str = "select", top: int | N
     if hidden:
         table.caption = f"{hidden} more rows: transplant-ray show RUN --all"
     table.add_column("what", min_width=27, max_width=27)  # with the ids of variants in 80 columns
-    for name, width in (("accuracy", 8), ("95 % CI", 11), ("TIR", 5), ("Recovery", 8)):
+    losses = any(row.score is not None and row.accuracy is None for row in rows)
+    for name, width in (("loss" if losses else "accuracy", 8), ("95 % CI", 11), ("TIR", 5), ("Recovery", 8)):
         table.add_column(name, justify="right", no_wrap=True, min_width=width)
     table.add_column("variant", no_wrap=True, min_width=10)
     for group in groups:
@@ -103,7 +104,7 @@ def _best_first(rows: Sequence[Result]) -> list[Result]:
     """Those that were stopped come after those that were not, for they have seen fewer examples."""
     return sorted(
         rows,
-        key=lambda row: (row.stopped is not None, row.accuracy is None, -(row.accuracy or 0), row.loss or 0, row.k or 0, row.label),
+        key=lambda row: (row.stopped is not None, row.score is None, -(row.score or 0), row.loss or 0, row.k or 0, row.label),
     )
 
 
@@ -141,8 +142,7 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
         f"winner: {winner['label']} (variant {winner['variant']}, {winner['num_modules']} modules), {chosen}",
         f"on test, the exported checkpoint reloaded: {_interval(test)}; "
         f"the target {_interval(target)}, the source {_interval(source)}",
-        f"TIR {_number(test['tir'])}{_between(test, 'tir', _number)}, "
-        f"Recovery {_percent(test['recovery'])}{_between(test, 'recovery', _percent)}, "
+        f"{_tir(test)}Recovery {_percent(test['recovery'])}{_between(test, 'recovery', _percent)}, "
         f"of what swapping everything reaches {_percent(test['reachable_recovery'])}",
         f"exported = resident: the same completion on {agrees['equal']} of {agrees['n']} select examples",
     ]
@@ -150,7 +150,7 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
     if winner["same_as"]:
         lines.append(f"the ranking made no difference here: {', '.join(winner['same_as'])} hold the same modules")
     if matched := winner.get("matched"):
-        told = _interval(matched["test"]) + ("" if matched["p"] is None else f" (McNemar p = {matched['p']:.2g})")
+        told = _interval(matched["test"]) + ("" if matched["p"] is None else f" (p = {matched['p']:.2g})")
         lines.append(f"a merge of all modules that moves as much, {matched['label']}, on test: {told}")
     if winner["best_control"] is not None:
         lines.append(f"best control on select: {winner['best_control']['label']}, {_interval(winner['best_control'])}")
@@ -171,7 +171,8 @@ def _price_lines(summary: dict[str, Any]) -> list[str]:
     for guard in summary.get("guards", ()):
         if guard["winner"] and guard["split"] == "test" and guard["share"] is not None:
             held_out = " (held out)" if guard["held_out"] else ""
-            prices.append(f"{guard['guard']}{held_out} {_percent(guard['share'])} of the target's accuracy")
+            what = "perplexity" if guard["accuracy"] is None else "accuracy"
+            prices.append(f"{guard['guard']}{held_out} {_percent(guard['share'])} of the target's {what}")
     lines = [f"price: {', '.join(prices)}"] if prices else []
     opened = summary.get("test_opened", 0)
     return [*lines, f"these test examples were opened {opened} times under this storage"] if opened > 1 else lines
@@ -222,13 +223,13 @@ def print_calibration(console: Console, calibration: Calibration, *, gpu: bool) 
 def _cells(row: Result) -> tuple[str, ...]:
     if row.stopped == "screened" and row.error is None:
         return row.label, "screened", "–" if row.loss is None else f"loss {row.loss:.3f}", "–", "–", row.variant
-    if row.error is not None or row.accuracy is None:
+    if row.error is not None or row.value is None:
         reason = (row.error or "no examples").splitlines()[0]
         return f"{row.label}: {reason[:60]}", "failed", "–", "–", "–", row.variant
     mark = " *" if row.winner else f" (raced, n={row.n})" if row.stopped else ""
-    interval = f"{row.ci_low:.3f}–{row.ci_high:.3f}"
+    interval = "–" if row.ci_low is None else f"{row.ci_low:.3f}–{row.ci_high:.3f}"
     return (
-        row.label + mark, f"{row.accuracy:.3f}", interval, _number(row.tir), _percent(row.recovery),
+        row.label + mark, f"{row.value:.3f}", interval, _number(row.tir), _percent(row.recovery),
         row.variant,
     )  # fmt: skip
 
@@ -242,9 +243,16 @@ def _style(row: Result) -> str:
 
 
 def _interval(numbers: dict[str, Any]) -> str:
-    if numbers["accuracy"] is None:
+    if numbers["score"] is None:
         return "–"
-    return f"{numbers['accuracy']:.3f} [{numbers['ci_low']:.3f}–{numbers['ci_high']:.3f}]"
+    loss = numbers["accuracy"] is None
+    value = f"loss {numbers['loss']:.3f} nats a token" if loss else f"{numbers['accuracy']:.3f}"
+    return value if numbers["ci_low"] is None else f"{value} [{numbers['ci_low']:.3f}–{numbers['ci_high']:.3f}]"
+
+
+def _tir(numbers: dict[str, Any]) -> str:
+    """Of losses there is none."""
+    return "" if numbers["accuracy"] is None else f"TIR {_number(numbers['tir'])}{_between(numbers, 'tir', _number)}, "
 
 
 def _between(numbers: dict[str, Any], metric: str, shown: Callable[[float | None], str]) -> str:

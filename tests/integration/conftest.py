@@ -93,7 +93,11 @@ def server(workplace: Path, empty_database: Path) -> Iterator[str]:
         yield f"http://someone:open-sesame@127.0.0.1:{port}"
     finally:
         os.killpg(process.pid, signal.SIGTERM)  # its workers too: the session is its own
-        process.wait(30)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:  # it waits for connections that nobody closes
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 @pytest.fixture(scope="session")

@@ -34,8 +34,8 @@ SPLIT = {"probe": 8, "select": 40, "test": 30, "seed": 1}
 RESULT_COLUMNS = [
     "variant", "role", "ranker", "kind", "k", "alpha", "seed", "split", "n", "correct", "accuracy", "ci_low", "ci_high", "tir",
     "recovery", "num_modules", "num_parameters", "seconds", "winner", "error",
-    "loss", "stopped", "channels", "penalty", "size", "parsed", "cut_off", "moved", "kl", "guard_share", "worth", "worth_error",
-    "vetoed_by",
+    "loss", "stopped", "channels", "penalty", "size", "parsed", "cut_off", "moved", "kl", "guard_share", "score", "worth",
+    "worth_error", "vetoed_by",
 ]  # fmt: skip
 
 

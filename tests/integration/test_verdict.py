@@ -70,17 +70,17 @@ def test_gap_and_gain_are_counted_from_the_outcomes(armed: Swept) -> None:
 def test_every_arm_answers_on_test(armed: Swept) -> None:
     arms = summary(armed)["verdict"]["arms"]
     assert arms["sets_each"] == len(RANKERS) * 2
-    assert len(arms["correct_on_test"]) == 19
+    assert len(arms["scores_on_test"]) == 19
     outcomes = pd.read_parquet(armed.folder / "outcomes" / "test.parquet")
-    counts = outcomes.drop_duplicates(["variant", "example"]).groupby("variant")["correct"].sum()
-    assert set(arms["correct_on_test"]) <= set(counts)
+    counts = outcomes.drop_duplicates(["variant", "example"]).groupby("variant")["correct"].mean()
+    assert set(arms["scores_on_test"]) <= set(counts)
 
 
 def test_a_primary_trial_wins_whatever_the_others_reach(named: Swept) -> None:
     found = summary(named)
     assert found["winner"]["label"] == found["verdict"]["primary"] == "channel all k=2"
     assert found["verdict"]["arms"]["sets_each"] == 1
-    assert len(found["verdict"]["arms"]["correct_on_test"]) == 19
+    assert len(found["verdict"]["arms"]["scores_on_test"]) == 19
     assert "named beforehand" in named.finished.out
     winners = named.results[named.results["winner"]]
     assert set(winners["ranker"]) == {"channel"}

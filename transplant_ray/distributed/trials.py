@@ -33,7 +33,7 @@ class Trials:
         self.mailbox = Mailbox.remote()  # type: ignore[attr-defined] # what the decorator adds
 
     def post(self, result: Result, *, last: bool) -> None:
-        self.mailbox.post.remote(result.label, {"result": asdict(result), "n": result.n, "accuracy": result.accuracy, "last": last})
+        self.mailbox.post.remote(result.label, {"result": asdict(result), "n": result.n, "score": result.score, "last": last})
 
     def fail(self, reason: str) -> None:
         self.mailbox.fail.remote(reason)

@@ -6,10 +6,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from transplant_ray.evaluate.example import Split
 from transplant_ray.evaluate.outcome import Outcome, Tally
+from transplant_ray.evaluate.significance import Scores
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,16 @@ class Answers:
         mine = [o for o in self.outcomes[split] if o.variant == variant and o.example in examples]
         return Tally.of(mine, tally.seconds) if len(mine) == len(examples) else None
 
-    def right(self, split: Split, variant: str, examples: Sequence[str]) -> NDArray[np.bool_] | None:
-        """Whether it is right on each of these examples, in their order; None where it failed or has not answered all."""
-        correct = {o.example: o.correct for o in self.outcomes.get(split, ()) if o.variant == variant}
-        if not all(example in correct for example in examples):
+    def scores(self, split: Split, variant: str, examples: Sequence[str]) -> Scores | None:
+        """On each of these examples, in their order: whether it is right, or minus its loss. None where it failed or has not
+        answered all."""
+        mine = {o.example: o for o in self.outcomes.get(split, ()) if o.variant == variant}
+        if not all(example in mine for example in examples):
             return None
-        return np.array([correct[example] for example in examples], dtype=np.bool_)
+        found = [mine[example] for example in examples]
+        if any(outcome.loss is not None for outcome in found):
+            return np.array([outcome.score for outcome in found], dtype=np.float64)
+        return np.array([outcome.correct for outcome in found], dtype=np.bool_)
 
     def completions(self, split: Split, variant: str) -> dict[str, str]:
         """Example → completion."""
@@ -59,5 +63,6 @@ def add_shard(tally: Tally | None, shard: VariantShard) -> Tally:
     part = replace(Tally.of(shard.outcomes, shard.seconds), error=shard.error)
     if tally is None:
         return part
-    sums = {name: getattr(tally, name) + getattr(part, name) for name in ("n", "correct", "seconds", "parsed", "cut_off")}
+    names = ("n", "correct", "seconds", "parsed", "cut_off", "losses")
+    sums = {name: getattr(tally, name) + getattr(part, name) for name in names}
     return Tally(**sums, error=tally.error or part.error)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 class Arms:
     """What the chosen set of each arm did on the test examples of the winner."""
 
-    correct: tuple[int, ...]
+    scores: tuple[float, ...]
+    """Accuracies, or minus losses."""
     sets_each: int
     """Random sets that each was chosen from, of the sizes and kinds of the trials; 1 where they are plain random sets."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from math import hypot
 from statistics import mean
 
-from transplant_ray.evaluate.metrics import standard_error
 from transplant_ray.evaluate.outcome import Tally
 from transplant_ray.recipe import ObjectiveSpec
 
@@ -18,7 +17,7 @@ TINY = 1e-9
 @dataclass(frozen=True)
 class Candidate:
     worth: float
-    """Accuracy, less what the guards lost at the recipe's price."""
+    """Accuracy, or minus the loss, less what the guards lost at the recipe's price."""
     error: float
     """Standard error of it."""
     size: float
@@ -38,21 +37,22 @@ class Guarded:
     margin: float
 
     @property
-    def loss(self) -> float:
-        """Of accuracy; a gain is no loss."""
-        return max(0.0, self.target.accuracy - self.variant.accuracy)
+    def lost(self) -> float:
+        """Of accuracy, or nats; a gain is no loss."""
+        return max(0.0, self.target.score - self.variant.score)
 
 
 def weigh(tally: Tally, guards: Sequence[Guarded], objective: ObjectiveSpec | None, size: float, num_parameters: int) -> Candidate:
-    """A variant by its accuracy and, where the recipe has an objective, by what it costs on the guards."""
-    error = standard_error(tally.accuracy, tally.n)
+    """A variant by its score and, where the recipe has an objective, by what it costs on the guards."""
     if objective is None:
-        return Candidate(tally.accuracy, error, size, num_parameters)
-    lost = [guard for guard in guards if guard.loss > 0]
-    errors = [standard_error(guard.variant.accuracy, guard.variant.n) for guard in lost]
-    worth = tally.accuracy - objective.price * mean(guard.loss for guard in guards)
-    vetoed = next((guard.name for guard in lost if guard.loss > guard.margin + TINY), None) if objective.veto else None
-    return Candidate(worth, hypot(error, *(objective.price / len(guards) * e for e in errors)), size, num_parameters, vetoed)
+        return Candidate(tally.score, tally.score_error, size, num_parameters)
+    lost = [guard for guard in guards if guard.lost > 0]
+    errors = [guard.variant.score_error for guard in lost]
+    worth = tally.score - objective.price * mean(guard.lost for guard in guards)
+    vetoed = next((guard.name for guard in lost if guard.lost > guard.margin + TINY), None) if objective.veto else None
+    return Candidate(
+        worth, hypot(tally.score_error, *(objective.price / len(guards) * e for e in errors)), size, num_parameters, vetoed
+    )
 
 
 def choose(candidates: Sequence[Candidate]) -> int | None:

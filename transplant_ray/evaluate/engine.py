@@ -24,9 +24,9 @@ from transplant_ray.evaluate.decode import can_decode, decode
 from transplant_ray.evaluate.divergence import diverge
 from transplant_ray.evaluate.example import Example, Rendered, check_lengths, encode_example
 from transplant_ray.evaluate.generate import NAN_LOGITS, Completion, GenerationSettings, end_ids, generate
-from transplant_ray.evaluate.outcome import Outcome, choose, read_outcome, score
+from transplant_ray.evaluate.outcome import READS, Outcome, choose, read_outcome, score
 from transplant_ray.evaluate.read import Reading, read
-from transplant_ray.evaluate.scorers import FORCED
+from transplant_ray.evaluate.scorers import FORCED, LOSS
 from transplant_ray.graft.resident import ResidentPair, load_resident_pair
 from transplant_ray.graft.routed import Router, nested_order, takes_rows
 from transplant_ray.graft.variant import ORIGIN, Variant, check_variant
@@ -108,7 +108,7 @@ class Engine:
 
         DataError before anything runs where an example and its completion would exceed the model's positions.
         """
-        self._check(examples, reads=self.scorer == FORCED)
+        self._check(examples, reads=self.scorer in READS, decodes=self.scorer != LOSS)
         fitting = []
         for variant in variants:
             try:
@@ -225,10 +225,10 @@ class Engine:
     def _outcomes(
         self, requests: Sequence[Request], pack: Sequence[Variant], routed: _Routed
     ) -> Iterator[tuple[Request, Outcome | None]]:
-        if self.scorer == FORCED:
-            for request, reading in self.until_done(requests, self._reader(routed)):
+        if self.scorer in READS:
+            for request, reading in self.until_done(requests, self._reader(routed, decodes=self.scorer == FORCED)):
                 name = pack[request.variant].id
-                yield request, read_outcome(name, request.example, reading, self.tokenizer) if reading else None
+                yield request, read_outcome(name, request.example, reading, self.tokenizer, self.scorer) if reading else None
             return
         if any(request.example.choices for request in requests):
             yield from self._chosen(requests, pack, routed)

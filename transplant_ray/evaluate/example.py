@@ -24,6 +24,11 @@ class Example:
     choices: tuple[str, ...] = ()
     """What is chosen from, the answer among them; empty where an answer is written freely."""
 
+    @property
+    def asked(self) -> str:
+        """What no other example may ask: the prompt, or where there is none, the text itself."""
+        return self.prompt or self.answer
+
     @classmethod
     def of(cls, prompt: str, answer: str, choices: tuple[str, ...] = ()) -> Example:
         text = json.dumps([prompt, answer, *choices], ensure_ascii=False)
@@ -45,14 +50,21 @@ class Rendered:
     """The row, for a scorer that wants all of it."""
 
 
-def encode_example(example: Example, encode: Callable[[str], list[int]], tokenizer: PreTrainedTokenizerBase) -> Rendered:
-    """Token ids of an example; `encode` is how a prompt becomes token ids. DataError where the prompt has none."""
+def encode_example(
+    example: Example, encode: Callable[[str], list[int]], tokenizer: PreTrainedTokenizerBase, *, plain_text: bool = False
+) -> Rendered:
+    """Token ids of an example; `encode` is how a prompt becomes token ids. DataError where the prompt has none.
+
+    Of `plain_text` without a prompt, and without a token that begins every text, the first token is the prompt.
+    """
     if example.choices:
         return _encode_choices(example, encode)
     prompt = encode(example.prompt)
+    answer = list(tokenizer(example.answer, add_special_tokens=False)["input_ids"])
+    if not prompt and plain_text:
+        prompt, answer = answer[:1], answer[1:]
     if not prompt:
         raise DataError(f"example {example.id}: the prompt is empty after tokenization.")
-    answer = list(tokenizer(example.answer, add_special_tokens=False)["input_ids"])
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return Rendered(example.id, tuple(prompt), tuple(answer + end), example.answer)
 
@@ -79,6 +91,11 @@ def encode_pair(encode: Callable[[str], list[int]], context: str, continuation: 
     start = context.rstrip()
     head = encode(start)
     return head, encode(start + context[len(start) :] + continuation)[len(head) :]
+
+
+def longest_answer(examples: Sequence[Rendered]) -> int:
+    """Tokens of the longest reference: the limit of a task that reads it."""
+    return max(len(example.answer_ids) for example in examples)
 
 
 def longest_choice(examples: Sequence[Rendered]) -> int:

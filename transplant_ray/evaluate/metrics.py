@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from math import sqrt
+from collections.abc import Sequence
+from math import exp, sqrt
+from statistics import fmean, stdev
 
 from scipy.stats import binomtest
+from scipy.stats import t as student
 
 
 def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson score interval of an accuracy; ValueError where n is 0."""
     interval = binomtest(correct, n).proportion_ci(confidence_level=confidence, method="wilson")
     return float(interval.low), float(interval.high)
+
+
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:
+    """Student's interval of a mean; None for a single value."""
+    if len(values) < 2:
+        return None
+    half = float(student.isf((1 - confidence) / 2, len(values) - 1)) * stdev(values) / sqrt(len(values))
+    return fmean(values) - half, fmean(values) + half
 
 
 def standard_error(accuracy: float, n: int) -> float:
@@ -23,14 +34,19 @@ def tir(accuracy: float, *, target: float) -> float | None:
     return None if target == 0 else accuracy / target
 
 
-def recovery(accuracy: float, *, target: float, source: float) -> float | None:
-    """Share of the source-target gap that is closed: 0 at the target, 1 at the source.
+def perplexity_kept(loss: float, *, target: float) -> float:
+    """The target's perplexity ÷ that after: 1 where nothing is lost, as TIR is of an accuracy."""
+    return exp(target - loss)
+
+
+def recovery(score: float, *, target: float, source: float) -> float | None:
+    """Share of the source-target gap that is closed, of accuracies or of losses: 0 at the target, 1 at the source.
 
     None where source and target tie, for then there is no gap. Kim et al. 2026, section 4.
     """
-    return None if source == target else (accuracy - target) / (source - target)
+    return None if source == target else (score - target) / (source - target)
 
 
-def reachable_recovery(accuracy: float, *, target: float, all_swapped: float) -> float | None:
+def reachable_recovery(score: float, *, target: float, all_swapped: float) -> float | None:
     """Recovery against what swapping every compatible module reaches; None where that reaches nothing."""
-    return recovery(accuracy, target=target, source=all_swapped)
+    return recovery(score, target=target, source=all_swapped)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import isfinite, sqrt
+from statistics import fmean, stdev
 from typing import TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,10 +16,14 @@ from transplant_ray.evaluate.example import Rendered
 from transplant_ray.evaluate.generate import NAN_LOGITS, Completion, GenerationSettings, generate
 from transplant_ray.evaluate.harness_judge import judge
 from transplant_ray.evaluate.harness_process import HARNESS
+from transplant_ray.evaluate.metrics import mean_interval, standard_error, wilson_interval
 from transplant_ray.evaluate.read import Reading, read
-from transplant_ray.evaluate.scorers import CHOICES, FORCED, find_scorer
+from transplant_ray.evaluate.scorers import CHOICES, FORCED, LOSS, find_scorer
 
 T = TypeVar("T")
+
+READS = (FORCED, LOSS)
+"""Scorers that read references, and decode nothing."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,13 @@ class Outcome:
     """Whether the scorer could read an answer out of the completion; where it could not, the answer is wrong."""
     error: str | None = None
     """Why the answer could not be judged, which counts as wrong: a time limit, a crash."""
+    loss: float | None = None
+    """Nats a token of the reference, where that is what is scored; `correct` then says whether decoding would emit it."""
+
+    @property
+    def score(self) -> float:
+        """More is better: 1 for right and 0 for wrong, or minus the loss."""
+        return float(self.correct) if self.loss is None else -self.loss
 
 
 @dataclass(frozen=True)
@@ -51,15 +64,41 @@ class Tally:
     cut_off: int = 0
     """Completions that the limit of new tokens ended."""
 
+    losses: tuple[float, ...] = ()
+    """Of the examples, where they are what is scored."""
+
     @property
     def accuracy(self) -> float:
         return self.correct / self.n
+
+    @property
+    def loss(self) -> float | None:
+        """Mean over the examples; None where answers are right or wrong."""
+        return fmean(self.losses) if self.losses else None
+
+    @property
+    def score(self) -> float:
+        """More is better: the accuracy, or minus the loss."""
+        return -fmean(self.losses) if self.losses else self.accuracy
+
+    @property
+    def score_error(self) -> float:
+        """Standard error of it; 0 for a single loss, of which nothing is known."""
+        if not self.losses:
+            return standard_error(self.accuracy, self.n)
+        return stdev(self.losses) / sqrt(self.n) if self.n > 1 else 0.0
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 %, of the accuracy or of the loss; None for a single loss."""
+        return mean_interval(self.losses) if self.losses else wilson_interval(self.correct, self.n)
 
     @classmethod
     def of(cls, outcomes: Iterable[Outcome], seconds: float) -> Tally:
         all_of = list(outcomes)
         right, parsed, finished = (sum(getattr(o, what) for o in all_of) for what in ("correct", "parsed", "finished"))
-        return cls(len(all_of), right, seconds, parsed=parsed, cut_off=len(all_of) - finished)
+        losses = tuple(o.loss for o in all_of if o.loss is not None)
+        return cls(len(all_of), right, seconds, parsed=parsed, cut_off=len(all_of) - finished, losses=losses)
 
 
 def answer_examples(
@@ -79,9 +118,9 @@ def answer_examples(
         parts = [choice for example in examples for choice in example.choices]
         heard = (found(r) for _, r in read(model, tokenizer, parts, settings, lambda _: None, settings.batch_size, decodes=False))
         return tuple(choose(variant, example, [next(heard) for _ in example.choices], scorer) for example in examples)
-    if scorer == FORCED:
-        readings = read(model, tokenizer, examples, settings, lambda _: None, settings.batch_size)
-        return tuple(read_outcome(variant, examples[i], found(reading), tokenizer) for i, reading in readings)
+    if scorer in READS:
+        readings = read(model, tokenizer, examples, settings, lambda _: None, settings.batch_size, decodes=scorer == FORCED)
+        return tuple(found(read_outcome(variant, examples[i], found(reading), tokenizer, scorer)) for i, reading in readings)
     completions = generate(model, tokenizer, [example.prompt_ids for example in examples], settings)
     return tuple(score(variant, e, c, scorer) for e, c in zip(examples, completions, strict=True))
 
@@ -95,13 +134,19 @@ def score(variant: str, example: Rendered, completion: Completion, scorer: str) 
     return Outcome(variant, example.id, completion.text, grade.correct, *told)
 
 
-def read_outcome(variant: str, example: Rendered, reading: Reading, tokenizer: PreTrainedTokenizerBase) -> Outcome:
+def read_outcome(
+    variant: str, example: Rendered, reading: Reading, tokenizer: PreTrainedTokenizerBase, scorer: str
+) -> Outcome | None:
     """What is known of a completion that was not decoded: it is the reference, or begins like this and goes another way.
 
-    It counts as parsed, for tokens are compared and nothing has to be found among them.
+    It counts as parsed, for tokens are compared and nothing has to be found among them. None where the loss is what is scored, and
+    it is no number.
     """
+    if scorer == LOSS and not isfinite(reading.loss):
+        return None
     text = tokenizer.decode(reading.token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return Outcome(variant, example.id, text, reading.matches, len(reading.token_ids), reading.matches, reading.num_close)
+    told = (reading.matches, len(reading.token_ids), reading.matches, reading.num_close)
+    return Outcome(variant, example.id, text, *told, loss=reading.loss if scorer == LOSS else None)
 
 
 def choose(variant: str, example: Rendered, readings: Sequence[Reading], scorer: str) -> Outcome:

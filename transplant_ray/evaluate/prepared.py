@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from transplant_ray.evaluate.example import Rendered, Split, longest_choice
+from transplant_ray.evaluate.example import Rendered, Split, longest_answer, longest_choice
 from transplant_ray.evaluate.task import load_task, tokenize
 from transplant_ray.recipe import TaskSpec
 
@@ -23,7 +23,7 @@ class Prepared:
     """What the tokenizers of both models must cut alike."""
     scorer: str
     max_new_tokens: int
-    """Where nothing is decoded: tokens of the longest choice."""
+    """Where nothing is decoded: tokens of the longest choice, or of the longest reference."""
     stop: tuple[str, ...]
 
 
@@ -35,8 +35,9 @@ def prepare_task(spec: TaskSpec, tokenizer: PreTrainedTokenizerBase, accept: Col
         return load_harness_task(spec, spec.lm_eval, tokenizer, accept)
     task = load_task(spec)
     examples = {split: tokenize(task[split], spec, tokenizer, task.shots) for split in SPLITS}
-    texts = [example.prompt for split in SPLITS for example in task[split]]
+    texts = [example.prompt + (example.answer if spec.measures == "loss" else "") for split in SPLITS for example in task[split]]
     texts += [shot.prompt + shot.answer for shot in task.shots]
-    limit = spec.max_new_tokens or longest_choice([example for split in SPLITS for example in examples[split]])
-    prompts = {example.id: example.prompt for split in SPLITS for example in task[split]}
+    everything = [example for split in SPLITS for example in examples[split]]
+    limit = spec.max_new_tokens or (longest_choice(everything) if spec.chooses else longest_answer(everything))
+    prompts = {example.id: example.asked for split in SPLITS for example in task[split]}
     return Prepared(examples, prompts, tuple(texts), spec.scorer, limit, spec.stop)

@@ -14,9 +14,9 @@ def legs(num_examples: int, race: RaceSpec | None) -> list[slice]:
     return [slice(start, stop) for start, stop in pairwise([0, *(race.rungs if race else ()), num_examples])]
 
 
-def pass_rung(correct: Mapping[str, int], race: RaceSpec) -> set[str]:
-    """The variants with the most right answers so far, ties by id. `correct` has every variant that is still in the race."""
-    return _first(sorted(correct, key=lambda variant: (-correct[variant], variant)), race.keep)
+def pass_rung(scores: Mapping[str, float], race: RaceSpec) -> set[str]:
+    """The variants with the best score so far, ties by id. `scores` has every variant that is still in the race."""
+    return _first(sorted(scores, key=lambda variant: (-scores[variant], variant)), race.keep)
 
 
 def pass_screen(losses: Mapping[str, float | None], screen: ScreenSpec) -> set[str]:

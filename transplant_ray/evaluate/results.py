@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from transplant_ray.evaluate.choosing import Candidate, choose
 from transplant_ray.evaluate.example import Split
-from transplant_ray.evaluate.metrics import recovery, standard_error, tir, wilson_interval
+from transplant_ray.evaluate.metrics import perplexity_kept, recovery, tir
 from transplant_ray.evaluate.outcome import Tally
 from transplant_ray.graft.plan import Planned, PlanRole, describe_point, num_parameters
 from transplant_ray.models.catalogue import Module
@@ -43,7 +43,7 @@ class Result:
     winner: bool
     error: str | None
     loss: float | None = None
-    """Mean token loss of the reference answers, where it was measured."""
+    """Mean token loss of the reference answers, where it was measured. Where it is the score, the interval is its."""
     stopped: Stopped | None = None
     """Why it was not evaluated on all examples; None where it was, or failed."""
     channels: float | None = None
@@ -61,9 +61,11 @@ class Result:
     kl: float | None = None
     """KL(target ‖ variant) on general text, nats a token."""
     guard_share: float | None = None
-    """Accuracy on the guards ÷ the target's, mean over the guards."""
+    """Accuracy on the guards ÷ the target's (of a guard by loss: the target's perplexity ÷ its own), mean over the guards."""
+    score: float | None = None
+    """What variants are compared by, more is better: the accuracy, or minus the loss where the task's scorer is `loss`."""
     worth: float | None = None
-    """What a trial was chosen by: accuracy, less what the guards lost at the recipe's price."""
+    """What a trial was chosen by: the score, less what the guards lost at the recipe's price."""
     worth_error: float | None = None
     """Standard error of it."""
     vetoed_by: str | None = None
@@ -72,6 +74,11 @@ class Result:
     @property
     def label(self) -> str:
         return describe_point(self)
+
+    @property
+    def value(self) -> float | None:
+        """The score as people read it: the accuracy, or the loss."""
+        return self.score if self.accuracy is not None or self.score is None else -self.score
 
 
 @dataclass(frozen=True)
@@ -85,13 +92,14 @@ class GuardResult:
     held_out: bool
     split: Split
     n: int
-    correct: int
-    accuracy: float
-    ci_low: float
-    ci_high: float
+    correct: int | None
+    accuracy: float | None
+    ci_low: float | None
+    ci_high: float | None
     share: float | None
-    """Accuracy ÷ the target's; None where that is 0."""
+    """Accuracy ÷ the target's, None where that is 0; the target's perplexity ÷ its own where the guard's scorer is `loss`."""
     winner: bool
+    loss: float | None = None
 
 
 COUNTED = [
@@ -131,6 +139,7 @@ RESULT_SCHEMA = pa.schema(
         ("moved", pa.float64()),
         ("kl", pa.float64()),
         ("guard_share", pa.float64()),
+        ("score", pa.float64()),
         ("worth", pa.float64()),
         ("worth_error", pa.float64()),
         ("vetoed_by", pa.string()),
@@ -148,6 +157,7 @@ GUARD_SCHEMA = pa.schema(
         *COUNTED,
         ("share", pa.float64()),
         ("winner", pa.bool_()),
+        ("loss", pa.float64()),
     ]
 )
 
@@ -166,6 +176,7 @@ OUTCOME_SCHEMA = pa.schema(
         ("num_close", pa.int32()),
         ("parsed", pa.bool_()),
         ("error", pa.string()),
+        ("loss", pa.float64()),
     ]
 )
 
@@ -193,29 +204,38 @@ def make_result(
     )  # fmt: skip
     if tally.error is not None or tally.n == 0:
         return row
-    low, high = wilson_interval(tally.correct, tally.n)
+    low, high = tally.interval or (None, None)
+    row = replace(
+        row,
+        score=tally.score,
+        ci_low=low,
+        ci_high=high,
+        worth=tally.score,
+        worth_error=tally.score_error,
+        recovery=recovery(tally.score, target=target.score, source=source.score) if target and source else None,
+    )
+    if tally.loss is not None:
+        return replace(row, loss=tally.loss)
     return replace(
         row,
         correct=tally.correct,
         accuracy=tally.accuracy,
-        ci_low=low,
-        ci_high=high,
         parsed=tally.parsed,
-        worth=tally.accuracy,
-        worth_error=standard_error(tally.accuracy, tally.n),
         cut_off=tally.cut_off if decoded else None,
         tir=tir(tally.accuracy, target=target.accuracy) if target else None,
-        recovery=recovery(tally.accuracy, target=target.accuracy, source=source.accuracy) if target and source else None,
     )
 
 
 def guard_result(planned: Planned, guard: str, split: Split, tally: Tally, target: Tally | None, *, held_out: bool) -> GuardResult:
-    low, high = wilson_interval(tally.correct, tally.n)
+    low, high = tally.interval or (None, None)
+    row = GuardResult(
+        planned.id, planned.label, planned.role, guard, held_out, split, tally.n, None, None, low, high, share=None, winner=False
+    )
+    if tally.loss is not None:
+        kept = perplexity_kept(tally.loss, target=target.loss) if target and target.loss is not None else None
+        return replace(row, loss=tally.loss, share=kept)
     share = tir(tally.accuracy, target=target.accuracy) if target else None
-    return GuardResult(
-        planned.id, planned.label, planned.role, guard, held_out, split, tally.n, tally.correct, tally.accuracy, low, high, share,
-        winner=False,
-    )  # fmt: skip
+    return replace(row, correct=tally.correct, accuracy=tally.accuracy, share=share)
 
 
 def choose_winner(results: Sequence[Result]) -> Result | None:

@@ -32,6 +32,9 @@ Scorer = Callable[[str, str], Grade]
 FORCED = "forced"
 """Right if and only if greedy decoding would emit exactly the reference's tokens; decided without decoding (`read`)."""
 
+LOSS = "loss"
+"""What the reference costs, in nats a token: a number, not right or wrong. Nothing is decoded (`read`)."""
+
 CHOICES: Mapping[str, Callable[[str, int], int]] = MappingProxyType(
     {
         "choice": lambda _text, _num_tokens: 1,

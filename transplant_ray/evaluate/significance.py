@@ -9,15 +9,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, sqrt
+from statistics import fmean
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import brentq
 from scipy.stats import binom, binomtest, norm
 
+from transplant_ray.evaluate.loss_tests import (
+    LossPairs,
+    LossTest,
+    compare_losses,
+    loss_interval,
+    losses_needed,
+    no_worse_p,
+)
+
 Right = npt.NDArray[np.bool_]
 """(n,) whether a variant is right on each example."""
 Floats = npt.NDArray[np.float64]
+Scores = npt.NDArray[Any]
+"""(n,) Right or Floats: whether it is right on each example, or minus its loss: more is better."""
 
 ALPHA = 0.05
 POWER = 0.8
@@ -26,6 +39,8 @@ RESAMPLES = 10_000
 MOST_UNDEFINED = 0.01
 """Share of resamples without a value, over which what is left says little."""
 MOST_ARMS = 10_000
+CHUNK = 2**24
+"""Counts that are drawn at a time."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +99,13 @@ def _coin(heads: int, tails: int, side: str) -> float:
     return float(binomtest(heads, heads + tails, alternative=side).pvalue) if heads + tails else 1.0
 
 
+def compare(before: Scores, after: Scores) -> McNemar | LossTest:
+    """McNemar's test of right and wrong answers, the paired t-test of losses."""
+    if before.dtype != after.dtype:
+        raise ValueError(f"Found scores of types {before.dtype} and {after.dtype}, expected the same measure on both sides.")
+    return mcnemar(before, after) if before.dtype == np.bool_ else compare_losses(before, after)
+
+
 # Intervals.
 
 
@@ -97,21 +119,24 @@ class Interval:
     """Why there is none; None where there is one."""
 
 
-def resample(variants: Sequence[Right], seed: int) -> Floats:
-    """Accuracies (R, V) on resamples of the examples, drawn with replacement and the same for all variants.
+def resample(variants: Sequence[Scores], seed: int) -> Floats:
+    """Mean scores (R, V) on resamples of the examples, drawn with replacement and the same for all variants.
 
     Examples with the same pattern of answers are alike, so the number of each pattern in a resample is multinomial: the paired
     bootstrap itself, without a table of R × n examples.
     """
     pattern_PV, count_P = np.unique(np.stack(variants, axis=1), axis=0, return_counts=True)
     n = int(count_P.sum())
-    drawn_RP = np.random.default_rng(seed).multinomial(n, count_P / n, size=RESAMPLES)
-    accuracy_RV: Floats = drawn_RP @ pattern_PV.astype(np.int64) / n
-    return accuracy_RV
+    weight_PV: Scores = pattern_PV.astype(np.int64) if pattern_PV.dtype == np.bool_ else pattern_PV
+    generator = np.random.default_rng(seed)
+    sizes = [len(chunk) for chunk in np.array_split(range(RESAMPLES), 1 + RESAMPLES * len(count_P) // CHUNK)]
+    drawn = (generator.multinomial(n, count_P / n, size=size) for size in sizes)
+    mean_RV: Floats = np.concatenate([drawn_RP @ weight_PV / n for drawn_RP in drawn])
+    return mean_RV
 
 
-def difference_interval(after: Right, *, target: Right, seed: int = 0) -> Interval:
-    """95 % paired percentile bootstrap of accuracy after − the target's. Efron and Tibshirani 1993, chapter 13."""
+def difference_interval(after: Scores, *, target: Scores, seed: int = 0) -> Interval:
+    """95 % paired percentile bootstrap of the score after − the target's. Efron and Tibshirani 1993, chapter 13."""
     after_R, target_R = resample((after, target), seed).T
     return _percentiles(after_R - target_R)
 
@@ -122,7 +147,7 @@ def tir_interval(after: Right, *, target: Right, seed: int = 0) -> Interval:
     return _percentiles(_ratio(after_R, target_R))
 
 
-def recovery_interval(after: Right, *, target: Right, source: Right, seed: int = 0) -> Interval:
+def recovery_interval(after: Scores, *, target: Scores, source: Scores, seed: int = 0) -> Interval:
     """95 % paired percentile bootstrap of Recovery, or of reachable recovery with all swapped as `source`.
 
     None where the interval of the gap includes 0: there the denominator may change sign, and percentiles of the ratio mean nothing.
@@ -131,7 +156,8 @@ def recovery_interval(after: Right, *, target: Right, source: Right, seed: int =
     gap = _percentiles(source_R - target_R)
     found = _percentiles(_ratio(after_R - target_R, source_R - target_R))
     if gap.low is None or gap.high is None or gap.low <= 0 <= gap.high:
-        reason = f"the gap between source and target may be 0 (95 % interval {_span(gap)} points)"
+        unit = "points" if target.dtype == np.bool_ else "hundredths of a nat"
+        reason = f"the gap between source and target may be 0 (95 % interval {_span(gap)} {unit})"
         return Interval(None, None, found.undefined_share, reason)
     return found
 
@@ -151,6 +177,11 @@ def _percentiles(value_R: Floats) -> Interval:
 
 def _span(interval: Interval) -> str:
     return " to ".join(f"{100 * end:+.1f}" for end in (interval.low, interval.high) if end is not None)
+
+
+def mean_score(scores: Scores) -> float:
+    """The accuracy, or minus the mean loss; to the last bit what a tally says."""
+    return float(scores.sum()) / scores.size if scores.dtype == np.bool_ else fmean(scores.tolist())
 
 
 # Chance.
@@ -180,10 +211,10 @@ class Guard:
     """An ability that the transplant should not harm."""
 
     name: str
-    target: Right
-    variant: Right
+    target: Scores
+    variant: Scores
     margin: float
-    """Loss of accuracy that is put up with, a share in (0, 1)."""
+    """Loss of accuracy that is put up with, a share in (0, 1); of losses, nats."""
     held_out: bool = False
     """Whether nothing was fitted on it or chosen by it."""
 
@@ -191,7 +222,7 @@ class Guard:
 @dataclass(frozen=True)
 class GuardTest:
     name: str
-    pairs: Pairs
+    pairs: Pairs | LossPairs
     margin: float
     interval: Interval
     """90 %, of variant − target: its low end is the one-sided 95 % bound of this guard by itself."""
@@ -212,7 +243,7 @@ def check_guards(guards: Sequence[Guard], num_missing: int = 0) -> tuple[GuardTe
         return ()
     from statsmodels.stats.multitest import multipletests  # type: ignore[import-untyped]  # half a second that only guards need
 
-    pairs = [pair(guard.target, guard.variant) for guard in guards]
+    pairs = [compare(guard.target, guard.variant) for guard in guards]
     ps = [non_inferiority_p(each, guard.margin) for each, guard in zip(pairs, guards, strict=True)]
     adjusted = multipletests([*ps, *[1.0] * num_missing], alpha=ALPHA, method="holm")[1].tolist()
     rows = zip(guards, pairs, ps, adjusted, strict=False)  # what is missing stands last
@@ -221,19 +252,23 @@ def check_guards(guards: Sequence[Guard], num_missing: int = 0) -> tuple[GuardTe
     )
 
 
-def non_inferiority_p(pairs: Pairs, margin: float) -> float:
+def non_inferiority_p(pairs: Pairs | LossPairs, margin: float) -> float:
     """One-sided p of the hypothesis that after is worse than before by `margin` or more. Tango 1998; Liu et al. 2002.
 
-    The score test, not the bootstrap: ten examples without a single difference would give a bootstrap interval of width 0.
-    ValueError where the margin is not in (0, 1).
+    The score test, not the bootstrap: ten examples without a single difference would give a bootstrap interval of width 0. Losses
+    are held to Student's t. ValueError where the margin is not in (0, 1).
     """
+    if isinstance(pairs, LossPairs):
+        return no_worse_p(pairs, margin)
     if not 0 < margin < 1:
         raise ValueError(f"Found a margin of {margin}, expected a share of the examples, more than 0 and less than 1.")
     return float(norm.sf(_score(pairs, -margin)))
 
 
-def score_interval(pairs: Pairs, alpha: float = ALPHA) -> Interval:
-    """Of the difference: the values that the two-sided score test does not refuse at `alpha`. Tango 1998."""
+def score_interval(pairs: Pairs | LossPairs, alpha: float = ALPHA) -> Interval:
+    """Of the difference: the values that the two-sided score test does not refuse at `alpha`. Tango 1998. Of losses: Student's."""
+    if isinstance(pairs, LossPairs):
+        return Interval(*loss_interval(pairs, alpha)) if pairs.n > 1 else Interval(None, None, reason="a single example")
     swapped = Pairs(pairs.n, pairs.both, gained=pairs.lost, lost=pairs.gained)
     return Interval(_score_low(pairs, alpha), -_score_low(swapped, alpha))
 
@@ -262,12 +297,14 @@ def _null_variance(pairs: Pairs, difference: float) -> float:
 # Sample sizes.
 
 
-def examples_needed(pairs: Pairs, *, margin: float = 0.0, level: float = ALPHA / 2) -> int | None:
+def examples_needed(pairs: Pairs | LossPairs, *, margin: float = 0.0, level: float = ALPHA / 2) -> int | None:
     """Examples at which the observed shares of gained and lost would show after > before − margin with power 0.8.
 
     `level` is one-sided. Connor 1987 for McNemar's test; with a margin, the null variance is Tango's. A normal approximation: the
     exact test takes a few more examples where few of them differ. None where the effect points the other way.
     """
+    if isinstance(pairs, LossPairs):
+        return losses_needed(pairs, margin=margin, level=level, power=POWER)
     effect = pairs.difference + margin
     if effect <= 0:
         return None

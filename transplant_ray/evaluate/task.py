@@ -55,9 +55,9 @@ def _read_examples(data: str | HubData, spec: TaskSpec) -> tuple[str, list[Examp
 
 def _draw_shots(task: Task, examples: Sequence[Example], shots: ShotSpec, spec: TaskSpec) -> tuple[Example, ...]:
     """From rows that the splits leave over, or from data of their own, which must then hold no example of a split."""
-    taken = {(example.prompt, example.choices) for split in (task.probe, task.select, task.test) for example in split}
+    taken = {(example.asked, example.choices) for split in (task.probe, task.select, task.test) for example in split}
     if shots.data is None:
-        where, rest = "`task.shots`", [example for example in examples if (example.prompt, example.choices) not in taken]
+        where, rest = "`task.shots`", [example for example in examples if (example.asked, example.choices) not in taken]
     else:
         where, rest = _read_examples(shots.data, spec)
     drawn = tuple(draw(rest, spec.split.seed)[: shots.num])
@@ -66,8 +66,8 @@ def _draw_shots(task: Task, examples: Sequence[Example], shots: ShotSpec, spec: 
             f"{where}: {len(drawn)} rows are in no split, and {shots.num} shots are asked for. Make `task.split` smaller."
         )
     for shot in drawn:
-        if (shot.prompt, shot.choices) in taken:
-            raise DataError(f"{where}: the shot {shot.prompt[:60]!r} is an example of a split. Draw shots from other rows.")
+        if (shot.asked, shot.choices) in taken:
+            raise DataError(f"{where}: the shot {shot.asked[:60]!r} is an example of a split. Draw shots from other rows.")
     return drawn
 
 
@@ -140,7 +140,7 @@ def _plain_field(field: str | None, layout: str | None, conversion: str | None) 
 
 
 def check_distinct(examples: Iterable[Example], where: str) -> None:
-    counts = Counter((example.prompt, example.choices) for example in examples)
+    counts = Counter((example.asked, example.choices) for example in examples)
     (prompt, _), count = max(counts.items(), key=lambda item: item[1])
     if count > 1:
         repeated = sum(n - 1 for n in counts.values())
@@ -210,7 +210,8 @@ def tokenize(
     def encode(text: str) -> list[int]:  # a chat template writes the special tokens itself
         return list(tokenizer(text, add_special_tokens=not spec.chat_template)["input_ids"])
 
-    return tuple(encode_example(replace(example, prompt=write(example.prompt)), encode, tokenizer) for example in examples)
+    written = [replace(example, prompt=write(example.prompt)) for example in examples]
+    return tuple(encode_example(each, encode, tokenizer, plain_text=spec.measures == "loss") for each in written)
 
 
 def prompt_writer(spec: TaskSpec, tokenizer: PreTrainedTokenizerBase, shots: Sequence[Example] = ()) -> Callable[[str], str]:

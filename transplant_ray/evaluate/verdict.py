@@ -6,22 +6,24 @@ chance; and are the guards unharmed. What comes after the first step that fails 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from transplant_ray.evaluate.arms import Arms
+from transplant_ray.evaluate.loss_tests import LossPairs, LossTest
 from transplant_ray.evaluate.significance import (
     ALPHA,
     Guard,
     GuardTest,
     McNemar,
-    Right,
+    Scores,
     arms_needed,
     chance_p,
     check_guards,
+    compare,
     examples_needed,
-    mcnemar,
+    mean_score,
 )
 from transplant_ray.recipe import FEWEST_ARMS
 
@@ -37,15 +39,18 @@ Conclusion = Literal[
 ]
 
 
+Test = McNemar | LossTest
+
+
 @dataclass(frozen=True, eq=False)
 class Evidence:
     """What a verdict is made from."""
 
-    select_target: Right
-    select_source: Right
-    target: Right
+    select_target: Scores
+    select_source: Scores
+    target: Scores
     """On test, as everything that follows."""
-    winner: Right
+    winner: Scores
     """Of the exported checkpoint."""
     size: float
     """Modules that the winner changes, those of which some channels are by their share."""
@@ -63,9 +68,9 @@ class Evidence:
 class Verdict:
     conclusion: Conclusion
     sentence: str
-    gap: McNemar
+    gap: Test
     """Target → source on select."""
-    gain: McNemar | None = None
+    gain: Test | None = None
     """Target → winner on test; None where there was no gap to close."""
     chance: float | None = None
     """p against the arms; None where it was not tested."""
@@ -75,12 +80,12 @@ class Verdict:
     arms_needed: int | None = None
 
 
-def no_gap(select_target: Right, select_source: Right) -> Verdict | None:
+def no_gap(select_target: Scores, select_source: Scores) -> Verdict | None:
     """The verdict where the source is not better than the target, one-sided; None where it is. To be asked before test opens."""
-    return _by_gap(mcnemar(select_target, select_source))
+    return _by_gap(compare(select_target, select_source))
 
 
-def _by_gap(gap: McNemar) -> Verdict | None:
+def _by_gap(gap: Test) -> Verdict | None:
     if gap.p_better <= ALPHA:
         return None
     needed = examples_needed(gap, level=ALPHA)
@@ -90,11 +95,11 @@ def _by_gap(gap: McNemar) -> Verdict | None:
 
 def judge(evidence: Evidence) -> Verdict:
     """The verdict. ValueError where answers are not to the same examples, or a margin is not in (0, 1)."""
-    gap = mcnemar(evidence.select_target, evidence.select_source)
+    gap = compare(evidence.select_target, evidence.select_source)
     closed = _by_gap(gap)
     if closed:
         return closed
-    gain = mcnemar(evidence.target, evidence.winner)
+    gain = compare(evidence.target, evidence.winner)
     guards = check_guards(evidence.guards, len(evidence.missing))
     end = _by_gain(gain) or _by_chance(evidence, guards)
     return Verdict(
@@ -120,12 +125,12 @@ class _End:
     arms_needed: int | None = None
 
 
-def _by_gain(gain: McNemar) -> _End | None:
+def _by_gain(gain: Test) -> _End | None:
     """None where there is one. The two-sided p decides, for both directions have a conclusion of their own."""
     if gain.p > ALPHA:
         needed = examples_needed(gain)
         return _End("not distinguishable from the target", _examples(needed, "a gain"), examples_needed=needed)
-    if gain.lost > gain.gained:
+    if gain.difference < 0:
         return _End("worse than the target", "no number of examples would make this a gain")
     return None
 
@@ -134,10 +139,10 @@ def _by_chance(evidence: Evidence, guards: Sequence[GuardTest]) -> _End:
     if 2 * evidence.size > evidence.num_modules:
         return _End("gain, chance not testable", _too_many(evidence))
     arms = evidence.arms
-    if arms is None or len(arms.correct) < FEWEST_ARMS or arms.sets_each < evidence.chosen_from:
+    if arms is None or len(arms.scores) < FEWEST_ARMS or arms.sets_each < evidence.chosen_from:
         return _End("gain, chance not tested", _arms_missing(arms, evidence.chosen_from), arms_needed=FEWEST_ARMS)
-    correct, num_arms = int(evidence.winner.sum()), len(arms.correct)
-    p, as_good = chance_p(correct, arms.correct), sum(arm >= correct for arm in arms.correct)
+    score, num_arms = mean_score(evidence.winner), len(arms.scores)
+    p, as_good = chance_p(score, arms.scores), sum(arm >= score for arm in arms.scores)
     against = f"{as_good} of {_name_arms(num_arms, arms.sets_each)} did as well (p = {p:.2g})"
     if p > ALPHA:
         needed = arms_needed(as_good, num_arms)
@@ -163,7 +168,12 @@ def _by_guards(guards: Sequence[GuardTest], missing: Sequence[str], against: str
 # Words.
 
 
-def _compare(test: McNemar, split: str, p: float, name: str) -> str:
+def _compare(test: Test, split: str, p: float, name: str) -> str:
+    if isinstance(test, LossTest):
+        return (
+            f"has a loss of {test.after:.3f} nats a token on {test.n} {split} examples, the target {test.before:.3f} "
+            f"({name} = {p:.2g})"
+        )
     return (
         f"is right on {_percent(test.after)} of {test.n} {split} examples, the target on {_percent(test.before)} "
         f"({test.gained} gained, {test.lost} lost, {name} = {p:.2g})"
@@ -181,7 +191,7 @@ def _name_arms(num_arms: int, sets_each: int) -> str:
 
 
 def _arms_missing(arms: Arms | None, chosen_from: int) -> str:
-    there = f"there are {_name_arms(len(arms.correct), arms.sets_each)}" if arms and arms.correct else "there are none"
+    there = f"there are {_name_arms(len(arms.scores), arms.sets_each)}" if arms and arms.scores else "there are none"
     return f"to tell it from chance takes {_name_arms(FEWEST_ARMS, chosen_from)} or more, and {there}"
 
 
@@ -197,9 +207,13 @@ def _more_arms(needed: int | None) -> str:
 
 
 def _guard(guard: GuardTest) -> str:
-    worst = "" if guard.interval.low is None else f", at worst {_points(guard.interval.low)}"
     name = f"{guard.name} (held out)" if guard.held_out else guard.name
-    return f"{name} {_points(guard.pairs.difference)} points{worst}, margin {100 * guard.margin:.1f}, p = {guard.p_holm:.2g}"
+    nats = isinstance(guard.pairs, LossPairs)
+    shown: Callable[[float], str] = (lambda change: f"{change:+.3f}") if nats else _points
+    worst = "" if guard.interval.low is None else f", at worst {shown(guard.interval.low)}"
+    margin = f"{guard.margin:.3f}" if nats else f"{100 * guard.margin:.1f}"
+    unit = "nats" if nats else "points"
+    return f"{name} {shown(guard.pairs.difference)} {unit}{worst}, margin {margin}, p = {guard.p_holm:.2g}"
 
 
 def _guard_examples(needed: int | None) -> str:

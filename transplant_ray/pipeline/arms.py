@@ -33,10 +33,10 @@ def evaluate_arms(run: Run, arms: Sequence[Sequence[Planned]], pool: Pool) -> Ar
     with run.stopwatch.stage("arms on test", len(chosen) * len(run.job.examples["test"])):
         ask(run, pool, MAIN, "test", [entry.variant for entry in chosen])
     tallies = [run.answers.tallies["test"][entry.id] for entry in chosen]
-    correct = tuple(tally.correct for tally in tallies if tally.error is None)
-    if len(correct) < len(arms):
-        run.stopwatch.watch.note(f"arms: {len(arms) - len(correct)} of {len(arms)} failed and are left out")
-    return Arms(correct, sets_each)
+    scores = tuple(tally.score for tally in tallies if tally.error is None)
+    if len(scores) < len(arms):
+        run.stopwatch.watch.note(f"arms: {len(arms) - len(scores)} of {len(arms)} failed and are left out")
+    return Arms(scores, sets_each)
 
 
 def _choose(run: Run, arm: Sequence[Planned]) -> Planned | None:

@@ -70,7 +70,7 @@ def evaluate(run: Run, plan: SweepPlan, norms: Norms, capacity: Capacity, tracke
 
 def no_gap_on_select(run: Run) -> bool:
     """Whether there is nothing to close, so that no arm need be asked."""
-    target, source = (run.right(MAIN, "select", name) for name in (ORIGIN.id, "source"))
+    target, source = (run.scores(MAIN, "select", name) for name in (ORIGIN.id, "source"))
     return target is None or source is None or no_gap(target, source) is not None
 
 
@@ -128,7 +128,9 @@ class Evaluation:
         row = with_guards(self.run, self.run.row(entry, split, tally), entry, who)
         share = None if entry.role == "source" else moved(entry.variant, self.norms)
         row = replace(row, kl=self._divergence(entry, split), moved=share)
-        return replace(row, loss=self.losses.get(entry.id), stopped=self.stopped.get(entry.id)) if split == "select" else row
+        return (
+            replace(row, loss=self.losses.get(entry.id, row.loss), stopped=self.stopped.get(entry.id)) if split == "select" else row
+        )
 
     @property
     def winner(self) -> Result | None:
@@ -158,7 +160,7 @@ class Evaluation:
             return trial.result
         row = self.row(entry)
         return replace(
-            row, accuracy=None, correct=None, ci_low=None, ci_high=None, tir=None, recovery=None, worth=None,
+            row, score=None, accuracy=None, correct=None, ci_low=None, ci_high=None, tir=None, recovery=None, worth=None,
             error=row.error or "its trial ended without reporting",
         )  # fmt: skip
 
@@ -215,7 +217,7 @@ class _Stage:
             self.pool.run(work, partial(self._take, MAIN))
             if race is not None and leg.stop < len(self.examples):
                 tallies = self.run.answers.tallies["select"]
-                racers = {v.id: tallies[v.id].correct for v in self.plan.racers if self._goes_on(v)}
+                racers = {v.id: tallies[v.id].score for v in self.plan.racers if self._goes_on(v)}
                 self._stop(racers.keys() - pass_rung(racers, race), "raced")
                 for entry in self.unposted:
                     self.trials.post(self.evaluation.row(entry), last=False)

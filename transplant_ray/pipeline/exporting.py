@@ -21,8 +21,6 @@ from transplant_ray.models.compare import Comparison, compare
 from transplant_ray.recipe import Recipe, load_recipe
 from transplant_ray.storage import RunFolder, read_rows
 
-CARD_METRICS = ("split", "n", "accuracy", "interval", "TIR", "Recovery")
-
 
 def export(run: str | Path, variant: str | None = None, out: str | Path | None = None, format: str = "checkpoint") -> Path:
     """Write a variant of a finished sweep, the winner by default, as a checkpoint folder or a YAML for mergekit; returns the path.
@@ -135,6 +133,7 @@ def _winner(folder: RunFolder) -> str:
 
 def _card_row(row: Result) -> dict[str, str]:
     interval = "–" if row.ci_low is None else f"{row.ci_low:.3f}–{row.ci_high:.3f}"
-    numbers = (row.accuracy, row.tir, row.recovery)
-    accuracy, tir, recovery = ("–" if value is None else f"{value:.3f}" for value in numbers)
-    return dict(zip(CARD_METRICS, (row.split, str(row.n), accuracy, interval, tir, recovery), strict=True))
+    measure = "accuracy" if row.accuracy is not None or row.score is None else "loss"
+    numbers = {measure: row.value, "TIR": row.tir, "Recovery": row.recovery}
+    shown = {name: "–" if value is None else f"{value:.3f}" for name, value in numbers.items()}
+    return {"split": row.split, "n": str(row.n), measure: shown.pop(measure), "interval": interval, **shown}

@@ -15,8 +15,9 @@ from pydantic import ValidationError
 from transplant_ray.errors import DataError, RecipeError
 from transplant_ray.evaluate.example import Example
 from transplant_ray.evaluate.metrics import wilson_interval
+from transplant_ray.evaluate.outcome import READS
 from transplant_ray.evaluate.row_index import RowIndex
-from transplant_ray.evaluate.scorers import FORCED, Grade, check_scorer, find_scorer
+from transplant_ray.evaluate.scorers import Grade, check_scorer, find_scorer
 from transplant_ray.evaluate.significance import McNemar, mcnemar
 from transplant_ray.evaluate.task import Row, check_distinct, make_example, read_data
 from transplant_ray.files import write_text
@@ -142,8 +143,8 @@ def _make_spec(task: str, data: str | Path | None, scorer: str | None) -> TaskSp
         near = difflib.get_close_matches(task, NAMED_TASKS, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise RecipeError(f"--task {task}: no such task; expected one of {', '.join(NAMED_TASKS)}.{hint}")
-    if scorer == FORCED:
-        raise RecipeError("--scorer forced: has a model read the references, and looks at no completion. Use another scorer.")
+    if scorer in READS:
+        raise RecipeError(f"--scorer {scorer}: has a model read the references, and looks at no completion. Use another scorer.")
     given = {key: value for key, value in (("data", data and str(data)), ("scorer", scorer)) if value is not None}
     try:
         return TaskSpec.model_validate({"name": task, "max_new_tokens": 1, **given})  # nothing is generated

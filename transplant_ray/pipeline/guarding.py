@@ -36,7 +36,7 @@ def with_guards(run: Run, row: Result, entry: Planned, name: str) -> Result:
     """
     shares = [guard.share for guard in guard_rows(run, entry, row.split, name) if guard.share is not None]
     row = replace(row, guard_share=mean(shares) if shares else None)
-    if entry.role != "trial" or row.split != "select" or row.accuracy is None:
+    if entry.role != "trial" or row.split != "select" or row.score is None:
         return row
     candidate = candidate_of(run, entry)
     if candidate is None:
@@ -58,7 +58,7 @@ def guards_for_verdict(run: Run, exported: str) -> tuple[tuple[Guard, ...], tupl
     """Every guard on test, the held-out one too; and the names of those that the target or the winner failed at."""
     found, missing = [], []
     for name, spec in run.job.recipe.guards.tasks.items():
-        target, variant = (run.right(name, "test", who) for who in (ORIGIN.id, exported))
+        target, variant = (run.scores(name, "test", who) for who in (ORIGIN.id, exported))
         if target is None or variant is None:
             missing.append(name)
         else:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from transplant_ray.errors import RecipeError
 from transplant_ray.evaluate.example import Rendered, Split, check_answers, check_lengths
 from transplant_ray.evaluate.generate import GenerationSettings, Rules, end_ids
+from transplant_ray.evaluate.outcome import READS
 from transplant_ray.evaluate.prepared import SPLITS, prepare_task
 from transplant_ray.evaluate.scorers import FORCED, check_scorer
 from transplant_ray.evaluate.task import check_apart, load_passages
@@ -42,7 +43,7 @@ class PreparedTask:
     @property
     def decodes(self) -> bool:
         """Whether anything is generated; references and choices are read."""
-        return self.rules.scorer != FORCED and not self.examples["probe"][0].choices
+        return self.rules.scorer not in READS and not self.examples["probe"][0].choices
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ EXPORTED = "exported"
 def judge_sweep(evaluation: Evaluation, winner: Result | None) -> Verdict | None:
     """None where the target, the source or the winner failed, so that there is nothing to judge."""
     run = evaluation.run
-    select_target, select_source = (run.right(MAIN, "select", name) for name in (ORIGIN.id, "source"))
+    select_target, select_source = (run.scores(MAIN, "select", name) for name in (ORIGIN.id, "source"))
     if select_target is None or select_source is None:
         return None
-    target, found = (run.right(MAIN, "test", name) for name in (ORIGIN.id, EXPORTED))
+    target, found = (run.scores(MAIN, "test", name) for name in (ORIGIN.id, EXPORTED))
     if winner is None or target is None or found is None:
         return no_gap(select_target, select_source)
     primary = evaluation.plan.primary is not None
@@ -49,15 +49,16 @@ def judge_sweep(evaluation: Evaluation, winner: Result | None) -> Verdict | None
 
 def intervals(run: Run) -> Mapping[str, Any]:
     """95 % paired bootstrap intervals of the exported checkpoint on test: of the difference to the target, of TIR, of Recovery."""
-    after, target, source = (run.right(MAIN, "test", name) for name in (EXPORTED, ORIGIN.id, "source"))
+    after, target, source = (run.scores(MAIN, "test", name) for name in (EXPORTED, ORIGIN.id, "source"))
     if after is None or target is None or source is None:
         return {}
     seed = run.job.recipe.task.split.seed
     found = {
         "difference": difference_interval(after, target=target, seed=seed),
-        "tir": tir_interval(after, target=target, seed=seed),
         "recovery": recovery_interval(after, target=target, source=source, seed=seed),
     }
+    if run.job.recipe.task.measures == "accuracy":
+        found["tir"] = tir_interval(after, target=target, seed=seed)
     return {name: asdict(interval) for name, interval in found.items()}
 
 
@@ -67,5 +68,5 @@ def describe(verdict: Verdict, evaluation: Evaluation) -> dict[str, Any]:
     return {
         **asdict(verdict),
         "primary": evaluation.plan.primary,
-        "arms": None if arms is None else {"sets_each": arms.sets_each, "correct_on_test": sorted(arms.correct, reverse=True)},
+        "arms": None if arms is None else {"sets_each": arms.sets_each, "scores_on_test": sorted(arms.scores, reverse=True)},
     }

@@ -13,7 +13,7 @@ from transplant_ray.evaluate.example import Split
 from transplant_ray.evaluate.metrics import reachable_recovery
 from transplant_ray.evaluate.prepared import SPLITS
 from transplant_ray.evaluate.results import EXAMPLE_SCHEMA, GUARD_SCHEMA, OUTCOME_SCHEMA, RESULT_SCHEMA, GuardResult, Result
-from transplant_ray.evaluate.significance import mcnemar
+from transplant_ray.evaluate.significance import compare
 from transplant_ray.files import write_json
 from transplant_ray.graft.merges import planned_merges
 from transplant_ray.graft.plan import SweepPlan
@@ -158,9 +158,9 @@ def _describe_matched(evaluation: Evaluation) -> dict[str, Any] | None:
     matched, run = evaluation.matched, evaluation.run
     if matched is None:
         return None
-    theirs, ours = (run.right(MAIN, "test", name) for name in (matched.id, EXPORTED))
+    theirs, ours = (run.scores(MAIN, "test", name) for name in (matched.id, EXPORTED))
     test = _numbers(evaluation.row(matched, "test"))
-    return {"label": matched.label, "test": test, "p": None if theirs is None or ours is None else mcnemar(theirs, ours).p}
+    return {"label": matched.label, "test": test, "p": None if theirs is None or ours is None else compare(theirs, ours).p}
 
 
 def _describe_winner(evaluation: Evaluation, results: Sequence[Result], winner: Sequence[Result]) -> dict[str, Any]:
@@ -168,15 +168,15 @@ def _describe_winner(evaluation: Evaluation, results: Sequence[Result], winner: 
     first = winner[0]
     described: dict[str, Any] = {"variant": first.variant, "label": first.label, "num_modules": first.num_modules}
     for row in winner:
-        target, all_swapped = (_accuracy(results, role, row.split) for role in ("target", "all"))
+        target, all_swapped = (_score(results, role, row.split) for role in ("target", "all"))
         reachable = None
-        if row.accuracy is not None and target is not None and all_swapped is not None:
-            reachable = reachable_recovery(row.accuracy, target=target, all_swapped=all_swapped)
+        if row.score is not None and target is not None and all_swapped is not None:
+            reachable = reachable_recovery(row.score, target=target, all_swapped=all_swapped)
         described[row.split] = {**_numbers(row), "reachable_recovery": reachable}
     if "test" in described:
         described["test"]["intervals"] = intervals(run)
-    controls = [row for row in results if row.role == "control" and row.split == "select" and row.accuracy is not None]
-    best = max(controls, key=lambda row: row.accuracy or 0, default=None)
+    controls = [row for row in results if row.role == "control" and row.split == "select" and row.score is not None]
+    best = max(controls, key=lambda row: row.score or 0, default=None)
     described["best_control"] = None if best is None else {"label": best.label, **_numbers(best)}
     described["same_as"] = [row.label for row in controls if row.variant == first.variant]
     described["matched"] = _describe_matched(evaluation)
@@ -205,16 +205,16 @@ def _baselines(results: Sequence[Result], split: Split) -> dict[str, Any]:
     return {row.role: _numbers(row) for row in results if row.split == split and row.role in ("target", "source", "all")}
 
 
-def _accuracy(results: Sequence[Result], role: str, split: Split) -> float | None:
-    return next((row.accuracy for row in results if (row.role, row.split) == (role, split)), None)
+def _score(results: Sequence[Result], role: str, split: Split) -> float | None:
+    return next((row.score for row in results if (row.role, row.split) == (role, split)), None)
 
 
 def _numbers(row: Result) -> dict[str, Any]:
-    names = ("n", "correct", "accuracy", "ci_low", "ci_high", "tir", "recovery", "kl", "guard_share")
+    names = ("n", "correct", "accuracy", "loss", "score", "ci_low", "ci_high", "tir", "recovery", "kl", "guard_share")
     return {name: getattr(row, name) for name in names}
 
 
 def _headline(results: Sequence[Result]) -> dict[str, float]:
-    """Metrics of the parent run: accuracies of baselines and winner on both splits."""
-    rows = [row for row in results if row.accuracy is not None and (row.winner or row.role in ("target", "source", "all"))]
-    return {f"{row.split}_{'winner' if row.winner else row.role}": row.accuracy for row in rows if row.accuracy is not None}
+    """Metrics of the parent run: accuracies, or losses, of baselines and winner on both splits."""
+    rows = [row for row in results if row.score is not None and (row.winner or row.role in ("target", "source", "all"))]
+    return {f"{row.split}_{'winner' if row.winner else row.role}": row.value for row in rows if row.value is not None}

@@ -12,7 +12,7 @@ from transplant_ray.evaluate.answers import Answers, VariantShard
 from transplant_ray.evaluate.example import Split
 from transplant_ray.evaluate.outcome import Tally
 from transplant_ray.evaluate.results import Result, make_result
-from transplant_ray.evaluate.significance import Right
+from transplant_ray.evaluate.significance import Scores
 from transplant_ray.graft.plan import Planned
 from transplant_ray.graft.variant import ORIGIN
 from transplant_ray.models.catalogue import Module
@@ -61,9 +61,9 @@ class Run:
     def tally(self, task: str, split: Split, variant: str) -> Tally | None:
         return self.answered[task].tallies.get(split, {}).get(variant)
 
-    def right(self, task: str, split: Split, variant: str) -> Right | None:
-        """Whether it is right on each example, in their order; None where it failed or has not answered all."""
-        return self.answered[task].right(split, variant, [example.id for example in self.job.tasks[task].examples[split]])
+    def scores(self, task: str, split: Split, variant: str) -> Scores | None:
+        """On each example, in their order, whether it is right, or minus its loss; None where it failed or has not answered all."""
+        return self.answered[task].scores(split, variant, [example.id for example in self.job.tasks[task].examples[split]])
 
     def take(self, task: str, split: Split, shard: VariantShard) -> None:
         """Keep what an evaluator found."""

@@ -19,7 +19,7 @@ class GuardTask(TaskSpec):
     """A task that the transplant should not harm."""
 
     margin: float = Field(0.05, gt=0, lt=1)
-    """Loss of accuracy that is put up with."""
+    """Loss of accuracy that is put up with; with `scorer: loss`, nats a token."""
     split: SplitSpec = SplitSpec(probe=64, select=150, test=150)
 
 

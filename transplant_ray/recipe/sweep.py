@@ -84,7 +84,7 @@ class ObjectiveSpec(Part):
     """What the winner is chosen by, beside its accuracy on select; the guard that is held out has no say."""
 
     price: float = Field(0.0, ge=0)
-    """Points of accuracy that are given up for a point that the guards lose, on average."""
+    """Points of accuracy that are given up for a point that the guards lose, on average; nats where a task's scorer is `loss`."""
     veto: bool = False
     """Whether a trial that loses more than the margin on a guard is out."""
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from transplant_ray.named_tasks import NAMED_TASKS
 from transplant_ray.recipe.part import Part, distinct, one_of
 
-SCORERS = ("exact", "forced", "strict_boxed", "math", "number", "choice")
+SCORERS = ("exact", "forced", "strict_boxed", "math", "number", "choice", "loss")
 REGEX = "regex:"
 """In front of a pattern: the scorer that it makes."""
 CHOICE_SCORERS = ("choice", "choice:tokens", "choice:characters")
 """The likeliest choice; by token or by character where one is named."""
+Measure = Literal["accuracy", "loss"]
 HARNESS = "lm_eval"
 """Scores as a task of lm-evaluation-harness does; `task.lm_eval` says which."""
 
@@ -64,7 +65,7 @@ class TaskSpec(Part):
     """For `scorer: choice`: the column that holds the list of choices, or a template with it (`" {options}"`), or one template for
     each choice. `answer` is then the text of the right one, its index from 0, or its letter, and the same in all rows."""
     max_new_tokens: int | None = Field(None, ge=1)
-    """Needed where something is decoded; not for `scorer: choice`."""
+    """Needed where something is decoded; not for `scorer: choice` and `scorer: loss`."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Strings that end a completion; they are not part of it."""
     chat_template: bool = False
@@ -124,6 +125,11 @@ class TaskSpec(Part):
         """Whether choices are read, and nothing is decoded."""
         return self.scorer in CHOICE_SCORERS
 
+    @property
+    def measures(self) -> Measure:
+        """What its examples are summed up by."""
+        return "loss" if self.scorer == "loss" else "accuracy"
+
     @model_validator(mode="after")
     def _harness_fits(self) -> TaskSpec:
         if self.lm_eval is None and self.scorer == HARNESS:
@@ -137,9 +143,10 @@ class TaskSpec(Part):
     def _choices_fit(self) -> TaskSpec:
         if self.chooses != (self.choices is not None):
             raise ValueError("`choices` and `scorer: choice` go together, and one of them is missing")
-        if self.chooses and (self.stop or self.max_new_tokens is not None):
-            raise ValueError("`stop` and `max_new_tokens` have no effect with `scorer: choice`, which decodes nothing")
-        if not self.chooses and self.max_new_tokens is None and self.lm_eval is None:
+        reads = self.chooses or self.measures == "loss"
+        if reads and (self.stop or self.max_new_tokens is not None):
+            raise ValueError(f"`stop` and `max_new_tokens` have no effect with `scorer: {self.scorer}`, which decodes nothing")
+        if not reads and self.max_new_tokens is None and self.lm_eval is None:
             raise ValueError("`max_new_tokens` is missing; it has no default")
         return self
 

@@ -112,6 +112,12 @@ class Recipe(Part):
     def _guards_decide(self) -> Recipe:
         if self.sweep.objective is not None and not self.guards.choosing:
             raise ValueError("`sweep.objective` weighs guards, and there is none that is not held out; add one to `guards.tasks`")
+        measures = {self.guards.tasks[name].measures for name in self.guards.choosing}
+        if self.sweep.objective is not None and self.sweep.objective.price and len(measures) > 1:
+            raise ValueError(
+                "`sweep.objective.price` is one exchange rate, and of the guards some lose points and others nats: hold one out, "
+                "or use `sweep.objective.veto`, for which each guard has a `margin` of its own"
+            )
         return self
 
     @model_validator(mode="after")

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from transplant_ray.report.curves import MOST_VECTOR_POINTS, comparable, merge_path
 from transplant_ray.report.look import BASELINES, CLOUD, CONTROLS, INK, PAPER, draw_star, drawing, looks, series
-from transplant_ray.report.records import Row
+from transplant_ray.report.records import Row, measure_of
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Cost:
 COSTS: Mapping[str, Cost] = MappingProxyType(
     {
         "guards": Cost(
-            "guard accuracy lost, % of the target's", lambda row: None if row.guard_share is None else 100 * (1 - row.guard_share)
+            "lost on the guards, % of the target's", lambda row: None if row.guard_share is None else 100 * (1 - row.guard_share)
         ),
         "kl": Cost("KL(target ‖ variant), nats per token", lambda row: row.kl),
     }
@@ -42,16 +42,17 @@ def measured_costs(rows: Sequence[Row]) -> list[str]:
 
 
 def trade_off(rows: Sequence[Row], cost: Cost) -> Figure:
-    """Gain over the target on select, in points, against a cost: up and to the left is better.
+    """Gain over the target on select, in points or nats, against a cost: up and to the left is better.
 
     Trials in colour, random sets as a cloud, the uniform-alpha curve from the target to all swapped, depth order, baselines black.
     """
     every = comparable(rows)
-    target = next((row.accuracy for row in every if row.role == "target"), None) or 0.0
+    measure = measure_of(every)
+    target = next((row.score for row in every if row.role == "target"), None) or 0.0
     shown = [row for row in every if cost.of(row) is not None and row.role != "source"]
 
     def place(row: Row) -> tuple[float, float]:
-        return cost.of(row) or 0.0, 100 * ((row.accuracy or 0.0) - target)
+        return cost.of(row) or 0.0, measure.factor * ((row.score or 0.0) - target)
 
     with drawing():
         figure = Figure(figsize=(4.9, 3.9), layout="constrained")
@@ -65,7 +66,7 @@ def trade_off(rows: Sequence[Row], cost: Cost) -> Figure:
                 axis.annotate(BASELINES[row.role][0], (x, y), xytext=(7, -13), textcoords="offset points", color=INK)
         draw_star(axis, [place(row) for row in shown if row.winner])
         axis.axhline(0, color=INK, linewidth=0.8)
-        axis.set(xlabel=cost.axis, ylabel="gain on select, points")
+        axis.set(xlabel=cost.axis, ylabel=f"gain on select, {measure.unit}")
     return figure
 
 

@@ -24,7 +24,7 @@ from transplant_ray.report.look import (
     looks,
     series,
 )
-from transplant_ray.report.records import Row
+from transplant_ray.report.records import ACCURACY, LOSS, Row, measure_of
 
 PANEL = (4.5, 3.5)
 """Inches; a page shows 72 of them as 324 points, which a phone is wide."""
@@ -56,7 +56,7 @@ def kinds(rows: Iterable[Row]) -> list[str]:
 
 
 def k_curves(rows: Sequence[Row]) -> Figure:
-    """Accuracy on select over K, one panel a kind: trials in colour with Wilson intervals, controls in grey, baselines as lines."""
+    """Score on select over K, one panel a kind: trials in colour with their intervals, controls in grey, baselines as lines."""
     shown = comparable(rows)
     names = kinds(shown) or [""]
     with drawing():
@@ -64,7 +64,7 @@ def k_curves(rows: Sequence[Row]) -> Figure:
         axes = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
         for axis, kind in zip(axes, names, strict=True):
             _draw(axis, rows, kind, over_k)
-        axes[0].set_ylabel(f"accuracy on select (n = {shown[0].n})" if shown else "accuracy on select")
+        axes[0].set_ylabel(f"{measure_of(rows).axis} on select{f' (n = {shown[0].n})' if shown else ''}")
         handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False)
     return figure
@@ -76,31 +76,39 @@ def curve_panel(rows: Sequence[Row], kind: str, across: Across) -> Figure:
         figure = Figure(figsize=PANEL, layout="constrained")
         axis = figure.subplots()
         _draw(axis, rows, kind, across)
-        axis.set_ylabel("accuracy on select")
+        axis.set_ylabel(f"{measure_of(rows).axis} on select")
     return figure
 
 
 def headline(rows: Sequence[Row]) -> Figure:
-    """Target, winner, all swapped and source on one line of accuracy, with Wilson intervals."""
+    """Target, winner, all swapped and source on one line of accuracy or loss, with their intervals."""
+    measure = measure_of(rows)
+    most = 1.0 if measure is ACCURACY else max(end for row in rows for end in (row.ci_high, row.value) if end is not None)
     with drawing():
         figure = Figure(figsize=(4.9, 0.42 * len(rows) + 0.75), layout="constrained")
         axis = figure.subplots()
         for place, row in enumerate(rows):
-            colour, accuracy = WINNER_COLOUR if row.winner else CONTROL, row.accuracy or 0
+            colour, value = WINNER_COLOUR if row.winner else CONTROL, row.value or 0
             axis.plot(
-                [row.ci_low or accuracy, row.ci_high or accuracy],
+                [value if end is None else end for end in (row.ci_low, row.ci_high)],
                 [place, place],
                 color=colour,
                 lw=11,
                 alpha=0.4,
                 solid_capstyle="butt",
             )
-            axis.plot([accuracy, accuracy], [place - 0.3, place + 0.3], color=WINNER_COLOUR if row.winner else INK, lw=2.4)
+            axis.plot([value, value], [place - 0.3, place + 0.3], color=WINNER_COLOUR if row.winner else INK, lw=2.4)
             axis.annotate(
-                f"{accuracy:.3f}", (1.05, place), va="center", annotation_clip=False, fontweight="bold" if row.winner else "normal"
+                f"{value:.3f}",
+                (1.05 * most, place),
+                va="center",
+                annotation_clip=False,
+                fontweight="bold" if row.winner else "normal",
             )
         axis.set_yticks(range(len(rows)), ["winner" if row.winner else BASELINES[row.role][0] for row in rows])
-        axis.set(ylim=(len(rows) - 0.4, -0.6), xlim=(0, 1.005), xlabel=f"accuracy on {rows[0].split} (n = {rows[0].n})")
+        axis.set(
+            ylim=(len(rows) - 0.4, -0.6), xlim=(0, 1.005 * most), xlabel=f"{measure.axis} on {rows[0].split} (n = {rows[0].n})"
+        )
         axis.tick_params(axis="y", length=0, labelcolor=INK)
         axis.grid(axis="y", visible=False)
         axis.spines["left"].set_visible(False)
@@ -117,7 +125,7 @@ def _draw(axis: Axes, rows: Sequence[Row], kind: str, across: Across) -> None:
         _draw_merges(axis, shown, across)
     trials = [row for row in of_kind if row.role == "trial"]
     _draw_trials(axis, trials, looks(rows), across)
-    draw_star(axis, [(across(row) or 0, row.accuracy or 0) for row in trials if row.winner])
+    draw_star(axis, [(across(row) or 0, row.value or 0) for row in trials if row.winner])
     axis.set(title=f"kind: {kind}", ylim=_limits(every))
     if across is over_k:
         grid = [row for row in shown if row.role in ("trial", "control") and row.ranker != "uniform"]
@@ -153,7 +161,7 @@ def _draw_controls(axis: Axes, rows: Sequence[Row], across: Across) -> None:
         by_size[row.size].append(row)
     if drawn and across is over_k:
         sizes = sorted(by_size)
-        ranges = [[row.accuracy or 0 for row in by_size[size]] for size in sizes]
+        ranges = [[row.value or 0 for row in by_size[size]] for size in sizes]
         axis.fill_between(sizes, list(map(min, ranges)), list(map(max, ranges)), color=GRID, linewidth=0, zorder=1)
         axis.plot(sizes, [sum(r) / len(r) for r in ranges], color=CONTROL, linewidth=1.2, zorder=2)
     for ranker in ("random", "depth"):
@@ -189,7 +197,7 @@ def _draw_baselines(axis: Axes, rows: Iterable[Row]) -> None:
     for row in rows:
         if row.role in BASELINES:
             name, look = BASELINES[row.role]
-            axis.axhline(row.accuracy or 0, color=look.colour, linestyle=look.line, linewidth=1, label=name, zorder=2)
+            axis.axhline(row.value or 0, color=look.colour, linestyle=look.line, linewidth=1, label=name, zorder=2)
 
 
 def _scale_k(axis: Axes, sizes: Sequence[int], of_kind: Sequence[int]) -> None:
@@ -214,17 +222,17 @@ def _scale_k(axis: Axes, sizes: Sequence[int], of_kind: Sequence[int]) -> None:
 
 
 def _limits(rows: Sequence[Row]) -> tuple[float, float]:
-    """Of accuracy: all points and intervals of all kinds with some air."""
-    ends = [end for row in rows for end in (row.ci_low, row.ci_high, row.accuracy) if end is not None]
+    """Of the score: all points and intervals of all kinds with some air."""
+    ends = [end for row in rows for end in (row.ci_low, row.ci_high, row.value) if end is not None]
     low, high = min(ends, default=0.0), max(ends, default=1.0)
     air = max(0.04 * (high - low), 0.01)
-    return max(low - air, -0.02), min(high + air, 1.02)
+    return max(low - air, -0.02), high + air if measure_of(rows) is LOSS else min(high + air, 1.02)
 
 
 def _columns(rows: Sequence[Row], across: Across) -> tuple[list[float], list[float], list[float], list[float]]:
-    """x, accuracy, low and high end of its interval; the accuracy itself where there is no interval."""
+    """x, accuracy or loss, low and high end of its interval; the value itself where there is no interval."""
     xs = [float(across(row) or 0) for row in rows]
-    ys = [row.accuracy or 0.0 for row in rows]
+    ys = [row.value or 0.0 for row in rows]
     low = [y if row.ci_low is None else row.ci_low for row, y in zip(rows, ys, strict=True)]
     high = [y if row.ci_high is None else row.ci_high for row, y in zip(rows, ys, strict=True)]
     return xs, ys, low, high

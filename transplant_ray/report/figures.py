@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from transplant_ray.report.costs import COSTS, measured_costs, trade_off
 from transplant_ray.report.curves import Across, comparable, curve_panel, headline, k_curves, kinds, over_k, over_moved
 from transplant_ray.report.look import BASELINES, CONTROLS, UNIFORM, WINNER, Look, looks
-from transplant_ray.report.records import Row
+from transplant_ray.report.records import Row, measure_of
 from transplant_ray.report.scores import changed_map, depth_panel, heat_map
 from transplant_ray.report.svg import inline_svg
 from transplant_ray.report.sweep import Sweep, dig, read_scores, read_table
@@ -32,16 +32,15 @@ class Plot:
 def headline_plot(sweep: Sweep) -> Plot | None:
     """None without a winner."""
     winner = sweep.winner
-    if winner is None or winner.accuracy is None:
+    if winner is None or winner.value is None:
         return None
+    measure = measure_of(sweep.rows)
     others = {role: sweep.baseline(role, winner.split) for role in ("target", "all", "source")}
     rows = [row for row in (others["target"], winner, others["all"], others["source"]) if row is not None]
-    told = "; ".join(
-        f"{BASELINES[r.role][0] if r is not winner else 'winner'} {r.accuracy:.3f}" for r in rows if r.accuracy is not None
-    )
+    told = "; ".join(f"{BASELINES[r.role][0] if r is not winner else 'winner'} {r.value:.3f}" for r in rows if r.value is not None)
     where = "of the exported checkpoint, reloaded" if winner.split == "test" else "of the winner, which was chosen on them"
-    caption = f"{winner.split.capitalize()}, n = {winner.n}, {where}. Bars are 95 % Wilson intervals."
-    return Plot([inline_svg(headline(rows), "headline", f"Accuracy on {winner.split}: {told}")], caption)
+    caption = f"{winner.split.capitalize()}, n = {winner.n}, {where}. Bars are 95 % {measure.interval} intervals."
+    return Plot([inline_svg(headline(rows), "headline", f"{measure.name.capitalize()} on {winner.split}: {told}")], caption)
 
 
 def curve_plots(sweep: Sweep) -> list[Plot]:
@@ -53,11 +52,12 @@ def curve_plots(sweep: Sweep) -> list[Plot]:
         return []
     n, seed, seeds = every[0].n, _seed(sweep), len({row.seed for row in every if row.ranker == "random"})
     star = " The star is the winner, which was chosen on these numbers." if any(row.winner for row in trials) else ""
-    base = f"Select, n = {n}, split seed {seed}. Bands: 95 % Wilson intervals.{star}"
+    measure = measure_of(rows)
+    base = f"Select, n = {n}, split seed {seed}. Bands: 95 % {measure.interval} intervals.{star}"
     left_out = sum(row.role == "trial" for row in sweep.on("select")) - len(trials)
     absent = f" {left_out} trials that failed or were stopped early are in the table alone." if left_out else ""
     random = f" Grey: random sets ({seeds} seeds; the line is their mean, the area their range) and depth order." if seeds else ""
-    plots = [Plot(_panels(rows, "k", over_k, "K"), f"Accuracy over K, one panel a kind. {base}{random}{absent}")]
+    plots = [Plot(_panels(rows, "k", over_k, "K"), f"{measure.name.capitalize()} over K, one panel a kind. {base}{random}{absent}")]
     if any(row.moved is not None for row in trials):
         merge = "The grey diamonds are plain merges of all modules at a uniform alpha."
         caption = f"The same over the share of ‖ΔW‖ that is moved: equal distance from the target, not equal count. {merge} {base}"
@@ -154,7 +154,11 @@ def _swatch(look: Look) -> Markup:
 
 def _panels(rows: Sequence[Row], name: str, across: Across, what: str) -> list[Markup]:
     return [
-        inline_svg(curve_panel(rows, kind, across), f"{name}{index}", f"Accuracy on select over {what}, kind {kind}")
+        inline_svg(
+            curve_panel(rows, kind, across),
+            f"{name}{index}",
+            f"{measure_of(rows).name.capitalize()} on select over {what}, kind {kind}",
+        )
         for index, kind in enumerate(kinds(comparable(rows)))
     ]
 

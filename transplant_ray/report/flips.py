@@ -45,10 +45,10 @@ class Flips:
 
 
 def find_flips(split: Split, answers: Sequence[Answer], target: str, winner: str, asked: Sequence[Asked]) -> Flips | None:
-    """None where one of the two has no answers."""
+    """None where one of the two has no answers, or losses instead of right and wrong ones."""
     before, after = ({a.example: a for a in answers if a.variant == name} for name in (target, winner))
     both = [example for example in before if example in after]
-    if not both:
+    if not both or any(before[example].loss is not None for example in both):
         return None
     examples = {row.example: row for row in asked}
 

@@ -8,17 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from transplant_ray.evaluate.significance import ALPHA, RESAMPLES
+from transplant_ray.report.records import ACCURACY, measure_of
 from transplant_ray.report.sweep import Sweep, dig
-from transplant_ray.report.words import NOTHING, count, number, text
+from transplant_ray.report.words import NOTHING, count, number, percent, text
 
 Item = tuple[str, str]
 """A term and what is to be said of it."""
 NOT_RECORDED = "not recorded"
 WINNER_RULE = "the smallest K within one standard error of the best trial on select, then the fewest parameters"
-VERDICT_RULE = (
-    f"on test, in fixed sequence, each at {ALPHA}: exact McNemar against the target; against arms of random sets, chosen "
-    "by the same rule; guards within their margins"
-)
 
 
 @dataclass(frozen=True)
@@ -43,11 +40,21 @@ def ranker_costs(sweep: Sweep) -> list[RankerCost]:
 
 
 def agreements(sweep: Sweep) -> list[str]:
-    """Pairs of rankings and their rank correlation."""
+    """Pairs of rankings, their rank correlation, and how much of their top K they share."""
     pairs = sweep.told("rankings", "agreement")
     if not isinstance(pairs, list):
         return []
-    return [f"{dig(pair, 'first')} and {dig(pair, 'second')} {number(dig(pair, 'spearman'), 2)}" for pair in pairs]
+    return [
+        f"{dig(pair, 'first')} and {dig(pair, 'second')} {number(dig(pair, 'spearman'), 2)}{_overlap(dig(pair, 'overlap'))}"
+        for pair in pairs
+    ]
+
+
+def _overlap(shares: Any) -> str:
+    """What the first K of both have in common; nothing where it was not recorded."""
+    if not isinstance(shares, dict) or not shares:
+        return ""
+    return f" (of the first K in both: {', '.join(f'{percent(share)} at {k}' for k, share in shares.items())})"
 
 
 def _ranker_cost(name: str, told: Any) -> RankerCost:
@@ -77,8 +84,9 @@ def _task(sweep: Sweep) -> list[Item]:
 
 
 def _tests(sweep: Sweep) -> list[Item]:
-    split, primary = dig(sweep.recipe, "task", "split"), sweep.told("verdict", "primary")
+    split, primary, measure = dig(sweep.recipe, "task", "split"), sweep.told("verdict", "primary"), measure_of(sweep.rows)
     opened = sweep.told("test_opened")
+    ratios = "differences, TIR and Recovery" if measure is ACCURACY else "differences and Recovery"
     times = "once" if opened == 1 else f"{opened} times"
     return [
         ("splits", f"{text(split)}; disjoint: rank on probe, choose on select, confirm on test"),
@@ -86,10 +94,14 @@ def _tests(sweep: Sweep) -> list[Item]:
         ("winner", f"{primary}, named beforehand" if primary else f"{WINNER_RULE}{_objective(sweep)}"),
         (
             "intervals",
-            f"Wilson, 95 %, of an accuracy; paired bootstrap over examples ({RESAMPLES:,} resamples, seed "
-            f"{text(dig(split, 'seed'))}) of differences, TIR and Recovery",
+            f"{measure.interval}, 95 %, of {'an accuracy' if measure is ACCURACY else 'a mean loss'}; paired bootstrap over "
+            f"examples ({RESAMPLES:,} resamples, seed {text(dig(split, 'seed'))}) of {ratios}",
         ),
-        ("verdict", VERDICT_RULE),
+        (
+            "verdict",
+            f"on test, in fixed sequence, each at {ALPHA}: {measure.test} against the target; against arms of random sets, chosen "
+            "by the same rule; guards within their margins",
+        ),
         ("arms", _arms(sweep)),
         ("close calls", _close(sweep)),
     ]
@@ -99,8 +111,8 @@ def _arms(sweep: Sweep) -> str:
     arms = sweep.told("verdict", "arms")
     if not isinstance(arms, dict):
         return "none"
-    reached = arms.get("correct_on_test") or []
-    return f"{len(reached)} of {arms.get('sets_each')} sets each; right on test: {text(reached)}"
+    reached = arms.get("scores_on_test") or []
+    return f"{len(reached)} of {arms.get('sets_each')} sets each; on test: {', '.join(number(abs(score)) for score in reached)}"
 
 
 def _close(sweep: Sweep) -> str:
@@ -129,7 +141,7 @@ def _objective(sweep: Sweep) -> str:
     if not isinstance(objective, dict):
         return ""
     veto = ", and none that loses more than its margin" if objective.get("veto") else ""
-    return f"; best by accuracy less {text(objective.get('price'))} × the mean loss on guards that are not held out{veto}"
+    return f"; best by score less {text(objective.get('price'))} × the mean loss on guards that are not held out{veto}"
 
 
 def _searches(sweep: Sweep) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transplant_ray.report import words
 from transplant_ray.report.figures import changed_plot, cost_plots, curve_plots, headline_plot, legend, score_plots
 from transplant_ray.report.flips import MOST_SHOWN, shown, visible
 from transplant_ray.report.method import agreements, method, ranker_costs
-from transplant_ray.report.records import GuardRow, Row
+from transplant_ray.report.records import ACCURACY, GuardRow, Row, measure_of
 from transplant_ray.report.sweep import Sweep, dig
 
 HERE = Path(__file__).parent
@@ -48,7 +49,7 @@ class Line:
     """A row of the table of variants; shares of the width of its interval bar in percent."""
 
     row: Row
-    accuracy: str
+    value: str
     interval: str
     bar: tuple[float, float, float] | None
     cells: Sequence[str]
@@ -78,6 +79,7 @@ def _context(sweep: Sweep) -> Mapping[str, Any]:
     columns = words.measured_columns(sweep.rows)
     return {
         "sweep": sweep,
+        "measure": measure_of(sweep.rows),
         "winner": sweep.winner,
         "source": dig(sweep.recipe, "source", "model"),
         "target": dig(sweep.recipe, "target", "model"),
@@ -145,9 +147,9 @@ def _cards(sweep: Sweep) -> Iterator[Card]:
         return
     target, source = (sweep.baseline(role, winner.split) for role in ("target", "source"))
     told = sweep.told("winner", winner.split) or {}
-    yield Card(f"Winner, {winner.split}", words.number(winner.accuracy), words.interval(winner), f"{winner.label}, n = {winner.n}")
+    yield Card(f"Winner, {winner.split}", words.number(winner.value), words.interval(winner), f"{winner.label}, n = {winner.n}")
     if target is not None:
-        yield Card("Target", words.number(target.accuracy), words.interval(target), _beside("source", source))
+        yield Card("Target", words.number(target.value), words.interval(target), _beside("source", source))
         yield _gain_card(sweep, winner, target)
     reachable = dig(told, "reachable_recovery")
     of_all = "" if reachable is None else f"{words.percent(reachable)} of what swapping everything reaches"
@@ -160,9 +162,12 @@ def _gain_card(sweep: Sweep, winner: Row, target: Row) -> Card:
     told = sweep.told("winner", winner.split) or {}
     gained, lost = (sweep.told("verdict", "gain", key) for key in ("gained", "lost"))
     flips = "" if gained is None or winner.split != "test" else f"{gained} gained, {lost} lost; "
+    measure = measure_of(sweep.rows)
+    change = partial(words.change, measure=measure)
     tir = f"TIR {words.number(winner.tir, 2)} {_told_interval(told, 'tir', lambda value: words.number(value, 2))}".strip()
-    difference = None if winner.accuracy is None or target.accuracy is None else winner.accuracy - target.accuracy
-    return Card("Gain, points", words.points(difference), _told_interval(told, "difference", words.points), flips + tir)
+    difference = None if winner.score is None or target.score is None else winner.score - target.score
+    note = flips + tir if measure is ACCURACY else ""
+    return Card(f"Gain, {measure.unit}", change(difference), _told_interval(told, "difference", change), note)
 
 
 def _moved_card(sweep: Sweep, winner: Row) -> Card:
@@ -193,7 +198,7 @@ def _elsewhere_card(sweep: Sweep, winner: Row) -> Card:
 
 
 def _beside(name: str, row: Row | None) -> str:
-    return "" if row is None else f"{name} {words.number(row.accuracy)} {words.interval(row)}"
+    return "" if row is None else f"{name} {words.number(row.value)} {words.interval(row)}"
 
 
 def _told_interval(told: Any, metric: str, number: Any) -> str:
@@ -231,15 +236,15 @@ def _groups(sweep: Sweep, columns: Sequence[words.Column]) -> list[tuple[str, li
 def _best_first(title: str, rows: Sequence[Row]) -> Sequence[Row]:
     if title in ("on test", "baselines on select"):
         return rows
-    return sorted(rows, key=lambda row: (not row.measured, -(row.accuracy or 0), row.size, row.label))
+    return sorted(rows, key=lambda row: (not row.measured, -(row.score or 0), row.size, row.label))
 
 
 def _line(row: Row, columns: Sequence[words.Column]) -> Line:
     bar = None
     if row.accuracy is not None and row.ci_low is not None and row.ci_high is not None:
         bar = (100 * row.ci_low, 100 * (row.ci_high - row.ci_low), 100 * row.accuracy)
-    accuracy = "failed" if row.error else words.number(row.accuracy)
-    return Line(row, accuracy, words.interval(row), bar, [column.shown(column.value(row)) for column in columns])
+    value = "failed" if row.error else words.number(row.value)
+    return Line(row, value, words.interval(row), bar, [column.shown(column.value(row)) for column in columns])
 
 
 def _capital(text: str) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from math import isnan
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from transplant_ray.errors import RunError
 from transplant_ray.evaluate.example import Split
@@ -62,12 +62,25 @@ class Row(Record):
     """KL(target ‖ variant) on general text, nats per token."""
     guard_share: float | None = None
     """Mean over guards of accuracy ÷ the target's."""
+    score: float | None = None
+    """What variants are compared by, more is better: the accuracy, or minus the loss."""
     parsed: int | None = None
     cut_off: int | None = None
     channels: float | None = None
     """Share of the output channels of every chosen module."""
     penalty: float | None = None
     """Weight of the guard loss under which gates were fitted."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _scored(cls, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Runs of before there were losses have accuracies alone."""
+        return row if row.get("score") is not None else {**row, "score": row.get("accuracy")}
+
+    @property
+    def value(self) -> float | None:
+        """The score as people read it: the accuracy, or the loss."""
+        return self.score if self.accuracy is not None or self.score is None else -self.score
 
     @property
     def size(self) -> int:
@@ -82,7 +95,7 @@ class Row(Record):
     @property
     def measured(self) -> bool:
         """On all examples of its split, without an error: comparable with the others."""
-        return self.accuracy is not None and self.error is None and self.stopped is None
+        return self.score is not None and self.error is None and self.stopped is None
 
 
 class Score(Record):
@@ -112,8 +125,13 @@ class GuardRow(Record):
     correct: int | None = None
     ci_low: float | None = None
     ci_high: float | None = None
+    loss: float | None = None
     share: float | None = None
-    """Accuracy ÷ the target's."""
+    """Accuracy ÷ the target's, or the target's perplexity ÷ its own."""
+
+    @property
+    def value(self) -> float | None:
+        return self.loss if self.accuracy is None else self.accuracy
 
 
 class Answer(Record):
@@ -123,6 +141,7 @@ class Answer(Record):
     example: str
     completion: str
     correct: bool
+    loss: float | None = None
 
 
 class Asked(Record):
@@ -131,6 +150,32 @@ class Asked(Record):
     example: str
     prompt: str
     answer: str
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How the score of a task is spoken of."""
+
+    name: str
+    axis: str
+    unit: str
+    """Of differences."""
+    interval: str
+    """Whose intervals the values have."""
+    test: str
+    """What tells two variants apart."""
+    factor: float
+    """From a difference of scores to one in `unit`."""
+    digits: int
+    """Of a difference."""
+
+
+ACCURACY = Measure("accuracy", "accuracy", "points", "Wilson", "exact McNemar", 100.0, 1)
+LOSS = Measure("loss", "loss, nats a token (less is better),", "nats", "Student", "paired t-test", 1.0, 3)
+
+
+def measure_of(rows: Iterable[Row]) -> Measure:
+    return LOSS if any(row.score is not None and row.accuracy is None for row in rows) else ACCURACY
 
 
 def read_records(kind: type[R], rows: Iterable[Mapping[str, Any]], path: Path) -> list[R]:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transplant_ray.report.records import Row
+from transplant_ray.report.records import Row, measure_of
 from transplant_ray.report.words import NOTHING, interval, measured_columns, number
 
 _SPECIAL = re.compile(r"[\\&%$#_{}~^<>|\"]")
@@ -33,7 +33,7 @@ def to_csv(table: Sequence[Mapping[str, Any]]) -> str:
 def to_latex(rows: Sequence[Row], caption: str) -> str:
     """A longtable with booktabs rules: every row, the measured columns."""
     columns = measured_columns(rows)
-    titles = ["variant", "split", "accuracy", "95 % interval", *(column.title for column in columns)]
+    titles = ["variant", "split", measure_of(rows).name, "95 % interval", *(column.title for column in columns)]
     heading = " & ".join(map(_title, titles)) + r" \\"
     return "\n".join(
         [
@@ -58,8 +58,8 @@ def escape_latex(text: str) -> str:
 
 def _line(row: Row, cells: Sequence[str]) -> str:
     name = escape_latex(row.label) + (r" $\star$" if row.winner else "")
-    accuracy = number(row.accuracy) if row.error is None else "failed"
-    return " & ".join([name, row.split, accuracy, _cell(interval(row) or NOTHING), *map(_cell, cells)]) + r" \\"
+    value = number(row.value) if row.error is None else "failed"
+    return " & ".join([name, row.split, value, _cell(interval(row) or NOTHING), *map(_cell, cells)]) + r" \\"
 
 
 def _cell(text: str) -> str:

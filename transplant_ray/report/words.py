@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import exp
 from types import MappingProxyType
 from typing import Any
 
-from transplant_ray.report.records import Row
+from transplant_ray.report.records import Measure, Row
 from transplant_ray.report.sweep import Sweep, dig
 
 NOTHING = "–"
@@ -49,9 +50,9 @@ def percent(value: Any) -> str:
     return f"{100 * value:.1f} %" if isinstance(value, int | float) else NOTHING
 
 
-def points(value: Any) -> str:
-    """A difference of accuracies."""
-    return f"{100 * value:+.1f}" if isinstance(value, int | float) else NOTHING
+def change(value: Any, measure: Measure) -> str:
+    """A difference of scores."""
+    return f"{measure.factor * value:+.{measure.digits}f}" if isinstance(value, int | float) else NOTHING
 
 
 def between(low: Any, high: Any, shown: Callable[[Any], str] = number) -> str:
@@ -94,6 +95,15 @@ def _share(part: Callable[[Row], int | None]) -> Callable[[Row], float | None]:
     return share
 
 
+def _loss_beside(row: Row) -> float | None:
+    """Where it is the score, it has a column already."""
+    return None if row.accuracy is None and row.score is not None else row.loss
+
+
+def _perplexity(row: Row) -> float | None:
+    return None if row.loss is None else exp(row.loss)
+
+
 COLUMNS: tuple[Column, ...] = (
     Column("n", lambda row: row.n, str, "examples"),
     Column("TIR", lambda row: row.tir, lambda value: number(value, 2), "accuracy ÷ the target's"),
@@ -105,7 +115,13 @@ COLUMNS: tuple[Column, ...] = (
     Column("λ", lambda row: row.penalty, lambda value: "–" if value is None else f"{value:g}", "weight of the guard loss"),
     Column("guards", lambda row: row.guard_share, percent, "mean accuracy on the guards ÷ the target's"),
     Column("KL", lambda row: row.kl, number, "KL(target ‖ variant) on general text, nats per token"),
-    Column("loss", lambda row: row.loss, number, "mean token loss of the reference answers, nats"),
+    Column(
+        "loss",
+        lambda row: row.loss if row.accuracy is not None or row.score is None else None,
+        number,
+        "mean token loss of the reference answers, nats",
+    ),
+    Column("perplexity", _perplexity, number, "exp of the mean loss, every example counted once"),
     Column("parsed", _share(lambda row: row.parsed), percent, "completions in which an answer was found"),
     Column("cut off", _share(lambda row: row.cut_off), percent, "completions that the limit of tokens ended"),
     Column("seconds", lambda row: row.seconds, lambda value: number(value, 1), "of the evaluator"),
@@ -129,12 +145,19 @@ def _of_the_winner(sweep: Sweep) -> list[str]:
     found = []
     if winner.split != "test":
         found.append("The winner's numbers are from select, on which it was chosen: they flatter it. It was not confirmed on test.")
-    same, control, mine = sweep.twins, sweep.told("winner", "best_control"), sweep.told("winner", "select", "accuracy")
+    same, control = sweep.twins, sweep.told("winner", "best_control")
     if same:
         found.append(f"The ranking made no difference here: the winner's modules are also those of {', '.join(same)}.")
-    label, reached = dig(control, "label"), dig(control, "accuracy")
+    label, (reached, mine) = dig(control, "label"), (_told_score(told) for told in (control, sweep.told("winner", "select")))
     if label not in same and mine is not None and reached is not None and reached >= mine:
-        found.append(f"A control did at least as well on select: {label}, {number(reached)} against {number(mine)}.")
+        found.append(f"A control did at least as well on select: {label}, {number(abs(reached))} against {number(abs(mine))}.")
+    return found
+
+
+def _told_score(told: Any) -> float | None:
+    """Runs of before there were losses have accuracies alone."""
+    score = dig(told, "score")
+    found: float | None = dig(told, "accuracy") if score is None else score
     return found
 
 

@@ -29,6 +29,7 @@ from transplant_ray.storage import RunFolder
 
 METRICS = (
     "accuracy",
+    "score",
     "ci_low",
     "ci_high",
     "tir",

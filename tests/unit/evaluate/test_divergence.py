@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import isclose
 from pathlib import Path
 from typing import Any
@@ -32,18 +32,6 @@ def texts(lengths: Sequence[int] = (9, 2, 5, 9)) -> list[Rendered]:
 
 def engine_of(pair: ResidentPair, rows: int = 8) -> Engine:
     return Engine(pair, left_tokenizer(), GenerationSettings(4, (EOS,), batch_size=rows), "exact")
-
-
-@pytest.fixture(scope="module")
-def phi3(tmp_path_factory: pytest.TempPathFactory) -> ResidentPair:
-    return load_resident_pair(tiny_pair(tmp_path_factory.mktemp("phi3"), "phi3"), "float32")
-
-
-@pytest.fixture
-def pair(phi3: ResidentPair) -> Iterator[ResidentPair]:
-    """Whatever a test does, the model is the target afterwards."""
-    yield phi3
-    assert all(graft.linear.weight is graft.target.weight for graft in phi3.grafts.values())
 
 
 def plain(pair: ResidentPair, variant: Variant, text: Rendered) -> float:

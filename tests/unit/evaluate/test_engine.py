@@ -33,19 +33,6 @@ SCORERS = ("exact", FORCED)
 
 
 @pytest.fixture(scope="module")
-def phi3(tmp_path_factory: pytest.TempPathFactory) -> ResidentPair:
-    return load_resident_pair(tiny_pair(tmp_path_factory.mktemp("phi3"), "phi3"), "float32")
-
-
-@pytest.fixture
-def pair(phi3: ResidentPair) -> Iterator[ResidentPair]:
-    """Whatever a test does, the model is the target afterwards."""
-    yield phi3
-    assert all(graft.linear.weight is graft.target.weight for graft in phi3.grafts.values())
-    assert not any("forward" in part.__dict__ for part in phi3.model.modules())
-
-
-@pytest.fixture(scope="module")
 def examples() -> list[Rendered]:
     return draw_examples(random.Random(1), 6)
 
@@ -153,10 +140,10 @@ def test_a_variant_that_does_not_fit_fails_alone(
 
 
 @pytest.fixture
-def huge(phi3: ResidentPair) -> Iterator[Variant]:
+def huge(resident: ResidentPair) -> Iterator[Variant]:
     """A variant whose numbers overflow, with weights that are all finite."""
-    name = next(name for name in phi3.modules if name.endswith("1.mlp.gate_up_proj"))
-    weight = phi3.grafts[name].source.weight
+    name = next(name for name in resident.modules if name.endswith("1.mlp.gate_up_proj"))
+    weight = resident.grafts[name].source.weight
     kept = weight.clone()
     weight.copy_(weight.sign() * 3e38)
     assert weight.isfinite().all()

@@ -46,7 +46,7 @@ def test_a_row_holds_the_point_and_its_metrics() -> None:
         "split": "select", "n": 40, "correct": 20, "accuracy": 0.5, "ci_low": low, "ci_high": high, "tir": 2.0, "recovery": 0.5,
         "num_modules": 2, "num_parameters": 48, "seconds": 1.5, "winner": False, "error": None,
         "loss": None, "stopped": None, "channels": None, "penalty": None, "size": 2.0, "parsed": 38, "cut_off": 3, "moved": None,
-        "kl": None, "guard_share": None, "worth": 0.5, "worth_error": standard_error(0.5, 40), "vetoed_by": None,
+        "kl": None, "guard_share": None, "score": 0.5, "worth": 0.5, "worth_error": standard_error(0.5, 40), "vetoed_by": None,
     }  # fmt: skip
     assert row().label == "lae ffn k=2" == TRIAL.label
 

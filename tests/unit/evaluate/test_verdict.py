@@ -13,7 +13,7 @@ from scipy.stats import binom, norm
 from transplant_ray.evaluate.arms import Arms
 from transplant_ray.evaluate.choosing import Candidate, choose
 from transplant_ray.evaluate.metrics import standard_error
-from transplant_ray.evaluate.significance import ALPHA, Guard, Right, arms_needed
+from transplant_ray.evaluate.significance import ALPHA, Guard, Right, arms_needed, mean_score
 from transplant_ray.evaluate.verdict import Evidence, judge, no_gap
 
 
@@ -22,7 +22,7 @@ def first(correct: int, n: int = 100) -> Right:
     return np.arange(n) < correct
 
 
-ARMS = Arms(correct=(55,) * 19, sets_each=24)
+ARMS = Arms(scores=(0.55,) * 19, sets_each=24)
 UNHARMED = Guard("reading", first(150, 200), first(150, 200), margin=0.03)
 HARMED = Guard("spelling", first(150, 200), first(140, 200), margin=0.03)
 FLAT = Guard("counting", first(15, 20), first(15, 20), margin=0.03)
@@ -73,8 +73,8 @@ def test_a_guard_with_too_few_examples_is_a_loss_that_more_of_them_may_rule_out(
     [
         (None, "to tell it from chance takes 19 arms of 24 random sets each or more, and there are none"),
         (Arms((), 24), "to tell it from chance takes 19 arms of 24 random sets each or more, and there are none"),
-        (Arms((55,) * 18, 24), "and there are 18 arms of 24 random sets each"),
-        (Arms((55,) * 99, 1), "and there are 99 random sets"),
+        (Arms((0.55,) * 18, 24), "and there are 18 arms of 24 random sets each"),
+        (Arms((0.55,) * 99, 1), "and there are 99 random sets"),
     ],
 )
 def test_plain_random_sets_or_few_arms_do_not_test_the_best_of_24(arms: Arms | None, missing: str) -> None:
@@ -85,14 +85,14 @@ def test_plain_random_sets_or_few_arms_do_not_test_the_best_of_24(arms: Arms | N
 
 
 def test_a_variant_named_beforehand_needs_19_plain_sets() -> None:
-    verdict = judge(replace(EVIDENCE, chosen_from=1, arms=Arms((55,) * 19, 1)))
+    verdict = judge(replace(EVIDENCE, chosen_from=1, arms=Arms((0.55,) * 19, 1)))
     assert verdict.conclusion == "confirmed"
     assert "; 0 of 19 random sets did as well (p = 0.05); " in verdict.sentence
 
 
-@pytest.mark.parametrize(("correct", "as_good"), [((60,) + (50,) * 18, 1), ((61,) * 19, 19)])
-def test_an_arm_that_does_as_well(correct: tuple[int, ...], as_good: int) -> None:
-    verdict = judge(replace(EVIDENCE, arms=Arms(correct, 24)))
+@pytest.mark.parametrize(("scores", "as_good"), [((0.6,) + (0.5,) * 18, 1), ((0.61,) * 19, 19)])
+def test_an_arm_that_does_as_well(scores: tuple[float, ...], as_good: int) -> None:
+    verdict = judge(replace(EVIDENCE, arms=Arms(scores, 24)))
     assert verdict.conclusion == "gain, not better than chance"
     assert verdict.chance == (1 + as_good) / 20
     assert f"; {as_good} of 19 arms of 24 random sets each did as well (p = {verdict.chance:.2g}); " in verdict.sentence
@@ -101,7 +101,7 @@ def test_an_arm_that_does_as_well(correct: tuple[int, ...], as_good: int) -> Non
 
 
 def test_one_arm_of_thirty_leaves_it_to_more_arms() -> None:
-    verdict = judge(replace(EVIDENCE, arms=Arms((60,) + (50,) * 29, 24)))
+    verdict = judge(replace(EVIDENCE, arms=Arms((0.6,) + (0.5,) * 29, 24)))
     assert verdict.conclusion == "gain, not better than chance"
     assert verdict.arms_needed == arms_needed(1, 30)
     assert verdict.sentence.endswith(f"with this share, about {verdict.arms_needed} arms would tell.")
@@ -179,7 +179,7 @@ def test_the_phrase_follows_from_the_numbers(
 ) -> None:
     vectors = [np.array([answer >> i & 1 for i in range(30)], dtype=bool) for answer in bits]
     guard = Guard("general", vectors[2], vectors[3], 0.1)
-    verdict = judge(Evidence(*vectors, k, 64, chosen_from, Arms(tuple(arms), sets_each), (guard,)))
+    verdict = judge(Evidence(*vectors, k, 64, chosen_from, Arms(tuple(arm / 30 for arm in arms), sets_each), (guard,)))
     assert verdict.sentence.endswith(".")
     assert (verdict.gain is None) == (verdict.conclusion == "no gap to close") == (verdict.gap.p_better > ALPHA)
     if verdict.gain:
@@ -221,7 +221,7 @@ def sweep(rng: np.random.Generator, spread: float, over_chance: float) -> Eviden
     accuracies = select[2:].mean(axis=1).reshape(truth.shape).tolist()
     chosen = [choose([Candidate(a, standard_error(a, N), k, k) for a, k in zip(each, KS, strict=True)]) for each in accuracies]
     test = answer(rng, np.array([TARGET, *truth[range(1 + NUM_ARMS), chosen]]))
-    arms = Arms(tuple(test[2:].sum(axis=1).tolist()), NUM_SETS)
+    arms = Arms(tuple(right / N for right in test[2:].sum(axis=1).tolist()), NUM_SETS)
     return Evidence(select[0], select[1], test[0], test[1], KS[chosen[0]], 64, NUM_SETS, arms)
 
 
@@ -256,11 +256,11 @@ def test_of_a_sweep_and_its_arms_at_most_one_would_be_better_than_chance(seed: i
     """Whatever the data: so where they are alike, and any of the 20 may be the sweep, at most a twentieth is confirmed."""
     evidence = sweep(np.random.default_rng(seed), spread=0.12, over_chance=0.0)
     assert evidence.arms is not None
-    everyone = (int(evidence.winner.sum()), *evidence.arms.correct)
+    everyone = (mean_score(evidence.winner), *evidence.arms.scores)
     verdicts = []
-    for i, correct in enumerate(everyone):
+    for i, score in enumerate(everyone):
         others = Arms((*everyone[:i], *everyone[i + 1 :]), NUM_SETS)
-        verdicts.append(judge(replace(evidence, winner=first(correct, N), target=first(0, N), arms=others)))
+        verdicts.append(judge(replace(evidence, winner=first(round(score * N), N), target=first(0, N), arms=others)))
     assert sum(verdict.conclusion == "confirmed" for verdict in verdicts) <= 1
     assert all(verdict.chance is not None for verdict in verdicts)
 

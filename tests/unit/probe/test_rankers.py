@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from transplant_ray import recipe
 from transplant_ray.errors import DataError
-from transplant_ray.evaluate.scorers import FORCED, SCORERS
+from transplant_ray.evaluate.scorers import FORCED, LOSS, SCORERS
 from transplant_ray.graft.plan import depth_order, random_order
 from transplant_ray.models.catalogue import Module
 from transplant_ray.models.families import Role
@@ -151,7 +151,7 @@ def test_the_table_says_where_each_module_is() -> None:
 
 def test_the_recipe_knows_the_same_rankers_and_scorers_as_the_code() -> None:
     assert set(recipe.RANKERS) == set(RANKERS)
-    assert set(recipe.SCORERS) == {*SCORERS, FORCED, "choice"}
+    assert set(recipe.SCORERS) == {*SCORERS, FORCED, LOSS, "choice"}
     assert set(RESIDENT) == recipe.RESIDENT_RANKERS
 
 

@@ -127,6 +127,23 @@ def test_every_figure_has_a_label_and_every_caption_its_n(large: RunFolder) -> N
     assert all("split seed 42" in caption for caption in captions[1:3])
 
 
+def as_losses(row: Row) -> Row:
+    """The same run, of a task whose scorer is `loss`."""
+    scored = {"loss": 1 - row["accuracy"], "score": row["accuracy"] - 1, "ci_low": 1 - row["ci_high"], "ci_high": 1 - row["ci_low"]}
+    return {**row, **scored, **dict.fromkeys(("accuracy", "correct", "tir", "parsed", "cut_off"))}
+
+
+def test_a_run_of_losses_speaks_of_losses(tmp_path: Path) -> None:
+    page = build(tmp_path / "run", dataclasses.replace(SMALL, guards=(), change=as_losses))
+    labels = [value for tag, name, value in page.attributes if (tag, name) == ("svg", "aria-label")]
+    assert any(label.startswith("Loss on test") for label in labels)
+    assert "Gain, nats" in page.text
+    assert "95 % Student intervals" in page.text
+    assert "perplexity" in page.text
+    assert not [word for word in ("Wilson", "McNemar", "TIR") if word in page.text]
+    assert not any("ccuracy" in label for label in labels)
+
+
 def test_every_variant_is_in_the_table(large: RunFolder) -> None:
     page = Page.of(large.report.read_text(encoding="utf-8"))
     lines = [value.split()[0] for tag, name, value in page.attributes if (tag, name) == ("tr", "class") and value.split()]
