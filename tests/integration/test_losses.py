@@ -65,6 +65,13 @@ def test_losses_are_those_of_plain_transformers(losses: Swept, role: str, split:
     assert pd.isna(row["accuracy"])
 
 
+def test_beside_an_accuracy_the_loss_is_measured_too(swept: Swept) -> None:
+    rows = swept.results.query("split == 'select' and role != 'source'")
+    assert rows["loss"].notna().all()
+    (target,) = rows[rows["role"] == "target"].itertuples()
+    assert target.loss == pytest.approx(plain_loss(swept.place.path / "target", asked(swept, "task", "select")), rel=1e-4)
+
+
 def test_the_winner_is_measured_on_its_checkpoint(losses: Swept) -> None:
     row = losses.results.query("winner and split == 'test'").iloc[0]
     checkpoint = losses.folder / "checkpoint"
@@ -99,7 +106,8 @@ def test_the_verdict_is_by_the_paired_t_test(losses: Swept) -> None:
 
 def test_mlflow_and_the_report_have_losses(losses: Swept) -> None:
     client = MlflowClient(losses.place.uri)
-    trials = client.search_runs([client.get_run(losses.summary["mlflow_run"]).info.experiment_id], "params.role = 'trial'")
+    run = client.get_run(losses.summary["mlflow_run"])
+    trials = client.search_runs([run.info.experiment_id], f"tags.mlflow.parentRunId = '{run.info.run_id}'")
     assert trials
     assert all("loss" in run.data.metrics and "accuracy" not in run.data.metrics for run in trials)
     report = (losses.folder / "report.html").read_text(encoding="utf-8")

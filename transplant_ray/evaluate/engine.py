@@ -7,10 +7,9 @@ worked off at most `rows` at a time (`measure_rows`), which changes how fast it 
 from __future__ import annotations
 
 import gc
-import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby
 from math import inf, isfinite
 from typing import TypeVar
@@ -26,9 +25,10 @@ from transplant_ray.evaluate.example import Example, Rendered, check_lengths, en
 from transplant_ray.evaluate.generate import NAN_LOGITS, Completion, GenerationSettings, end_ids, generate
 from transplant_ray.evaluate.outcome import READS, Outcome, choose, read_outcome, score
 from transplant_ray.evaluate.read import Reading, read
+from transplant_ray.evaluate.routing import Request, Routed, requests_of
 from transplant_ray.evaluate.scorers import FORCED, LOSS
 from transplant_ray.graft.resident import ResidentPair, load_resident_pair
-from transplant_ray.graft.routed import Router, nested_order, takes_rows
+from transplant_ray.graft.routed import nested_order, takes_rows
 from transplant_ray.graft.variant import ORIGIN, Variant, check_variant
 from transplant_ray.models.checkpoint import open_checkpoint, read_generation_ends
 from transplant_ray.models.compare import check_vocabulary, compare
@@ -43,14 +43,6 @@ VARIANTS_PER_PACK = 16
 
 Note = Callable[[str], None]
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Request:
-    """One row: a variant, by its place in the pack, on an example."""
-
-    variant: int
-    example: Rendered
 
 
 Values = Iterator[tuple[int, T | None]]
@@ -126,14 +118,14 @@ class Engine:
         self._check(examples, reads=True, decodes=False)
         for variant in variants:
             check_variant(variant, self.pair.modules)
-        means: dict[str, float | None] = {}
-        for pack in self._packs(variants):
-            found: dict[int, list[float | None]] = defaultdict(list)
-            with _Routed(self.pair, pack) as routed:
-                for request, reading in self.until_done(_requests(pack, examples), self._reader(routed, decodes=False)):
-                    found[request.variant].append(None if reading is None else reading.loss)
-            means |= {pack[place].id: _mean(losses) for place, losses in found.items()}
-        return means
+        return self._measure(self._packs(variants), lambda pack: self._read_pack(pack, examples), None)
+
+    def _read_pack(self, pack: Sequence[Variant], examples: Sequence[Rendered]) -> dict[str, float | None]:
+        found: dict[int, list[float | None]] = defaultdict(list)
+        with Routed(self.pair, pack) as routed:
+            for request, reading in self.until_done(requests_of(pack, examples), self._reader(routed, decodes=False)):
+                found[request.variant].append(None if reading is None else reading.loss)
+        return {pack[place].id: _mean(losses) for place, losses in found.items()}
 
     def divergences(self, variants: Sequence[Variant], texts: Sequence[Rendered]) -> dict[str, tuple[float | None, ...]]:
         """Variant id → KL(target ‖ variant) on each text, nats a token; the first token of a text is its prompt. None: no number.
@@ -144,27 +136,30 @@ class Engine:
         for variant in variants:
             check_variant(variant, self.pair.modules)
         together = self._share_batches(variants)
-        found: dict[str, tuple[float | None, ...]] = {}
-        for pack in self._packs(variants):
-            found |= self._diverge_pack(pack, texts, together=together)
-        return found
+        nothing: tuple[float | None, ...] = (None,) * len(texts)
+        return self._measure(self._packs(variants), lambda pack: self._diverge_pack(pack, texts, together=together), nothing)
 
     def _diverge_pack(
         self, pack: Sequence[Variant], texts: Sequence[Rendered], *, together: bool
     ) -> dict[str, tuple[float | None, ...]]:
-        """A failure of the whole pack is looked for variant by variant, as in `_answer_pack`; what fails alone has no number."""
         requests = [Request(place, text) for text in texts for place in range(len(pack))]
         found: dict[str, dict[str, float | None]] = {variant.id: {} for variant in pack}
-        try:
-            with _Routed(self.pair, [*pack, ORIGIN]) as routed:
-                for request, mean in self.until_done(requests, self._diverger(routed, together=together)):
-                    found[pack[request.variant].id][request.example.id] = mean
-        except RuntimeError:
-            if len(pack) == 1:
-                return {pack[0].id: (None,) * len(texts)}
-            alone = [self._diverge_pack([variant], texts, together=together) for variant in pack]
-            return {variant: values for part in alone for variant, values in part.items()}
+        with Routed(self.pair, [*pack, ORIGIN]) as routed:
+            for request, mean in self.until_done(requests, self._diverger(routed, together=together)):
+                found[pack[request.variant].id][request.example.id] = mean
         return {variant: tuple(means[text.id] for text in texts) for variant, means in found.items()}
+
+    def _measure(
+        self, packs: Sequence[Sequence[Variant]], measure: Callable[[Sequence[Variant]], dict[str, T]], failed: T
+    ) -> dict[str, T]:
+        """A failure of a whole pack is looked for variant by variant, as in `_answer_pack`; what fails alone is `failed`."""
+        found: dict[str, T] = {}
+        for pack in packs:
+            try:
+                found |= measure(pack)
+            except RuntimeError:
+                found |= {pack[0].id: failed} if len(pack) == 1 else self._measure([[variant] for variant in pack], measure, failed)
+        return found
 
     def until_done(
         self, requests: Sequence[Request], work: Callable[[Sequence[Request], int], Values[T]]
@@ -208,9 +203,9 @@ class Engine:
         """A failure of the whole pack is looked for variant by variant, so that it is one variant's."""
         done: dict[int, dict[str, Outcome | None]] = {place: {} for place in range(len(pack))}
         failure: Exception | None = None
-        with _Routed(self.pair, pack) as routed:
+        with Routed(self.pair, pack) as routed:
             try:
-                for request, outcome in self._outcomes(_requests(pack, examples), pack, routed):
+                for request, outcome in self._outcomes(requests_of(pack, examples), pack, routed):
                     mine = done[request.variant]
                     mine[request.example.id] = outcome
                     if len(mine) == len(examples):
@@ -223,7 +218,7 @@ class Engine:
                 yield from [_failed(variant, failure)] if len(pack) == 1 else self._answer_pack([variant], examples)
 
     def _outcomes(
-        self, requests: Sequence[Request], pack: Sequence[Variant], routed: _Routed
+        self, requests: Sequence[Request], pack: Sequence[Variant], routed: Routed
     ) -> Iterator[tuple[Request, Outcome | None]]:
         if self.scorer in READS:
             for request, reading in self.until_done(requests, self._reader(routed, decodes=self.scorer == FORCED)):
@@ -242,7 +237,7 @@ class Engine:
                 yield request, score(name, request.example, completion, self.scorer) if completion else None
 
     def _chosen(
-        self, requests: Sequence[Request], pack: Sequence[Variant], routed: _Routed
+        self, requests: Sequence[Request], pack: Sequence[Variant], routed: Routed
     ) -> Iterator[tuple[Request, Outcome | None]]:
         """Each choice is a row of its own; an outcome is given out when its last choice has been read."""
         heard: dict[tuple[int, str], list[Reading | None]] = defaultdict(list)
@@ -264,28 +259,28 @@ class Engine:
             return 0
         return inf if boundary is None else boundary - self.settings.max_new_tokens
 
-    def _decoder(self, routed: _Routed) -> Callable[[Sequence[Request], int], Values[Completion]]:
+    def _decoder(self, routed: Routed) -> Callable[[Sequence[Request], int], Values[Completion]]:
         def work(requests: Sequence[Request], rows: int) -> Values[Completion]:
             prompts = [request.example.prompt_ids for request in requests]
             return decode(self.pair.model, self.tokenizer, prompts, self.settings, routed.by(requests), rows)
 
         return work
 
-    def _diverger(self, routed: _Routed, *, together: bool) -> Callable[[Sequence[Request], int], Values[float]]:
+    def _diverger(self, routed: Routed, *, together: bool) -> Callable[[Sequence[Request], int], Values[float]]:
         def work(requests: Sequence[Request], rows: int) -> Values[float]:
             asked = [(request.variant, request.example) for request in requests]
             return diverge(self.pair.model, asked, routed.assign, rows, together=together)
 
         return work
 
-    def _reader(self, routed: _Routed, *, decodes: bool = True) -> Callable[[Sequence[Request], int], Values[Reading]]:
+    def _reader(self, routed: Routed, *, decodes: bool = True) -> Callable[[Sequence[Request], int], Values[Reading]]:
         def work(requests: Sequence[Request], rows: int) -> Values[Reading]:
             examples = [request.example for request in requests]
             return read(self.pair.model, self.tokenizer, examples, self.settings, routed.by(requests), rows, decodes=decodes)
 
         return work
 
-    def _generator(self, routed: _Routed) -> Callable[[Sequence[Request], int], Values[Completion]]:
+    def _generator(self, routed: Routed) -> Callable[[Sequence[Request], int], Values[Completion]]:
         """One variant after another."""
 
         def work(requests: Sequence[Request], rows: int) -> Values[Completion]:
@@ -314,53 +309,6 @@ class Engine:
             ) from error
         self.rows //= 2
         self.note(f"out of memory: {self.rows} rows at a time from here on; `resources.batch_size: {self.rows}` starts there")
-
-
-class _Routed:
-    """The router of a pack, and whose rows the seconds went to."""
-
-    def __init__(self, pair: ResidentPair, pack: Sequence[Variant]) -> None:
-        self.router = Router(pair, pack)
-        self.num_variants = len(pack)
-        self.in_flight: Counter[int] = Counter()
-        self.spent: dict[int, float] = defaultdict(float)
-        self.since = time.perf_counter()
-
-    def __enter__(self) -> _Routed:
-        self.router.__enter__()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.router.release()
-
-    def by(self, requests: Sequence[Request]) -> Callable[[Sequence[int]], None]:
-        """Routes rows that are given as indices of `requests`."""
-
-        return lambda indices: self.assign([requests[index].variant for index in indices])
-
-    def assign(self, variants: Sequence[int]) -> None:
-        """Routes rows by the places of their variants in the pack; −1 is the last."""
-        places = [variant % self.num_variants for variant in variants]
-        self._settle()
-        self.in_flight = Counter(places)
-        self.router.assign(places)
-
-    def seconds(self, variant: int) -> float:
-        self._settle()
-        return self.spent[variant]
-
-    def _settle(self) -> None:
-        """Share the time since the last call among the rows in flight."""
-        now = time.perf_counter()
-        for variant, rows in self.in_flight.items():
-            self.spent[variant] += (now - self.since) * rows / self.in_flight.total()
-        self.since = now
-
-
-def _requests(pack: Sequence[Variant], examples: Sequence[Rendered]) -> list[Request]:
-    """Variant by variant, so that few are in flight at a time; short prompts first, so that little is padding."""
-    by_length = sorted(examples, key=lambda example: len(example.prompt_ids))
-    return [Request(place, example) for place in range(len(pack)) for example in by_length]
 
 
 def _shard(variant: str, outcomes: Sequence[Outcome | None], seconds: float) -> VariantShard:

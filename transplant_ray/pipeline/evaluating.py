@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import mean
@@ -53,6 +53,9 @@ def evaluate(run: Run, plan: SweepPlan, norms: Norms, capacity: Capacity, tracke
         if job.recipe.sweep.screen is not None:
             with run.stopwatch.stage("screen by loss", len(plan.variants)):
                 stage.screen()
+        elif job.reads_references:
+            with run.stopwatch.stage("read references", len(plan.variants)):
+                stage.read_references(plan.variants)
         if job.passages:
             with run.stopwatch.stage("compare on general text", stage.num_live):
                 stage.compare_on_text()
@@ -203,10 +206,14 @@ class _Stage:
     def screen(self) -> None:
         """Read the reference answers with every variant; of those that may be stopped, only the best go on."""
         assert self.sweep.screen is not None
-        losses = self.pool.losses(self.plan.variants, self.examples, self.run.job.rules, self.run.stopwatch.watch.advance)
-        self.evaluation.losses |= losses
-        racers = {variant.id: losses[variant.id] for variant in self.plan.racers}
+        self.read_references(self.plan.variants)
+        racers = {variant.id: self.evaluation.losses[variant.id] for variant in self.plan.racers}
         self._stop(racers.keys() - pass_screen(racers, self.sweep.screen), "screened")
+
+    def read_references(self, variants: Sequence[Variant]) -> None:
+        """Their mean token loss on select."""
+        advance = self.run.stopwatch.watch.advance
+        self.evaluation.losses |= self.pool.losses(variants, self.examples, self.run.job.rules, advance)
 
     def race(self) -> None:
         """All who are left answer, leg by leg; at every rung the worse of those that may be stopped are."""
@@ -241,8 +248,8 @@ class _Stage:
         with self.run.stopwatch.stage("merge of equal distance", sum(len(task.examples["select"]) for task in job.tasks.values())):
             for name in job.tasks:
                 ask(self.run, self.pool, name, "select", [matched.variant])
-            if self.sweep.screen is not None:
-                evaluation.losses |= self.pool.losses([matched.variant], self.examples, job.rules, lambda _: None)
+            if evaluation.losses:
+                self.read_references([matched.variant])
             if job.passages:
                 found = self.pool.divergences([matched.variant], job.passages["select"], job.rules, lambda _: None)
                 evaluation.divergences["select"] |= found

@@ -13,7 +13,7 @@ from transplant_ray.evaluate.example import Rendered, Split, check_answers, chec
 from transplant_ray.evaluate.generate import GenerationSettings, Rules, end_ids
 from transplant_ray.evaluate.outcome import READS
 from transplant_ray.evaluate.prepared import SPLITS, prepare_task
-from transplant_ray.evaluate.scorers import FORCED, check_scorer
+from transplant_ray.evaluate.scorers import FORCED, LOSS, check_scorer
 from transplant_ray.evaluate.task import check_apart, load_passages
 from transplant_ray.graft.mergekit import COMMAND, PIP_LINE, PLACE, find_mergekit
 from transplant_ray.graft.plan import Planned, SweepPlan, depth_order, plan_sweep
@@ -72,6 +72,15 @@ class Job:
     @property
     def guards(self) -> Mapping[str, PreparedTask]:
         return {name: task for name, task in self.tasks.items() if name != MAIN}
+
+    @property
+    def reads_references(self) -> bool:
+        """Whether the loss of every variant is measured beside its accuracy: where all references can be read, and have tokens."""
+        if not self.recipe.sweep.loss or self.rules.scorer == LOSS:
+            return False
+        examples, positions = self.examples["select"], max_positions(self.comparison.target.config)
+        longest = max(len(example.prompt_ids) + len(example.answer_ids) for example in examples)
+        return all(example.answer_ids for example in examples) and (positions is None or longest <= positions)
 
     @property
     def activations(self) -> bool:

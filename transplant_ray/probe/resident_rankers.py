@@ -28,9 +28,10 @@ from transformers import PreTrainedModel
 
 from transplant_ray.errors import NumericsError
 from transplant_ray.evaluate.decode import pass_tokens
-from transplant_ray.evaluate.engine import Engine, Request
+from transplant_ray.evaluate.engine import Engine
 from transplant_ray.evaluate.example import Rendered
 from transplant_ray.evaluate.generate import length_batches
+from transplant_ray.evaluate.routing import Request
 from transplant_ray.evaluate.teacher_forcing import lay_out, logits_at
 from transplant_ray.graft.path import along_path
 from transplant_ray.graft.variant import ORIGIN, Variant

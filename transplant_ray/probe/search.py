@@ -20,9 +20,10 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from transplant_ray.errors import DataError, NumericsError, RecipeError
-from transplant_ray.evaluate.engine import Engine, Request
+from transplant_ray.evaluate.engine import Engine
 from transplant_ray.evaluate.example import Rendered
 from transplant_ray.evaluate.read import LOGITS
+from transplant_ray.evaluate.routing import Request
 from transplant_ray.evaluate.teacher_forcing import lay_out, logits_at
 from transplant_ray.graft.path import at_point
 from transplant_ray.graft.variant import Variant

@@ -107,6 +107,8 @@ class SweepSpec(Part):
     channels: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
     """Shares of the output channels of the chosen modules, those that score highest; whole modules are always tried too."""
     objective: ObjectiveSpec | None = None
+    loss: bool = True
+    """Whether every variant reads the reference answers too, for its mean token loss: a pass over each, and nothing decoded."""
     screen: ScreenSpec | None = None
     race: RaceSpec | None = None
     primary: PrimarySpec | None = None

@@ -54,3 +54,11 @@ def test_a_scorer_whose_library_is_missing_is_refused(folder: Path, monkeypatch:
     with pytest.raises(RecipeError, match="`scorer: math`: the library math-verify is not installed"):
         job(folder, scorer="math", max_new_tokens=4)
     job(folder, scorer="number", max_new_tokens=4)
+
+
+def test_references_are_read_where_they_can_be(folder: Path) -> None:
+    """A measurement that nobody asked for refuses nothing: where a reference is too long for the model, it is left out."""
+    assert job(folder, max_new_tokens=4).reads_references
+    assert not job(folder, max_new_tokens=4, answer="{gold}" + "x" * 127).reads_references
+    assert not job(folder, scorer="loss").reads_references
+    assert job(folder, scorer="loss").generation.max_new_tokens == 2
