@@ -1,28 +1,36 @@
-"""Is a ranker better than what needs no ranking? Areas under Recovery over K, from finished sweeps.
+"""Is a ranker better than what needs no ranking, and what do gates keep? From finished sweeps, as `study_pairs.py` runs them.
 
-    transplant-ray sweep RECIPE 'rank.by=[lae,attribution]' sweep.k=[1,2,4,8,12,16,20,24] 'sweep.kind=[all]' \
-        'sweep.controls={random: 20, alpha: [0.0357, 0.0714, 0.1429, 0.2857, 0.4286, 0.5714, 0.7143, 0.8571]}'
-    python jobs/compare_rankers.py runs/NAME [runs/OTHER ...] [--ranker attribution]
+    python jobs/compare_rankers.py studies/* [--ranker attribution]
 
 The area is that of the piecewise linear curve from (0, 0) over the K of the grid, divided by the largest K: the mean Recovery on
 the way. The uniform merge stands at K where its alpha is nearest to K ÷ the number of modules. Intervals are 95 % paired percentile
-bootstraps over the select examples (10,000 resamples); the best of the alternatives is looked for in every resample again.
+bootstraps over the select examples (10,000 resamples); the best of the alternatives is looked for in every resample again. Over
+runs: Student's interval, of all runs, and of the means of the pairs (`PAIR.seedN` are seeds of one pair).
+
+Where the sweep had guards: the largest share of a guard's accuracy that a variant with Recovery of 0.5 or more keeps, on select.
+It is the best of all variants of a way, so a way with many of them is flattered: random sets, above all.
 
 Shapes: R resamples, E examples, V variants, K points of a curve.
 """
 
 import argparse
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from math import nan
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from transplant_ray.evaluate.metrics import mean_interval
 from transplant_ray.evaluate.significance import RESAMPLES
 
 Floats = NDArray[np.float64]
 ORIGIN = "44136fa355"
+ENOUGH = 0.5
+"""Recovery, from which on a guard's share counts."""
 NEAR = 0.02
 """A merge stands for K modules where its alpha is as near as this to their share."""
 
@@ -32,6 +40,7 @@ class Sweep:
 
     def __init__(self, folder: Path, seed: int = 0) -> None:
         self.rows = pd.read_parquet(folder / "results.parquet").query("split == 'select'")
+        self.guards = pd.read_parquet(folder / "guards.parquet").query("split == 'select'")
         outcomes = pd.read_parquet(folder / "outcomes" / "select.parquet").drop_duplicates(["variant", "example"])
         right_VE = outcomes.pivot(index="variant", columns="example", values="correct").dropna().astype(float)
         num_examples = right_VE.shape[1]
@@ -82,6 +91,64 @@ class Sweep:
             points[k] = self.recovery(rows.loc[distance.idxmin(), "variant"])
         return points
 
+    def kept(self) -> dict[str, dict[str, float | None]]:
+        """Guard → way → the largest share kept at Recovery ≥ ENOUGH; None where no variant of that way reaches it."""
+        ways = {"gates": "ranker.str.startswith('gates', na=False)", "uniform alpha": "ranker == 'uniform'"}
+        ways |= {name: f"ranker == '{name}'" for name in ("attribution", "lae", "depth", "random")}
+        enough = {str(name) for name in self.rows["variant"] if self.recovery(str(name))[0] >= ENOUGH}
+        return {
+            str(guard): {way: self._best_share(shares, self.rows.query(chosen), enough) for way, chosen in ways.items()}
+            for guard, shares in self.guards.groupby("guard")
+        }
+
+    def _best_share(self, shares: pd.DataFrame, rows: pd.DataFrame, enough: set[str]) -> float | None:
+        found = shares[shares["variant"].isin(enough & set(rows["variant"]))]["share"]
+        return None if found.empty else float(found.max())
+
+
+def over_runs(values: Sequence[float]) -> str:
+    """Mean and Student's 95 % interval."""
+    low, high = mean_interval(values) or (nan, nan)
+    return f"{fmean(values):+.3f} [{low:+.3f}, {high:+.3f}], n = {len(values)}"
+
+
+def print_areas(sweeps: Mapping[str, Sweep], ranker: str) -> None:
+    differences: dict[str, Floats] = {}
+    for name, sweep in sweeps.items():
+        areas = sweep.curves(ranker)
+        best_R = np.max([area for other, area in areas.items() if other != ranker], axis=0)
+        differences[name] = areas[ranker] - best_R
+        print(f"{name} (n = {sweep.num_examples})")
+        for other, area in areas.items():
+            print(f"  {other:14} {shown(area)}")
+        print(f"  {ranker} − best of the others: {shown(differences[name])}")
+    if len(differences) > 1:
+        pairs = defaultdict(list)
+        for name, difference in differences.items():
+            pairs[name.split(".seed")[0]].append(float(difference[0]))
+        print(f"over examples: {shown(np.mean(list(differences.values()), axis=0))}")
+        print(f"over runs: {over_runs([value for values in pairs.values() for value in values])}")
+        for pair, values in pairs.items():
+            print(f"  {pair:18} {', '.join(f'{value:+.3f}' for value in values)}")
+        print(f"over pairs: {over_runs([fmean(values) for values in pairs.values()])}")
+
+
+def print_kept(sweeps: Mapping[str, Sweep]) -> None:
+    """A line per run and guard, and the means over the runs in which gates and attribution both get there."""
+    found = {(name, guard): ways for name, sweep in sweeps.items() for guard, ways in sweep.kept().items()}
+    if not found:
+        return
+    held_out = {guard for sweep in sweeps.values() for guard in sweep.guards[sweep.guards["held_out"]]["guard"]}
+    print(f"\nlargest share of a guard kept at Recovery ≥ {ENOUGH}, on select")
+    for (name, guard), ways in found.items():
+        told = "  ".join(f"{way} {'–' if share is None else format(share, '.2f')}" for way, share in ways.items())
+        print(f"  {name:26} {guard + (' (held out)' if guard in held_out else ''):22} {told}")
+    for guard in sorted({guard for _, guard in found}):
+        mine = [(ways["gates"], ways["attribution"]) for (_, name), ways in found.items() if name == guard]
+        both = [gates - attribution for gates, attribution in mine if gates is not None and attribution is not None]
+        if len(both) > 1:
+            print(f"gates − attribution, {guard}: {over_runs(both)}")
+
 
 def shown(area_R: Floats) -> str:
     low, high = np.quantile(area_R[1:], (0.025, 0.975))
@@ -93,18 +160,9 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--ranker", default="attribution")
     arguments = parser.parse_args()
-    differences = []
-    for seed, folder in enumerate(arguments.runs):
-        sweep = Sweep(folder, seed)
-        areas = sweep.curves(arguments.ranker)
-        best_R = np.max([area for name, area in areas.items() if name != arguments.ranker], axis=0)
-        differences.append(areas[arguments.ranker] - best_R)
-        print(f"{folder.name} (n = {sweep.num_examples})")
-        for name, area in areas.items():
-            print(f"  {name:14} {shown(area)}")
-        print(f"  {arguments.ranker} − best of the others: {shown(differences[-1])}")
-    if len(differences) > 1:
-        print(f"mean over {len(differences)} runs: {shown(np.mean(differences, axis=0))}")
+    sweeps = {folder.name: Sweep(folder, seed) for seed, folder in enumerate(arguments.runs)}
+    print_areas(sweeps, arguments.ranker)
+    print_kept(sweeps)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit, urlunsplit
 import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
+from filelock import FileLock
 
 from transplant_ray.errors import RunError
 from transplant_ray.files import whole_file, writable_folder, write_json, write_text
@@ -159,18 +160,25 @@ class RunFolder:
         """Beside the runs of this storage: which test splits were opened, when, and by which run."""
         return self.path.parent / "test-splits.json"
 
-    def open_test(self, examples: Sequence[str]) -> int:
-        """Say that a run looks at a test split, known by the ids of its examples; returns how often one did, this time included."""
-        split = hashlib.sha256("\n".join(sorted(examples)).encode()).hexdigest()[:16]
-        if self.address is not None:
-            self._mirror_openings()
-        opened = _read_json(self.openings, "record of test splits") if self.openings.exists() else {}
-        opened.setdefault(split, []).append({"run": self.path.name, "at": datetime.now(UTC).isoformat(timespec="seconds")})
-        write_json(self.openings, opened)
-        if self.address is not None:
-            with _remote(self.address) as (system, root), system.open_output_stream(_beside(root, self.openings)) as stream:
-                stream.write(self.openings.read_bytes())
-        return len(opened[split])
+    def open_tests(self, examples: Mapping[str, Sequence[str]]) -> dict[str, int]:
+        """Say that a run looks at the test splits of these tasks, each known by the ids of its examples.
+
+        Returns how often somebody did, this time included. Runs on one machine wait for each other; of two machines that write to
+        one address in the same second, one may be forgotten.
+        """
+        splits = {task: hashlib.sha256("\n".join(sorted(ids)).encode()).hexdigest()[:16] for task, ids in examples.items()}
+        now = {"run": self.path.name, "at": datetime.now(UTC).isoformat(timespec="seconds")}
+        with FileLock(f"{self.openings}.lock"):
+            if self.address is not None:
+                self._mirror_openings()
+            opened = _read_json(self.openings, "record of test splits") if self.openings.exists() else {}
+            for split in splits.values():
+                opened.setdefault(split, []).append(now)
+            write_json(self.openings, opened)
+            if self.address is not None:
+                with _remote(self.address) as (system, root), system.open_output_stream(_beside(root, self.openings)) as stream:
+                    stream.write(self.openings.read_bytes())
+        return {task: len(opened[split]) for task, split in splits.items()}
 
     def _mirror_openings(self) -> None:
         self.openings.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -93,8 +94,10 @@ def test_plan_says_what_the_arms_take(place: Place) -> None:
     assert "arms:" not in run_main("plan", place.recipe()).out
 
 
-def test_plan_measures_on_request(place: Place) -> None:
-    finished = run_main("plan", place.recipe(), "--measure")
+@pytest.mark.parametrize("task", [{}, {"scorer": "loss", "max_new_tokens": None}])
+def test_plan_measures_on_request(place: Place, task: dict[str, Any]) -> None:
+    """What decodes, and what only reads."""
+    finished = run_main("plan", place.recipe(task={**place.task, **task}), "--measure")
     assert finished.code == 0, finished.err
     assert "measured on cpu:" in finished.out
     assert "hours of one evaluator on CPU" in " ".join(finished.out.split())

@@ -207,4 +207,5 @@ def test_how_often_test_was_opened_is_counted_over_the_runs_of_a_storage(guarded
     assert again.code == 0, again.err
     summary = json.loads((guarded.folder.parent / "again" / "summary.json").read_text())
     assert summary["test_opened"] == 2
+    assert guarded.summary["guard_tests_opened"] == {"one": 1, "two": 1}
     assert "these test examples were opened 2 times under this storage" in again.out

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from transplant_ray.evaluate.engine import Engine
 from transplant_ray.evaluate.example import Rendered
@@ -26,6 +28,7 @@ from transplant_ray.zoo import resolve
 
 pytest.importorskip("lm_eval")
 
+GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
 NUM_ROWS = 48
 SPLIT = {"probe": 10, "select": 18, "test": 20}
 
@@ -189,6 +192,48 @@ def test_answers_and_scores_are_those_of_lm_eval(pair: Pair, data: Path, tmp_pat
     if settings["output_type"] == "generate_until":
         assert any(not outcome.parsed for outcome in found.values()) or chosen == "none"
         assert any("7" in sample["doc"]["answer"] for sample in samples)  # what ends a completion matters
+
+
+@pytest.fixture
+def babbler(tmp_path: Path) -> Path:
+    """A model with room for long prompts that has learnt nothing, and the zoo's tokenizer."""
+    tokenizer = load_tokenizer(open_checkpoint(resolve("zoo:siblings/target")))
+    torch.manual_seed(0)
+    shape = {"n_positions": 2048, "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.5}
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **shape)).save_pretrained(tmp_path / "babbler")
+    tokenizer.save_pretrained(tmp_path / "babbler")
+    return tmp_path / "babbler"
+
+
+@pytest.mark.skipif(not GSM8K.is_dir(), reason="GSM8K is not there")
+def test_a_task_of_the_harness_by_its_name_on_its_own_data(babbler: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`lm_eval: gsm8k`: its prompts, shots and filters, with its data from a copy, for the hub is not reached from here."""
+    import datasets
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    files = {split: str(GSM8K / f"{split}.jsonl") for split in ("train", "test")}
+    rows = {split: datasets.load_dataset("json", data_files=files, split=f"{split}[:{NUM_ROWS}]") for split in files}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict(rows))
+    checkpoint = open_checkpoint(str(babbler))
+    tokenizer = load_tokenizer(checkpoint)
+    spec = TaskSpec.model_validate({"lm_eval": "gsm8k", "split": SPLIT, "num_fewshot": 1, "max_new_tokens": 12})
+    task = prepare_task(spec, tokenizer)
+    settings = GenerationSettings(task.max_new_tokens, (tokenizer.eos_token_id,), task.stop)
+    model = load_model(checkpoint, "float32")
+    outcomes = answer_examples("v", model, tokenizer, everything(task), settings, task.scorer)
+    mine = {example.doc["question"]: o for example, o in zip(everything(task), outcomes, strict=True) if example.doc}
+    results: Any = lm_eval.simple_evaluate(
+        HFLM(str(babbler), device="cpu", dtype="float32", batch_size=8, max_length=2048),
+        tasks=["gsm8k"], num_fewshot=1, gen_kwargs={"max_gen_toks": 12}, bootstrap_iters=0,
+    )  # fmt: skip
+    samples = [sample for sample in results["samples"]["gsm8k"] if sample["filter"] == "strict-match"]
+    assert len(samples) == len(mine) == NUM_ROWS
+    for sample in samples:
+        outcome = mine[sample["doc"]["question"]]
+        assert outcome.completion == sample["resps"][0][0]
+        assert outcome.correct is bool(sample["exact_match"])
+    assert len({outcome.completion for outcome in mine.values()}) > 10
 
 
 def test_log_likelihoods_are_those_of_lm_eval(pair: Pair, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,24 @@ from pydantic import ValidationError
 from transplant_ray.errors import RecipeError
 from transplant_ray.recipe import HubData, Recipe, load_recipe, parse_recipe
 
+GUARD: dict[str, Any] = {
+    "data": "/data/reversal.jsonl",
+    "prompt": "{prompt}",
+    "answer": "{answer}",
+    "scorer": "exact",
+    "choices": None,
+    "max_new_tokens": 8,
+    "stop": [],
+    "chat_template": False,
+    "system": None,
+    "shots": None,
+    "lm_eval": None,
+    "num_fewshot": None,
+    "metric": None,
+    "filter": None,
+    "split": {"probe": 64, "select": 150, "test": 150, "seed": 42},
+    "margin": 0.1,
+}
 WHOLE: dict[str, Any] = {
     "name": "cross-generation",
     "source": {"model": "org/new", "revision": None},
@@ -43,24 +61,8 @@ WHOLE: dict[str, Any] = {
     "rank": {"by": ["lae", "depth"], "trajectory": "source", "max_new_tokens": 4, "steps": 4},
     "guards": {
         "tasks": {
-            "reversal": {
-                "data": "/data/reversal.jsonl",
-                "prompt": "{prompt}",
-                "answer": "{answer}",
-                "scorer": "exact",
-                "choices": None,
-                "max_new_tokens": 8,
-                "stop": [],
-                "chat_template": False,
-                "system": None,
-                "shots": None,
-                "lm_eval": None,
-                "num_fewshot": None,
-                "metric": None,
-                "filter": None,
-                "split": {"probe": 64, "select": 150, "test": 150, "seed": 42},
-                "margin": 0.1,
-            }
+            "reversal": GUARD,
+            "spared": {**GUARD, "data": "/data/spared.jsonl"},
         },
         "held_out": None,
         "text": {
@@ -572,6 +574,7 @@ LEFT_OUT = {
     "sweep.primary",
     "sweep.channels",
     "guards.held_out",
+    *(f"guards.tasks.spared.{leaf}" for leaf in leaves(GUARD)),
     *(f"guards.tasks.reversal.{key}" for key in ("system", "choices", "shots", "lm_eval", "num_fewshot", "metric", "filter")),
 }  # tried below and in another file
 

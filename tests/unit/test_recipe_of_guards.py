@@ -12,6 +12,7 @@ from transplant_ray.errors import RecipeError
 from transplant_ray.recipe import GENERAL_TEXT, GuardSpec, Recipe, load_recipe, parse_recipe
 
 TASK = {"data": "d.jsonl", "prompt": "{a}", "answer": "{b}", "max_new_tokens": 4}
+LOSS = {"data": "e.jsonl", "prompt": "{a}", "answer": "{b}", "scorer": "loss"}
 MODELS = {"source": {"model": "s"}, "target": {"model": "t"}}
 
 
@@ -35,15 +36,13 @@ def test_general_text_is_a_guard_unless_it_is_switched_off() -> None:
     ("names", "held_out", "spared", "choosing"),
     [
         ([], None, None, ()),
-        (["a"], None, None, ("a",)),
+        (["a"], None, "a", ()),
         (["a"], "a", "a", ()),
         (["a", "b", "c"], None, "c", ("a", "b")),
         (["a", "b", "c"], "a", "a", ("b", "c")),
     ],
 )
-def test_of_two_or_more_one_is_held_out(
-    names: list[str], held_out: str | None, spared: str | None, choosing: tuple[str, ...]
-) -> None:
+def test_one_is_always_held_out(names: list[str], held_out: str | None, spared: str | None, choosing: tuple[str, ...]) -> None:
     guards = GuardSpec.model_validate({"tasks": dict.fromkeys(names, TASK), "held_out": held_out})
     assert (guards.spared, guards.choosing) == (spared, choosing)
 
@@ -77,7 +76,12 @@ def test_what_cannot_be_a_guard_is_refused(guards: Any, message: str) -> None:
         ({"objective": {}}, {"tasks": {"a": TASK}}, "without a `price` or a `veto` has no effect"),
         ({"objective": {"price": -1}}, {"tasks": {"a": TASK}}, "price"),
         ({"objective": {"veto": True}}, None, "none that is not held out"),
-        ({"objective": {"price": 1}}, {"tasks": {"a": TASK}, "held_out": "a"}, "none that is not held out"),
+        ({"objective": {"price": 1}}, {"tasks": {"a": TASK}}, "none that is not held out"),
+        (
+            {"objective": {"price": 1}},
+            {"tasks": {"a": TASK, "b": {**LOSS, "margin": 0.2}, "c": TASK}},
+            "one exchange rate",
+        ),
         (
             {"objective": {"veto": True}, "primary": {"by": "lae", "k": 4}},
             {"tasks": {"a": TASK}},
@@ -118,4 +122,4 @@ def test_a_penalty_that_nothing_pays_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"`search.gates.penalty` has no effect"):
         parse_recipe(made)
     assert parse_recipe({**made, "search": {"gates": {"penalty": [0]}}}).search is not None
-    assert parse_recipe({**made, "guards": {"text": None, "tasks": {"a": TASK}}}).search is not None
+    assert parse_recipe({**made, "guards": {"text": None, "tasks": {"a": TASK, "b": TASK}}}).search is not None

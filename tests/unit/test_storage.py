@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -254,3 +255,17 @@ def test_credentials_and_settings_are_not_part_of_the_public_address() -> None:
     assert RunFolder.of("runs", "name").public_address is None
     assert "secret" not in str(folder.path)
     assert os.fspath(folder.path).endswith("/name")
+
+
+def test_openings_are_counted_by_task_over_runs_that_open_at_once(tmp_path: Path) -> None:
+    """Twenty runs in twenty threads: each is counted once, and the order of the ids is no matter."""
+
+    def run(number: int) -> dict[str, int]:
+        own = {"facts": [f"own of {number}"]} if number else {}
+        return RunFolder(tmp_path / f"run{number}").open_tests({"task": ["a", "b"] if number % 2 else ["b", "a"], **own})
+
+    with ThreadPoolExecutor(20) as pool:
+        found = list(pool.map(run, range(20)))
+    assert sorted(each["task"] for each in found) == list(range(1, 21))
+    assert {each.get("facts") for each in found} == {None, 1}
+    assert RunFolder(tmp_path / "another").open_tests({"task": ["a"]}) == {"task": 1}

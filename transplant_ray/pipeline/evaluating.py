@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import mean
@@ -64,7 +64,9 @@ def evaluate(run: Run, plan: SweepPlan, norms: Norms, capacity: Capacity, tracke
         evaluation.choose()
         if evaluation.winner is not None:
             stage.match_winner()
-            evaluation.test_opened = run.folder.open_test([example.id for example in job.examples["test"]])
+            evaluation.test_opened = run.folder.open_tests(
+                {name: [example.id for example in task.examples["test"]] for name, task in job.tasks.items()}
+            )
             _answer_on_test(evaluation, pool)
         if plan.arms and evaluation.winner is not None and not no_gap_on_select(run):
             evaluation.arms = evaluate_arms(run, plan.arms, pool)
@@ -121,8 +123,8 @@ class Evaluation:
     """What chance reached; None where it was not tried."""
     matched: Planned | None = None
     """The uniform merge that moves as much of ‖ΔW‖ as the winner."""
-    test_opened: int = 0
-    """How often a run under this storage has opened the test split, this one included."""
+    test_opened: Mapping[str, int] = field(default_factory=dict)
+    """Task or guard → how often a run under this storage has opened its test split, this one included."""
 
     def row(self, entry: Planned, split: Split = "select", name: str | None = None) -> Result:
         """The row of a planned variant, as far as it has come; `name` is who answered where that is not the variant itself."""

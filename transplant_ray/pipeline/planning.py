@@ -16,6 +16,7 @@ from transplant_ray.evaluate.engine import VARIANTS_PER_PACK
 from transplant_ray.evaluate.generate import GenerationSettings
 from transplant_ray.evaluate.measure_rows import measure_rows
 from transplant_ray.evaluate.race import num_answers, num_live
+from transplant_ray.evaluate.read import read
 from transplant_ray.graft.merges import planned_merges
 from transplant_ray.graft.plan import SweepPlan
 from transplant_ray.graft.resident import load_resident_pair
@@ -43,7 +44,7 @@ class Memory:
 @dataclass(frozen=True)
 class Calibration:
     seconds_per_example: float
-    """At the limit of new tokens, in a full batch; completions that end early cost less."""
+    """In a full batch; at the limit of new tokens where something is decoded: completions that end early cost less."""
     num_answers: int
     hours: float
     """Model-hours of the whole sweep: GPU-hours where `gpus_per_model` is 1."""
@@ -117,7 +118,7 @@ def make_plan(job: Job) -> PlanReport:
 
 
 def measure(job: Job) -> Calibration:
-    """Load the pair in this process, decode one full batch for a few tokens, and extrapolate."""
+    """Load the pair in this process, decode one full batch for a few tokens, or read one, and extrapolate."""
     device_map = placement(job.recipe.resources.gpus_per_model)
     pair = load_resident_pair(job.comparison, job.recipe.resources.dtype, device_map)
     tokenizer = load_tokenizer(job.comparison.target)
@@ -126,11 +127,17 @@ def measure(job: Job) -> Calibration:
     if rows == "auto":
         longest = max(len(example.prompt_ids) for example in examples)
         rows = measure_rows(pair.model, longest + limit, VARIANTS_PER_PACK * job.recipe.resources.shard_size)
-    prompts = [examples[row % len(examples)].prompt_ids for row in range(rows)]
+    batch = [examples[row % len(examples)] for row in range(rows)]
+    decodes = job.tasks[MAIN].decodes
     settings = GenerationSettings(min(CALIBRATION_TOKENS, limit), ())  # no end token: every row takes every step
     start = time.perf_counter()
-    deque(decode(pair.model, tokenizer, prompts, settings, lambda _: None, rows), maxlen=0)
-    per_example = (time.perf_counter() - start) / rows * limit / settings.max_new_tokens
+    if decodes:
+        prompts = [example.prompt_ids for example in batch]
+        deque(decode(pair.model, tokenizer, prompts, settings, lambda _: None, rows), maxlen=0)
+    else:
+        parts = [part for example in batch for part in example.choices or (example,)]
+        deque(read(pair.model, tokenizer, parts, settings, lambda _: None, rows, decodes=False), maxlen=0)
+    per_example = (time.perf_counter() - start) / rows * (limit / settings.max_new_tokens if decodes else 1)
     answers = (
         _num_select_answers(job, plan := job.provisional_plan())
         + _arms(job, plan).num_answers

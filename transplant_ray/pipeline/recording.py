@@ -62,7 +62,8 @@ def record(run: Run, evaluation: Evaluation, results: list[Result], probed: Prob
         verdict = judge_sweep(evaluation, next(iter(winner), None))
         summary = summarise(evaluation, results, probed, tracker.run_id) | {
             "rows_per_step": evaluation.rows_per_step,
-            "test_opened": evaluation.test_opened,
+            "test_opened": evaluation.test_opened.get(MAIN, 0),
+            "guard_tests_opened": {name: n for name, n in evaluation.test_opened.items() if name != MAIN},
             "searches": describe_searches(probed.found),
             "verdict": None if verdict is None else describe(verdict, evaluation),
             "guards": [asdict(row) for row in guards if row.winner or row.role in ("target", "source", "all")],

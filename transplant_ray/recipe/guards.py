@@ -40,7 +40,7 @@ class GuardSpec(Part):
 
     tasks: dict[Annotated[str, Field(pattern=NAME)], GuardTask] = Field(default_factory=dict)
     held_out: str | None = None
-    """The task that nothing is fitted on or chosen by; of two or more the last, where none is named."""
+    """The task that nothing is fitted on or chosen by; the last, where none is named."""
     text: TextSpec | None = TextSpec()
     """Where KL(target ‖ variant) is measured; null measures none."""
 
@@ -55,7 +55,7 @@ class GuardSpec(Part):
     @property
     def spared(self) -> str | None:
         """The guard that is held out."""
-        return self.held_out or (list(self.tasks)[-1] if len(self.tasks) > 1 else None)
+        return self.held_out or next(reversed(self.tasks), None)
 
     @property
     def choosing(self) -> tuple[str, ...]:

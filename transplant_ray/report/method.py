@@ -88,9 +88,11 @@ def _tests(sweep: Sweep) -> list[Item]:
     opened = sweep.told("test_opened")
     ratios = "differences, TIR and Recovery" if measure is ACCURACY else "differences and Recovery"
     times = "once" if opened == 1 else f"{opened} times"
+    guards = sweep.told("guard_tests_opened")
+    of_guards = f"; of the guards: {text(guards)}" if guards else ""
     return [
         ("splits", f"{text(split)}; disjoint: rank on probe, choose on select, confirm on test"),
-        ("test split opened", f"{times} so far, this run included" if isinstance(opened, int) else NOT_RECORDED),
+        ("test split opened", f"{times} so far, this run included{of_guards}" if isinstance(opened, int) else NOT_RECORDED),
         ("winner", f"{primary}, named beforehand" if primary else f"{WINNER_RULE}{_objective(sweep)}"),
         (
             "intervals",
