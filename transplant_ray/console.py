@@ -174,6 +174,8 @@ def _price_lines(summary: dict[str, Any]) -> list[str]:
             what = "perplexity" if guard["accuracy"] is None else "accuracy"
             prices.append(f"{guard['guard']}{held_out} {_percent(guard['share'])} of the target's {what}")
     lines = [f"price: {', '.join(prices)}"] if prices else []
+    if recalled := summary.get("recalled"):
+        lines.append(f"{recalled:,} outcomes were known and taken from the ledger of this storage")
     opened = summary.get("test_opened", 0)
     return [*lines, f"these test examples were opened {opened} times under this storage"] if opened > 1 else lines
 

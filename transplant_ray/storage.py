@@ -21,6 +21,42 @@ from filelock import FileLock
 from transplant_ray.errors import RunError
 from transplant_ray.files import whole_file, writable_folder, write_json, write_text
 
+LEDGER = ".ledger"
+"""No run can have this name."""
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """Small files that appear whole, in a folder or at an address; names are relative, with `/`."""
+
+    place: str
+
+    def names(self, under: str) -> list[str]:
+        """Parquet files in a folder of the shelf, in order; none where it is not there."""
+        with _shelf(self.place) as (system, root):
+            selector = pyarrow.fs.FileSelector(f"{root}/{under}", allow_not_found=True)
+            found = [info.base_name for info in system.get_file_info(selector) if info.is_file]
+        return sorted(f"{under}/{name}" for name in found if name.endswith(".parquet") and not name.startswith("."))
+
+    def read(self, name: str) -> bytes:
+        with _shelf(self.place) as (system, root), system.open_input_stream(f"{root}/{name}") as stream:
+            content: bytes = stream.read()
+            return content
+
+    def write(self, name: str, content: bytes) -> None:
+        """Whole or not at all: a folder's file is renamed when it is complete, an object store shows it when it is closed."""
+        if "://" not in self.place:
+            with whole_file(Path(self.place) / name) as temporary:
+                temporary.write_bytes(content)
+            return
+        with _shelf(self.place) as (system, root), system.open_output_stream(f"{root}/{name}") as stream:
+            stream.write(content)
+
+    def set_aside(self, name: str) -> None:
+        """Out of `names`, and still there for who wants to look."""
+        with _shelf(self.place) as (system, root):
+            system.move(f"{root}/{name}", f"{root}/{name}.damaged")
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -40,6 +76,14 @@ class RunFolder:
         parts = urlsplit(storage)
         address = urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
         return cls(_local_copy(address), address)
+
+    @property
+    def ledger(self) -> Shelf:
+        """Beside the runs of this storage: outcomes that any of them may use."""
+        if self.address is None:
+            return Shelf(str(self.path.parent.absolute() / LEDGER))
+        parts = urlsplit(self.address)
+        return Shelf(urlunsplit(parts._replace(path=f"{parts.path.rpartition('/')[0]}/{LEDGER}")))
 
     @classmethod
     def open(cls, run: str) -> RunFolder:
@@ -160,20 +204,22 @@ class RunFolder:
         """Beside the runs of this storage: which test splits were opened, when, and by which run."""
         return self.path.parent / "test-splits.json"
 
-    def open_tests(self, examples: Mapping[str, Sequence[str]]) -> dict[str, int]:
+    def open_tests(self, examples: Mapping[str, Sequence[str]], recipe: str) -> dict[str, int]:
         """Say that a run looks at the test splits of these tasks, each known by the ids of its examples.
 
-        Returns how often somebody did, this time included. Runs on one machine wait for each other; of two machines that write to
-        one address in the same second, one may be forgotten.
+        Returns how many recipes have looked, this one included: the same recipe run again sees nothing new. Runs on one machine
+        wait for each other; of two machines that write to one address in the same second, one may be forgotten.
         """
         splits = {task: hashlib.sha256("\n".join(sorted(ids)).encode()).hexdigest()[:16] for task, ids in examples.items()}
-        now = {"run": self.path.name, "at": datetime.now(UTC).isoformat(timespec="seconds")}
+        now = {"run": self.path.name, "recipe": recipe, "at": datetime.now(UTC).isoformat(timespec="seconds")}
         with FileLock(f"{self.openings}.lock"):
             if self.address is not None:
                 self._mirror_openings()
             opened = _read_json(self.openings, "record of test splits") if self.openings.exists() else {}
             for split in splits.values():
-                opened.setdefault(split, []).append(now)
+                looks = opened.setdefault(split, [])
+                if all(look.get("recipe") != recipe for look in looks):
+                    looks.append(now)
             write_json(self.openings, opened)
             if self.address is not None:
                 with _remote(self.address) as (system, root), system.open_output_stream(_beside(root, self.openings)) as stream:
@@ -248,6 +294,19 @@ def _mirror_claim(folder: RunFolder, mark: Path) -> None:
 def _beside(root: str, path: Path) -> str:
     """The place of a local file next to a run, at the address of the run."""
     return f"{root.rpartition('/')[0]}/{path.name}"
+
+
+@contextmanager
+def _shelf(place: str) -> Iterator[tuple[Any, str]]:
+    """File system and path of a folder or an address; its troubles become RunErrors."""
+    if "://" in place:
+        with _remote(place) as found:
+            yield found
+        return
+    try:
+        yield pyarrow.fs.LocalFileSystem(), place
+    except OSError as error:
+        raise RunError(f"{place}: the ledger cannot be used ({error}). Check the disk and the rights.") from error
 
 
 @contextmanager

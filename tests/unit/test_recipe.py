@@ -62,7 +62,7 @@ WHOLE: dict[str, Any] = {
     "guards": {
         "tasks": {
             "reversal": GUARD,
-            "spared": {**GUARD, "data": "/data/spared.jsonl"},
+            "spared": {**copy.deepcopy(GUARD), "data": "/data/spared.jsonl"},
         },
         "held_out": None,
         "text": {
@@ -101,6 +101,7 @@ WHOLE: dict[str, Any] = {
     },
     "tracking": {"uri": "sqlite:///mlflow.db", "experiment": "transplant", "upload": "delta"},
     "storage": "runs",
+    "ledger": True,
     "accept": ["segmentation"],
 }
 LEAST = {
@@ -558,7 +559,7 @@ OTHER = {
 }  # fmt: skip
 MATTERS_NOT = {
     "resources.address": "ray://x", "resources.gpus_per_model": 1, "resources.cpus_per_model": 1, "resources.evaluators": 1,
-    "tracking.uri": "http://x", "tracking.experiment": "x", "tracking.upload": "none", "storage": "elsewhere",
+    "tracking.uri": "http://x", "tracking.experiment": "x", "tracking.upload": "none", "storage": "elsewhere", "ledger": False,
 }  # fmt: skip
 LEFT_OUT = {
     "task.scorer",

@@ -262,10 +262,13 @@ def test_openings_are_counted_by_task_over_runs_that_open_at_once(tmp_path: Path
 
     def run(number: int) -> dict[str, int]:
         own = {"facts": [f"own of {number}"]} if number else {}
-        return RunFolder(tmp_path / f"run{number}").open_tests({"task": ["a", "b"] if number % 2 else ["b", "a"], **own})
+        return RunFolder(tmp_path / f"run{number}").open_tests(
+            {"task": ["a", "b"] if number % 2 else ["b", "a"], **own}, f"{number}"
+        )
 
     with ThreadPoolExecutor(20) as pool:
         found = list(pool.map(run, range(20)))
     assert sorted(each["task"] for each in found) == list(range(1, 21))
     assert {each.get("facts") for each in found} == {None, 1}
-    assert RunFolder(tmp_path / "another").open_tests({"task": ["a"]}) == {"task": 1}
+    assert RunFolder(tmp_path / "another").open_tests({"task": ["a"]}, "x") == {"task": 1}
+    assert run(7) == {"task": 20, "facts": 1}  # the same recipe again is no further look

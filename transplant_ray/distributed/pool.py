@@ -5,7 +5,6 @@ What a unit of work holds follows from the recipe alone; who does it, and when, 
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -41,15 +40,7 @@ class Work:
     rules: Rules
 
 
-def plan_work(variants: Sequence[Variant], examples: Sequence[Rendered], rules: Rules, shard_size: int) -> Iterator[Work]:
-    """Shard-major: all variants answer a shard before the next shard begins; neighbours in the plan stay neighbours."""
-    for start in range(0, len(examples), shard_size):
-        shard = tuple(examples[start : start + shard_size])
-        for pack in _packs(variants):
-            yield Work(pack, shard, rules)
-
-
-def _packs(variants: Sequence[Variant]) -> list[tuple[Variant, ...]]:
+def packed(variants: Sequence[Variant]) -> list[tuple[Variant, ...]]:
     return [tuple(variants[first : first + VARIANTS_PER_PACK]) for first in range(0, len(variants), VARIANTS_PER_PACK)]
 
 
@@ -60,8 +51,8 @@ class Pool:
     """Rows in flight on each evaluator, at most."""
 
     def run(self, work: Iterable[Work], on_result: OnResult) -> None:
-        """Hand out the work in order; `on_result` is called here for every variant and shard, as they come."""
-        waiting = deque(work)
+        """Hand out the work in order, as it is taken; `on_result` is called here for every variant and shard, as they come."""
+        waiting = iter(work)
         running: list[tuple[Any, ActorHandle]] = []
         for evaluator in self.evaluators:
             self._hand_out(waiting, running, evaluator)
@@ -91,14 +82,14 @@ class Pool:
     def _by_pack(self, call: Callable[[ActorHandle, Sequence[Variant]], Any], variants: Sequence[Variant], on_done: OnDone) -> Any:
         """Variant id → what a call said of it; `on_done` is told how many variants were read."""
         found: dict[str, Any] = {}
-        for read in ActorPool(list(self.evaluators)).map(call, _packs(variants)):
+        for read in ActorPool(list(self.evaluators)).map(call, packed(variants)):
             found |= read
             on_done(len(read))
         return found
 
-    def _hand_out(self, waiting: deque[Work], running: list[tuple[Any, ActorHandle]], evaluator: ActorHandle) -> None:
-        if waiting:
-            work = waiting.popleft()
+    def _hand_out(self, waiting: Iterator[Work], running: list[tuple[Any, ActorHandle]], evaluator: ActorHandle) -> None:
+        work = next(waiting, None)
+        if work is not None:
             stream = evaluator.evaluate.options(num_returns="streaming").remote(work.variants, work.examples, work.rules, self.rows)
             running.append((stream, evaluator))
 

@@ -8,7 +8,7 @@ from functools import partial
 from statistics import mean
 
 from transplant_ray.distributed.cluster import Capacity
-from transplant_ray.distributed.pool import Divergences, Pool, evaluator_pool, plan_work, working
+from transplant_ray.distributed.pool import Divergences, Pool, evaluator_pool, working
 from transplant_ray.distributed.trials import Trials
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.arms import Arms
@@ -22,7 +22,7 @@ from transplant_ray.graft.norms import Norms, alpha_of_equal_norm, moved
 from transplant_ray.graft.plan import Planned, SweepPlan
 from transplant_ray.graft.variant import ORIGIN, Variant
 from transplant_ray.pipeline.arms import evaluate_arms
-from transplant_ray.pipeline.asking import ask
+from transplant_ray.pipeline.asking import ask, work_off
 from transplant_ray.pipeline.guarding import with_guards
 from transplant_ray.pipeline.planning import count_answers
 from transplant_ray.pipeline.run import Run
@@ -65,7 +65,8 @@ def evaluate(run: Run, plan: SweepPlan, norms: Norms, capacity: Capacity, tracke
         if evaluation.winner is not None:
             stage.match_winner()
             evaluation.test_opened = run.folder.open_tests(
-                {name: [example.id for example in task.examples["test"]] for name, task in job.tasks.items()}
+                {name: [example.id for example in task.examples["test"]] for name, task in job.tasks.items()},
+                job.recipe.identity(),
             )
             _answer_on_test(evaluation, pool)
         if plan.arms and evaluation.winner is not None and not no_gap_on_select(run):
@@ -124,7 +125,7 @@ class Evaluation:
     matched: Planned | None = None
     """The uniform merge that moves as much of ‖ΔW‖ as the winner."""
     test_opened: Mapping[str, int] = field(default_factory=dict)
-    """Task or guard → how often a run under this storage has opened its test split, this one included."""
+    """Task or guard → how many recipes under this storage have opened its test split, this one included."""
 
     def row(self, entry: Planned, split: Split = "select", name: str | None = None) -> Result:
         """The row of a planned variant, as far as it has come; `name` is who answered where that is not the variant itself."""
@@ -199,8 +200,7 @@ class _Stage:
         self.race()
         live = [variant for variant in self.plan.variants if self._goes_on(variant)]
         for name, guard in self.run.job.guards.items():
-            work = plan_work(live, guard.examples["select"], guard.rules, self.run.job.recipe.resources.shard_size)
-            self.pool.run(work, partial(self._take, name))
+            work_off(self.run, self.pool, name, live, guard.examples["select"], partial(self._take, name))
             failed = [tally.error for tally in self.run.answered[name].tallies.get("select", {}).values() if tally.error]
             if failed:
                 self.run.stopwatch.watch.note(f"guard {name}: {len(failed)} variants failed, the first with {failed[0]}")
@@ -222,8 +222,7 @@ class _Stage:
         race = self.sweep.race
         for leg in legs(len(self.examples), race):
             live = [variant for variant in self.plan.variants if self._goes_on(variant)]
-            work = plan_work(live, self.examples[leg], self.run.job.rules, self.run.job.recipe.resources.shard_size)
-            self.pool.run(work, partial(self._take, MAIN))
+            work_off(self.run, self.pool, MAIN, live, self.examples[leg], partial(self._take, MAIN))
             if race is not None and leg.stop < len(self.examples):
                 tallies = self.run.answers.tallies["select"]
                 racers = {v.id: tallies[v.id].score for v in self.plan.racers if self._goes_on(v)}

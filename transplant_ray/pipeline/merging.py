@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from types import MappingProxyType
 
 from transplant_ray.distributed.cluster import Capacity, plain_errors
-from transplant_ray.distributed.probing import Asked, Said, answer_alone
+from transplant_ray.distributed.probing import Asked, Said
 from transplant_ray.errors import TransplantError
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.results import Result
@@ -25,6 +25,7 @@ from transplant_ray.graft.task_arithmetic import num_merged_parameters, write_ta
 from transplant_ray.models.checkpoint import Checkpoint, open_checkpoint
 from transplant_ray.models.compare import Comparison
 from transplant_ray.models.writing import copy_companions
+from transplant_ray.pipeline.asking import ask_alone
 from transplant_ray.pipeline.evaluating import Evaluation
 from transplant_ray.pipeline.run import Run
 from transplant_ray.recipe import SPARSE_MERGES
@@ -55,7 +56,7 @@ def _answered(run: Run, planned: Planned, base: Comparison, asked: Sequence[Aske
             place = Path(folder) / merge_name(planned)
             WRITERS[str(planned.ranker)](run, planned, base, place)
             made = open_checkpoint(str(place), accept=run.job.recipe.accept)
-            return answer_alone(made, planned.id, asked, run.workload, capacity)
+            return ask_alone(run, made, planned.id, asked, capacity)
     except (TransplantError, RuntimeError, OSError) as error:  # torch reports what a device cannot do as RuntimeError
         return [(one, VariantShard(planned.id, (), 0.0, f"{type(error).__name__}: {error}")) for one in asked]
 

@@ -129,6 +129,7 @@ def summarise(evaluation: Evaluation, results: Sequence[Result], probed: ProbeRe
         "vetoed": sorted(row.label for row in results if row.role == "trial" and row.vetoed_by),
         "stopped": dict(Counter(row.stopped for row in results if row.stopped)),
         "close": _close(run),
+        "recalled": 0 if run.memory is None else run.memory.ledger.num_recalled,
         "unjudged": {split: _num_unjudged(run, split) for split in ("select", "test")},
         "rankings": _rankings(run, probed.rankings),
         "warnings": list(run.job.comparison.warnings),

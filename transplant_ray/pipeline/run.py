@@ -3,23 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transplant_ray.distributed.actors import Workload
 from transplant_ray.distributed.cluster import refuse_vanishing_paths
 from transplant_ray.distributed.probing import Asked
 from transplant_ray.evaluate.answers import Answers, VariantShard
 from transplant_ray.evaluate.example import Split
+from transplant_ray.evaluate.generate import Rules
+from transplant_ray.evaluate.ledger import Ledger, page_key
 from transplant_ray.evaluate.outcome import Tally
 from transplant_ray.evaluate.results import Result, make_result
 from transplant_ray.evaluate.significance import Scores
 from transplant_ray.graft.plan import Planned
 from transplant_ray.graft.variant import ORIGIN
 from transplant_ray.models.catalogue import Module
+from transplant_ray.models.fingerprint import fingerprint
 from transplant_ray.pipeline.job import Job, prepare
 from transplant_ray.pipeline.watch import Silent, Stopwatch, Watch
 from transplant_ray.recipe import MAIN, Recipe
 from transplant_ray.storage import RunFolder
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The ledger, and what a run's pages in it are called."""
+
+    ledger: Ledger
+    weights: tuple[str, str]
+    """Fingerprints of source and target."""
+    dtype: str
+
+    def page(self, rules: Rules) -> str | None:
+        """Of variants of the pair."""
+        return page_key(self.weights, self.dtype, rules)
+
+    def page_alone(self, weights: str, rules: Rules) -> str | None:
+        """Of a checkpoint that answers by itself."""
+        return page_key((weights,), self.dtype, rules)
 
 
 @dataclass(frozen=True)
@@ -29,6 +50,8 @@ class Run:
     stopwatch: Stopwatch
     answered: Mapping[str, Answers]
     """What came of every task: the task itself and its guards."""
+    memory: Memory | None = None
+    """What was evaluated before; None where the recipe wants everything measured afresh."""
 
     @property
     def answers(self) -> Answers:
@@ -95,3 +118,13 @@ def begin(recipe: Recipe, watch: Watch | None) -> Run:
     for warning in job.comparison.warnings:
         stopwatch.watch.note(f"warning: {warning}")
     return Run(job, folder, stopwatch, {name: Answers() for name in job.tasks})
+
+
+def remember(run: Run) -> Run:
+    """The run with its memory: weights are read once more, to know what they are."""
+    recipe, pair = run.job.recipe, run.job.comparison
+    if not recipe.ledger:
+        return run
+    with run.stopwatch.stage("fingerprint weights"):
+        weights = fingerprint(pair.source), fingerprint(pair.target)
+    return replace(run, memory=Memory(Ledger(run.folder.ledger, run.stopwatch.watch.note), weights, recipe.resources.dtype))

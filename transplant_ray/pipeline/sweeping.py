@@ -7,18 +7,19 @@ from dataclasses import replace
 
 from transplant_ray import zoo
 from transplant_ray.distributed.cluster import Capacity, connect, plain_errors
-from transplant_ray.distributed.probing import Asked, ProbePlan, ProbeResult, answer_alone, num_probe_steps, run_probe
+from transplant_ray.distributed.probing import Asked, ProbePlan, ProbeResult, num_probe_steps, run_probe
 from transplant_ray.evaluate.example import Split
 from transplant_ray.evaluate.results import Result
 from transplant_ray.graft.norms import write_norms
 from transplant_ray.graft.plan import SweepPlan, check_orders, plan_sweep
 from transplant_ray.models.checkpoint import open_checkpoint
+from transplant_ray.pipeline.asking import ask_alone, keep_alone, recall_alone
 from transplant_ray.pipeline.evaluating import Evaluation, evaluate
 from transplant_ray.pipeline.exporting import export_winner
 from transplant_ray.pipeline.judging import EXPORTED
 from transplant_ray.pipeline.merging import evaluate_merges
 from transplant_ray.pipeline.recording import SweepResult, record
-from transplant_ray.pipeline.run import Run, begin
+from transplant_ray.pipeline.run import Run, begin, remember
 from transplant_ray.pipeline.searching import planned_searches
 from transplant_ray.pipeline.watch import Watch
 from transplant_ray.probe.rankers import SCHEMA as RANKING_SCHEMA
@@ -48,13 +49,24 @@ def sweep(recipe: Recipe, watch: Watch | None = None) -> SweepResult:
     run = begin(recipe, watch)
     with plain_errors(), tracked(recipe) as tracker, connect(recipe.resources) as capacity:
         run.folder.claim(recipe.identity(), recipe.to_yaml())
-        probed = _probe(run, capacity, run.asked(MEASURED), {} if recipe.search is None else recipe.search.wanted)
-        for asked, shard in probed.source:
-            run.answered[asked.task].add(asked.split, shard)
+        run = remember(run)
+        probed = _probe_and_ask_the_source(run, capacity)
         evaluation = evaluate(run, _plan(run, probed), probed.norms, capacity, tracker)
         evaluation.results += evaluate_merges(evaluation, capacity)
         confirmed = _confirm(evaluation, capacity)
         return record(run, evaluation, [*evaluation.results, *confirmed], probed, tracker)
+
+
+def _probe_and_ask_the_source(run: Run, capacity: Capacity) -> ProbeResult:
+    """The source is loaded to be probed, so it answers for itself there; what it has answered before it is not asked again."""
+    weights = run.memory.weights[0] if run.memory else ""
+    said, unknown = recall_alone(run, weights, "source", run.asked(MEASURED))
+    search = run.job.recipe.search
+    probed = _probe(run, capacity, unknown, {} if search is None else search.wanted)
+    keep_alone(run, weights, probed.source)
+    for asked, shard in [*said, *probed.source]:
+        run.answered[asked.task].add(asked.split, shard)
+    return probed
 
 
 def _probe(run: Run, capacity: Capacity, baselines: Sequence[Asked], searches: Mapping[str, SearchSettings]) -> ProbeResult:
@@ -111,7 +123,7 @@ def _confirm(evaluation: Evaluation, capacity: Capacity) -> list[Result]:
     exported = open_checkpoint(str(run.folder.checkpoint), accept=run.job.recipe.accept)
     asked = [one for one in run.asked(MEASURED) if one.split == "test" or one.task == MAIN]
     with run.stopwatch.stage("confirm", sum(len(one.examples) for one in asked)):
-        for one, shard in answer_alone(exported, EXPORTED, asked, run.workload, capacity):
+        for one, shard in ask_alone(run, exported, EXPORTED, asked, capacity):
             run.take(one.task, one.split, shard)
     beside = [evaluation.row(entry, "test") for entry in evaluation.beside_the_winner()]
     return [*beside, replace(evaluation.row(planned, "test", EXPORTED), winner=True)]

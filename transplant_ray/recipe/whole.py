@@ -81,6 +81,8 @@ class Recipe(Part):
     tracking: TrackingSpec = TrackingSpec()
     storage: str = "runs"
     """Results go to `<storage>/<name>/`: a folder, or an object store such as `s3://bucket/runs`."""
+    ledger: bool = True
+    """Whether outcomes that are known under this storage are taken from its ledger, and new ones kept in it."""
     accept: tuple[Acceptance, ...] = ()
     """What is otherwise refused: other vocabularies, other segmentation, pickle checkpoints, code of a model or a task."""
 
@@ -140,7 +142,7 @@ class Recipe(Part):
 
     def identity(self) -> str:
         """Content hash of all that can change a result: where and how fast it runs, and who is told, cannot."""
-        content = self.model_dump(mode="json", exclude={"tracking", "storage", "resources"})
+        content = self.model_dump(mode="json", exclude={"tracking", "storage", "resources", "ledger"})
         content["numerics"] = [self.resources.dtype, self.resources.batch_size, self.resources.shard_size]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+
+import pytest
 
 from transplant_ray.distributed.pool import Pool, Work
 from transplant_ray.evaluate.answers import Answers, VariantShard
 from transplant_ray.evaluate.example import Rendered
 from transplant_ray.evaluate.generate import GenerationSettings, Rules
+from transplant_ray.evaluate.ledger import Ledger
 from transplant_ray.evaluate.outcome import Outcome
 from transplant_ray.graft.variant import Variant
 from transplant_ray.pipeline.asking import ask
-from transplant_ray.pipeline.run import Run
+from transplant_ray.pipeline.run import Memory, Run
+from transplant_ray.storage import Shelf
 
-EXAMPLES = tuple(Rendered(f"e{i}", (1,), (2,), "x") for i in range(10))
+EXAMPLES = tuple(Rendered(f"e{i}", (1, i), (2,), "x") for i in range(10))
 RULES = Rules(GenerationSettings(4, (2,)), "exact")
 NEW, RACED, WHOLE, FAILED = (Variant({name: 1.0}) for name in ("new", "raced", "whole", "failed"))
 
@@ -23,26 +29,37 @@ def answered(variant: Variant, examples: Any) -> VariantShard:
     return VariantShard(variant.id, tuple(Outcome(variant.id, e.id, "x", True, 1, True) for e in examples), 1.0)
 
 
-def make_run() -> tuple[Run, Answers]:
+def make_run(memory: Memory | None = None, *, begun: bool = True) -> tuple[Run, Answers]:
     answers = Answers()
-    answers.add("select", answered(RACED, EXAMPLES[:4]))
-    answers.add("select", answered(WHOLE, EXAMPLES))
-    answers.add("select", VariantShard(FAILED.id, (), 0.0, "NumericsError: NaN"))
+    if begun:
+        answers.add("select", answered(RACED, EXAMPLES[:4]))
+        answers.add("select", answered(WHOLE, EXAMPLES))
+        answers.add("select", VariantShard(FAILED.id, (), 0.0, "NumericsError: NaN"))
     task = SimpleNamespace(examples={"select": EXAMPLES}, rules=RULES)
     job = SimpleNamespace(tasks={"task": task}, recipe=SimpleNamespace(resources=SimpleNamespace(shard_size=3)))
     run = SimpleNamespace(
         job=job,
-        tally=lambda name, split, variant: answers.tallies[split].get(variant),  # noqa: ARG005
+        memory=memory,
+        tally=lambda name, split, variant: answers.tallies.get(split, {}).get(variant),  # noqa: ARG005
         take=lambda name, split, shard: answers.add(split, shard),  # noqa: ARG005
     )
     return cast(Run, run), answers
 
 
+@dataclass
 class FakePool:
+    """Answers everything, and dies after so many units."""
+
+    units: list[Work] = field(default_factory=list)
+    most: int = 1000
+
     def run(self, work: Any, on_result: Any) -> None:
         unit: Work
         for unit in work:
             assert unit.rules == RULES
+            if len(self.units) == self.most:
+                raise KeyboardInterrupt
+            self.units.append(unit)
             for variant in unit.variants:
                 on_result(answered(variant, unit.examples))
 
@@ -56,3 +73,41 @@ def test_each_answers_what_is_left_in_order() -> None:
         assert answers.tallies["select"][variant.id].n == len(EXAMPLES)
     assert answers.tallies["select"][FAILED.id].error == "NumericsError: NaN"
     assert answers.tallies["select"][FAILED.id].n == 0
+
+
+def memory(folder: Path) -> Memory:
+    """As another process opens it."""
+    return Memory(Ledger(Shelf(str(folder)), lambda _: None), ("source", "target"), "float32")
+
+
+def said(answers: Answers, variant: Variant) -> set[Outcome]:
+    return {outcome for outcome in answers.outcomes["select"] if outcome.variant == variant.id}
+
+
+@pytest.mark.parametrize("most", range(5))
+def test_a_run_that_died_goes_on_where_it_stopped(tmp_path: Path, most: int) -> None:
+    """Whatever it had evaluated is recalled, the rest is evaluated, and all of it is what a calm run says."""
+    calm, first, second = FakePool(), FakePool(most=most), FakePool()
+    run, expected = make_run(begun=False)
+    ask(run, cast(Pool, calm), "task", "select", [NEW, WHOLE])
+    remembered = memory(tmp_path)
+    run, _ = make_run(remembered, begun=False)
+    if most < len(calm.units):
+        with pytest.raises(KeyboardInterrupt):
+            ask(run, cast(Pool, first), "task", "select", [NEW, WHOLE])
+    run, found = make_run(memory(tmp_path), begun=False)
+    ask(run, cast(Pool, second), "task", "select", [NEW, WHOLE])
+    assert [said(found, variant) for variant in (NEW, WHOLE)] == [said(expected, variant) for variant in (NEW, WHOLE)]
+    units = [*first.units, *second.units]
+    asked = [(variant.id, example.id) for unit in units for variant in unit.variants for example in unit.examples]
+    assert len(asked) == len(set(asked)) == 2 * len(EXAMPLES)
+
+
+def test_another_recipe_asks_only_what_is_new(tmp_path: Path) -> None:
+    run, _ = make_run(memory(tmp_path), begun=False)
+    ask(run, cast(Pool, FakePool()), "task", "select", [NEW])
+    run, found = make_run(memory(tmp_path), begun=False)
+    pool = FakePool()
+    ask(run, cast(Pool, pool), "task", "select", [NEW, WHOLE])
+    assert {variant.id for unit in pool.units for variant in unit.variants} == {WHOLE.id}
+    assert found.tallies["select"][NEW.id].n == len(EXAMPLES)

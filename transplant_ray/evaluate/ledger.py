@@ -1,0 +1,174 @@
+"""The ledger: every outcome once, under the content of what it came of; what is in it is not evaluated again.
+
+A *page* is one way of asking one pair: weights, dtype, limits, scorer, versions of the libraries that decide. On a page an outcome
+has the id of its variant and the hash of what the variant was asked. Whatever of it changes, the key changes: nothing is stale.
+
+Parts of a page are Parquet files that are written whole and named by the hash of their bytes. One whose bytes do not have its name
+is damaged: it is set aside, said, and what it held is evaluated again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from transplant_ray.evaluate.answers import VariantShard
+from transplant_ray.evaluate.example import Rendered
+from transplant_ray.evaluate.generate import Rules
+from transplant_ray.evaluate.harness_process import HARNESS
+from transplant_ray.evaluate.outcome import Outcome
+from transplant_ray.evaluate.results import OUTCOME_SCHEMA
+from transplant_ray.storage import Shelf
+
+FORMAT = 1
+DECIDING = ("transplant-ray", "torch", "transformers", "math-verify", "lm_eval")
+"""Libraries of which another version may give another outcome."""
+PART_OUTCOMES = 4096
+PART_SECONDS = 5.0
+"""A part is written when it holds so many outcomes, or so much time has passed since the last: what a killed driver loses."""
+SCHEMA = pa.schema([*OUTCOME_SCHEMA, ("asked", pa.string()), ("seconds", pa.float64())])
+
+Page = dict[tuple[str, str], tuple[Outcome, float]]
+"""(variant, what it was asked) → its outcome, and the seconds that it took."""
+
+
+def page_key(weights: Sequence[str], dtype: str, rules: Rules) -> str | None:
+    """The name of a page. None for a task of the harness, whose file may say other things tomorrow under the same name."""
+    if rules.scorer.startswith(HARNESS):
+        return None
+    generation = rules.generation
+    content = [
+        FORMAT,
+        list(weights),
+        dtype,
+        generation.max_new_tokens,
+        generation.end_ids,
+        generation.stop,
+        rules.scorer,
+        _versions(),
+    ]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+
+
+def asked(example: Rendered) -> str:
+    """Hash of everything that a model is given of an example, and that it is judged by."""
+    parts = [_tokens(part) for part in (example, *example.choices)]
+    content = json.dumps([parts, example.doc], default=str, ensure_ascii=False, sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+def _tokens(example: Rendered) -> list[Any]:
+    return [example.prompt_ids, example.answer_ids, example.answer]
+
+
+@lru_cache
+def _versions() -> list[str]:
+    def known(name: str) -> str:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return ""
+
+    return [known(name) for name in DECIDING]
+
+
+class Ledger:
+    """The pages under one storage, as one driver reads and writes them."""
+
+    def __init__(self, shelf: Shelf, note: Callable[[str], None]) -> None:
+        """`note` is told of damaged parts."""
+        self.shelf, self.note = shelf, note
+        self.pages: dict[str, Page] = {}
+        self.marks: dict[tuple[str, str], str] = {}
+        self.unwritten: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+        self.written_at = time.monotonic()
+        self.num_recalled = 0
+
+    def recall(self, key: str | None, variant: str, examples: Sequence[Rendered]) -> VariantShard:
+        """What is known of a variant on these examples, in their order; as their outcomes, under the ids that they have today."""
+        if key is None:
+            return VariantShard(variant, (), 0.0)
+        page = self._page(key)
+        known = [(example, page[variant, mark]) for example in examples if (variant, mark := self._mark(key, example)) in page]
+        self.num_recalled += len(known)
+        outcomes = tuple(replace(outcome, example=example.id) for example, (outcome, _) in known)
+        return VariantShard(variant, outcomes, sum(seconds for _, (_, seconds) in known))
+
+    def keep(self, key: str | None, shard: VariantShard, examples: Sequence[Rendered]) -> None:
+        """Remember a shard, and write it with the next part. What failed is not kept: it is tried again."""
+        if key is None or shard.error is not None:
+            return
+        page, marks = self._page(key), {example.id: self._mark(key, example) for example in examples}
+        seconds = shard.seconds / max(1, len(shard.outcomes))
+        for outcome in shard.outcomes:
+            mark = marks[outcome.example]
+            if (shard.variant, mark) not in page:
+                page[shard.variant, mark] = outcome, seconds
+                self.unwritten[key].append({**asdict(outcome), "asked": mark, "seconds": seconds})
+        full = sum(map(len, self.unwritten.values())) >= PART_OUTCOMES
+        if full or time.monotonic() - self.written_at > PART_SECONDS:
+            self.write()
+
+    def write(self) -> None:
+        """Everything that is not written yet. RunError where there is no room."""
+        for key, rows in self.unwritten.items():
+            if rows:
+                sink = pa.BufferOutputStream()
+                pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMA), sink, compression="zstd")
+                content = sink.getvalue().to_pybytes()
+                self.shelf.write(f"{key}/{hashlib.sha256(content).hexdigest()}.parquet", content)
+        self.unwritten.clear()
+        self.written_at = time.monotonic()
+
+    def _mark(self, key: str, example: Rendered) -> str:
+        if (key, example.id) not in self.marks:
+            self.marks[key, example.id] = asked(example)
+        return self.marks[key, example.id]
+
+    def _page(self, key: str) -> Page:
+        if key not in self.pages:
+            page: Page = {}
+            for row in self._rows(key):
+                seconds, mark = row.pop("seconds"), row.pop("asked")
+                page.setdefault((row["variant"], mark), (Outcome(**row), seconds))
+            self.pages[key] = page
+        return self.pages[key]
+
+    def _rows(self, key: str) -> Iterator[dict[str, Any]]:
+        for name in self.shelf.names(key):
+            content = self.shelf.read(name)
+            rows = _parse(content) if hashlib.sha256(content).hexdigest() == _stem(name) else None
+            if rows is None:
+                self.shelf.set_aside(name)
+                self.note(f"ledger: {name} is damaged and set aside; what it held is evaluated again")
+            else:
+                yield from rows
+
+
+def _stem(name: str) -> str:
+    return name.rpartition("/")[2].removesuffix(".parquet")
+
+
+def _parse(content: bytes) -> list[dict[str, Any]] | None:
+    """None where it is no table of ours."""
+    try:
+        table = pq.read_table(pa.BufferReader(content))
+    except (pa.ArrowException, OSError):
+        return None
+    if not table.schema.equals(SCHEMA):
+        return None
+    rows: list[dict[str, Any]] = table.to_pylist()
+    return rows
+
+
+assert {field.name for field in fields(Outcome)} == set(OUTCOME_SCHEMA.names), "an outcome comes back from the ledger as it was"
