@@ -136,15 +136,20 @@ class Evaluator:
         for shard in self._engine(rules, rows).answer(variants, examples):
             yield replace(shard, notes=self._new_notes())
 
-    def losses(self, variants: Sequence[Variant], examples: Sequence[Rendered], rules: Rules, rows: int) -> dict[str, float | None]:
-        """Variant id → mean token loss of the reference answers."""
-        return self._engine(rules, rows).losses(variants, examples)
+    def losses(
+        self, variants: Sequence[Variant], examples: Sequence[Rendered], rules: Rules, rows: int
+    ) -> Iterator[dict[str, float | None]]:
+        """Variant id → mean token loss of the reference answers; of all of them at once."""
+        yield self._engine(rules, rows).losses(variants, examples)
 
     def divergences(
         self, variants: Sequence[Variant], texts: Sequence[Rendered], rules: Rules, rows: int
-    ) -> dict[str, tuple[float | None, ...]]:
-        """Variant id → KL(target ‖ variant) on each text."""
-        return self._engine(rules, rows).divergences(variants, texts)
+    ) -> Iterator[dict[str, tuple[float | None, ...]]]:
+        """Variant id → KL(target ‖ variant) on each text; of all of them at once."""
+        yield self._engine(rules, rows).divergences(variants, texts)
+
+    def ping(self) -> None:
+        """Whether it is there."""
 
     def measure(self, ranker: str, examples: Sequence[Rendered], rules: Rules, rows: int, steps: int) -> Measured:
         """What a ranker finds that needs both models; `steps` are those of `attribution`."""

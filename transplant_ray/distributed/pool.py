@@ -5,15 +5,16 @@ What a unit of work holds follows from the recipe alone; who does it, and when, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.util import ActorPool
 
 from transplant_ray.distributed.actors import Evaluator, Workload
 from transplant_ray.distributed.cluster import Capacity
@@ -33,15 +34,59 @@ Divergences = dict[str, tuple[float | None, ...]]
 """Variant id → KL(target ‖ variant) on each text; None where it is not a number."""
 
 
+MOST_DEATHS = 3
+"""So often an evaluator may die over a pack before its variants are tried one by one, and over one before it is given up."""
+
+
 @dataclass(frozen=True)
 class Work:
     variants: tuple[Variant, ...]
     examples: tuple[Rendered, ...]
     rules: Rules
+    deaths: int = 0
+    """Of evaluators that had it in hand, since one of its variants was answered."""
+
+    def after_a_death(self, answered: Collection[str]) -> tuple[list[Work], Variant | None]:
+        """What is left to do, and the variant that is to be given up."""
+        left = tuple(variant for variant in self.variants if variant.id not in answered)
+        deaths = 1 if len(left) < len(self.variants) else self.deaths + 1
+        if not left:
+            return [], None
+        if deaths < MOST_DEATHS:
+            return [replace(self, variants=left, deaths=deaths)], None
+        if len(left) == 1:
+            return [], left[0]
+        return [replace(self, variants=(variant,), deaths=0) for variant in left], None
 
 
 def packed(variants: Sequence[Variant]) -> list[tuple[Variant, ...]]:
     return [tuple(variants[first : first + VARIANTS_PER_PACK]) for first in range(0, len(variants), VARIANTS_PER_PACK)]
+
+
+@dataclass
+class _Task:
+    """Work in the hands of an evaluator; what comes of it, one reference at a time."""
+
+    evaluator: ActorHandle
+    work: Work
+    stream: Any
+    answered: set[str] = field(default_factory=set)
+
+
+class _Waiting:
+    """Work in its order; what was handed back comes first."""
+
+    def __init__(self, work: Iterable[Work]) -> None:
+        self.work = iter(work)
+        self.first: deque[Work] = deque()
+
+    def __bool__(self) -> bool:
+        if not self.first:
+            self.first.extend(islice(self.work, 1))
+        return bool(self.first)
+
+    def take(self) -> Work:
+        return self.first.popleft()
 
 
 @dataclass(frozen=True)
@@ -51,47 +96,83 @@ class Pool:
     """Rows in flight on each evaluator, at most."""
 
     def run(self, work: Iterable[Work], on_result: OnResult) -> None:
-        """Hand out the work in order, as it is taken; `on_result` is called here for every variant and shard, as they come."""
-        waiting = iter(work)
-        running: list[tuple[Any, ActorHandle]] = []
-        for evaluator in self.evaluators:
-            self._hand_out(waiting, running, evaluator)
-        while running:
-            ready, _ = ray.wait([stream for stream, _ in running], num_returns=1)
-            index = next(i for i, (stream, _) in enumerate(running) if stream is ready[0])
-            stream, evaluator = running[index]
-            ref = next(stream, None)
-            if ref is not None:
-                on_result(ray.get(ref))
-            else:
-                del running[index]
-                self._hand_out(waiting, running, evaluator)
+        """Hand out the work in order, as it is taken; `on_result` is called here for every variant and shard, as they come.
+
+        A variant over which evaluators die again and again is a shard with that reason.
+        """
+
+        def take(shard: VariantShard) -> Collection[str]:
+            on_result(shard)
+            return [shard.variant]
+
+        def give_up(variant: Variant) -> None:
+            on_result(VariantShard(variant.id, (), 0.0, f"its evaluator died {MOST_DEATHS} times while it answered"))
+
+        self._work_through(work, "evaluate", take, give_up)
 
     def losses(self, variants: Sequence[Variant], examples: Sequence[Rendered], rules: Rules, on_done: OnDone) -> Losses:
         """Mean token loss of every variant."""
-        losses: Losses = self._by_pack(lambda actor, pack: actor.losses.remote(pack, examples, rules, self.rows), variants, on_done)
+        losses: Losses = self._by_pack("losses", variants, examples, rules, on_done, None)
         return losses
 
     def divergences(self, variants: Sequence[Variant], texts: Sequence[Rendered], rules: Rules, on_done: OnDone) -> Divergences:
         """How far every variant is from the target on these texts."""
-        found: Divergences = self._by_pack(
-            lambda actor, pack: actor.divergences.remote(pack, texts, rules, self.rows), variants, on_done
-        )
+        found: Divergences = self._by_pack("divergences", variants, texts, rules, on_done, (None,) * len(texts))
         return found
 
-    def _by_pack(self, call: Callable[[ActorHandle, Sequence[Variant]], Any], variants: Sequence[Variant], on_done: OnDone) -> Any:
-        """Variant id → what a call said of it; `on_done` is told how many variants were read."""
+    def _by_pack(
+        self, call: str, variants: Sequence[Variant], examples: Sequence[Rendered], rules: Rules, on_done: OnDone, nothing: Any
+    ) -> Any:
+        """Variant id → what a call said of it, or `nothing`; `on_done` is told how many variants were read."""
         found: dict[str, Any] = {}
-        for read in ActorPool(list(self.evaluators)).map(call, packed(variants)):
-            found |= read
+
+        def take(read: Mapping[str, Any]) -> Collection[str]:
+            found.update(read)
             on_done(len(read))
+            return read.keys()
+
+        work = [Work(pack, tuple(examples), rules) for pack in packed(variants)]
+        self._work_through(work, call, take, lambda variant: found.update({variant.id: nothing}))
         return found
 
-    def _hand_out(self, waiting: Iterator[Work], running: list[tuple[Any, ActorHandle]], evaluator: ActorHandle) -> None:
-        work = next(waiting, None)
-        if work is not None:
-            stream = evaluator.evaluate.options(num_returns="streaming").remote(work.variants, work.examples, work.rules, self.rows)
-            running.append((stream, evaluator))
+    def _work_through(
+        self,
+        work: Iterable[Work],
+        call: str,
+        take: Callable[[Any], Collection[str]],
+        give_up: Callable[[Variant], None],
+    ) -> None:
+        """`take` is given whatever a call gives out and says whose it was; `give_up` is told of variants that kill evaluators."""
+        waiting, running = _Waiting(work), list[_Task]()
+        idle, restarting = deque(self.evaluators), dict[Any, ActorHandle]()
+        while True:
+            while idle and waiting:
+                running.append(self._start(call, idle.popleft(), waiting.take()))
+            if not running and not (restarting and waiting):
+                return
+            (ready,), _ = ray.wait([*(task.stream for task in running), *restarting], num_returns=1)
+            if ready in restarting:
+                idle.append(restarting.pop(ready))
+                continue
+            task = next(task for task in running if task.stream is ready)
+            try:
+                ref = next(task.stream, None)
+                if ref is not None:
+                    task.answered.update(take(ray.get(ref)))
+                    continue
+                idle.append(task.evaluator)
+            except ray.exceptions.RayActorError:
+                restarting[task.evaluator.ping.options(max_task_retries=-1).remote()] = task.evaluator
+                again, lost = task.work.after_a_death(task.answered)
+                waiting.first.extendleft(reversed(again))
+                if lost is not None:
+                    give_up(lost)
+            running.remove(task)
+
+    def _start(self, call: str, evaluator: ActorHandle, work: Work) -> _Task:
+        """Without retries by Ray, which would evaluate all of it again, and for ever."""
+        method = getattr(evaluator, call).options(num_returns="streaming", max_task_retries=0)
+        return _Task(evaluator, work, method.remote(work.variants, work.examples, work.rules, self.rows))
 
 
 @contextmanager

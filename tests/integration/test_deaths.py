@@ -1,0 +1,93 @@
+"""Evaluators that die: their work is done by others, and a variant that kills whoever has it is given up with that reason."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from transplant_ray.distributed.pool import MOST_DEATHS, Pool, Work, packed
+from transplant_ray.evaluate.answers import VariantShard
+from transplant_ray.evaluate.example import Rendered
+from transplant_ray.evaluate.generate import GenerationSettings, Rules
+from transplant_ray.evaluate.outcome import Outcome
+from transplant_ray.graft.variant import Variant
+
+RULES = Rules(GenerationSettings(4, (2,)), "exact")
+EXAMPLES = tuple(Rendered(f"e{i}", (1, i), (2,), "x") for i in range(4))
+VARIANTS = [Variant({f"module{i}": 1.0}) for i in range(40)]
+
+
+@ray.remote(max_restarts=-1, max_task_retries=-1, num_cpus=0)
+class Mortal:
+    """Answers, and dies over some variants: `always`, or the first time, for which it leaves a mark on disk."""
+
+    def __init__(self, marks: Path, always: frozenset[str], once: frozenset[str]) -> None:
+        self.marks, self.always, self.once = marks, always, once
+
+    def ping(self) -> None:
+        pass
+
+    def evaluate(
+        self, variants: Sequence[Variant], examples: Sequence[Rendered], _rules: Rules, _rows: int
+    ) -> Iterator[VariantShard]:
+        for variant in variants:
+            self._live_or_die(variant.id)
+            yield VariantShard(variant.id, tuple(Outcome(variant.id, e.id, "x", True, 1, True) for e in examples), 1.0)
+
+    def losses(self, variants: Sequence[Variant], *_: Any) -> Iterator[dict[str, float]]:
+        for variant in variants:
+            self._live_or_die(variant.id)
+        yield {variant.id: 1.0 for variant in variants}
+
+    def _live_or_die(self, variant: str) -> None:
+        time.sleep(0.01)
+        mark = self.marks / variant
+        if variant in self.always or (variant in self.once and not mark.exists()):
+            mark.touch()
+            os.kill(os.getpid(), 9)
+
+
+def make_pool(folder: Path, *, always: Sequence[Variant] = (), once: Sequence[Variant] = (), size: int = 2) -> Pool:
+    dying = [frozenset(variant.id for variant in some) for some in (always, once)]
+    return Pool(tuple(Mortal.remote(folder, *dying) for _ in range(size)), rows=8)
+
+
+def run(pool: Pool) -> tuple[Counter[str], dict[str, str]]:
+    """How often each variant was answered, and the reasons of those that were not."""
+    shards: list[VariantShard] = []
+    pool.run([Work(pack, EXAMPLES, RULES) for pack in packed(VARIANTS)], shards.append)
+    failed = {shard.variant: shard.error for shard in shards if shard.error is not None}
+    return Counter(shard.variant for shard in shards if shard.error is None), failed
+
+
+def test_what_a_dead_evaluator_had_in_hand_is_done_once_by_another(cluster: None, tmp_path: Path) -> None:  # noqa: ARG001
+    """The first and the last of a pack, and one in the middle of the next."""
+    done, failed = run(make_pool(tmp_path, once=[VARIANTS[0], VARIANTS[15], VARIANTS[25]]))
+    assert done == dict.fromkeys((variant.id for variant in VARIANTS), 1)
+    assert not failed
+
+
+def test_a_variant_that_kills_whoever_has_it_is_given_up(cluster: None, tmp_path: Path) -> None:  # noqa: ARG001
+    killer = VARIANTS[5]
+    done, failed = run(make_pool(tmp_path, always=[killer]))
+    assert failed == {killer.id: f"its evaluator died {MOST_DEATHS} times while it answered"}
+    assert done == dict.fromkeys((variant.id for variant in VARIANTS if variant != killer), 1)
+
+
+def test_a_measurement_of_a_killer_is_nothing(cluster: None, tmp_path: Path) -> None:  # noqa: ARG001
+    killer = VARIANTS[5]
+    losses = make_pool(tmp_path, always=[killer], once=VARIANTS[20:21]).losses(VARIANTS, EXAMPLES, RULES, lambda _: None)
+    assert losses == {variant.id: None if variant == killer else 1.0 for variant in VARIANTS}
+
+
+def test_an_error_of_an_evaluator_is_no_death(cluster: None, tmp_path: Path) -> None:  # noqa: ARG001
+    pool = make_pool(tmp_path)
+    with pytest.raises(ray.exceptions.RayTaskError, match="not iterable"):
+        pool.run([Work(None, EXAMPLES, RULES)], lambda _: None)  # type: ignore[arg-type]
