@@ -41,6 +41,8 @@ class Sweep:
     def __init__(self, folder: Path, seed: int = 0) -> None:
         self.rows = pd.read_parquet(folder / "results.parquet").query("split == 'select'")
         self.guards = pd.read_parquet(folder / "guards.parquet").query("split == 'select'")
+        if self.rows["accuracy"].isna().all():
+            raise SystemExit(f"{folder}: its task has losses, and areas are of accuracies")
         outcomes = pd.read_parquet(folder / "outcomes" / "select.parquet").drop_duplicates(["variant", "example"])
         right_VE = outcomes.pivot(index="variant", columns="example", values="correct").dropna().astype(float)
         num_examples = right_VE.shape[1]

@@ -171,8 +171,9 @@ def _price_lines(summary: dict[str, Any]) -> list[str]:
     for guard in summary.get("guards", ()):
         if guard["winner"] and guard["split"] == "test" and guard["share"] is not None:
             held_out = " (held out)" if guard["held_out"] else ""
-            what = "perplexity" if guard["accuracy"] is None else "accuracy"
-            prices.append(f"{guard['guard']}{held_out} {_percent(guard['share'])} of the target's {what}")
+            kept = f"{_percent(guard['share'])} of the target's accuracy"
+            risen = f"perplexity {1 / guard['share']:.3g} × the target's" if guard["share"] else ""
+            prices.append(f"{guard['guard']}{held_out} {risen if guard['accuracy'] is None else kept}")
     lines = [f"price: {', '.join(prices)}"] if prices else []
     if recalled := summary.get("recalled"):
         lines.append(f"{recalled:,} outcomes were known and taken from the ledger of this storage")
@@ -245,7 +246,7 @@ def _style(row: Result) -> str:
 
 
 def _interval(numbers: dict[str, Any]) -> str:
-    if numbers["score"] is None:
+    if numbers.get("score", numbers["accuracy"]) is None:
         return "–"
     loss = numbers["accuracy"] is None
     value = f"loss {numbers['loss']:.3f} nats a token" if loss else f"{numbers['accuracy']:.3f}"
@@ -268,7 +269,7 @@ def _number(value: float | None) -> str:
 
 
 def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f} %"
+    return "–" if value is None else f"{100 * value + 0.0:.1f} %".replace("-0.0 %", "0.0 %")
 
 
 def _memory(memory: Memory) -> str:

@@ -331,7 +331,7 @@ def _forward_backward(bench: Bench, examples: Sequence[Rendered], rounds: int) -
     model = bench.pair.model
     embedded = model.get_input_embeddings().register_forward_hook(lambda _module, _ids, output: output.requires_grad_())
     try:
-        for batch in resident_rankers._batches(examples, (model,), GenerationSettings.batch_size):
+        for batch in resident_rankers.batches(examples, (model,), GenerationSettings.batch_size):
             chosen = [examples[i] for i in batch]
             answers = [example.answer_ids for example in chosen]
             ids_BS, place_N = lay_out([example.prompt_ids for example in chosen], answers, model.device)
@@ -340,6 +340,40 @@ def _forward_backward(bench: Bench, examples: Sequence[Rendered], rounds: int) -
                 cross_entropy(logits_at(model, ids_BS, place_N), reference_N).backward()
     finally:
         embedded.remove()
+
+
+def attribution_memory(options: Namespace) -> Iterator[Row]:
+    """What the ranking holds above plain forward and backward passes over the same batches, in layers of weights."""
+    width, layers = (256, 4) if options.quick else (1024, 8)
+    with TemporaryDirectory() as folder:
+        examples = zoo_bench().examples[:16]
+        with get_context("spawn").Pool(1, maxtasksperchild=1) as processes:
+            processes.apply(_write_pair, (folder, width, layers))
+            rounds = 1 if options.quick else 5
+            asked = [(folder, layers, examples, ranks) for _ in range(rounds) for ranks in (True, False)]
+            weighed = [processes.apply(_weigh_attribution, each) for each in asked]
+    extra = sorted((ranking - passes) / layer for (ranking, layer), (passes, _) in zip(weighed[::2], weighed[1::2], strict=True))
+    sizes = f"random Llama, {layers} × {width}, 16 examples, 4 steps; a layer is {weighed[0][1] / 1e6:.0f} MB"
+    result = f"{median(extra):.2f} layers (from {extra[0]:.2f} to {extra[-1]:.2f})"
+    yield Row("attribution: memory above passes ÷ a layer", sizes, f"median of {len(extra)}", result, "≤ 1", median(extra) <= 1)
+
+
+def _weigh_attribution(folder: str, layers: int, examples: Sequence[Rendered], ranks: bool) -> tuple[int, int]:
+    """Bytes: the peak above a loaded pair, and the weights of a layer."""
+    small = random_bench(Path(folder, f"small{ranks}"), 64, 1, examples)
+    _rank_or_pass(small, examples, ranks)  # imports what has to be
+    bench = Bench(compare(*(open_checkpoint(str(Path(folder, role))) for role in ("source", "target"))), examples)
+    _, peak = peak_above_baseline(lambda: _rank_or_pass(bench, examples, ranks))
+    in_a_layer = sum(pair.source.num_parameters for pair in bench.comparison.pairs.values()) // layers
+    return peak, 4 * in_a_layer
+
+
+def _rank_or_pass(bench: Bench, examples: Sequence[Rendered], ranks: bool) -> None:
+    if not ranks:
+        _forward_backward(bench, examples, 4)
+        return
+    engine = Engine(bench.pair, bench.tokenizer, GenerationSettings(NEW_TOKENS, ()), "exact")
+    measure("attribution", resident_rankers.Bench(engine, lambda: bench.pair.model, examples, 4))
 
 
 def gpu(options: Namespace) -> Iterator[Row]:
@@ -438,4 +472,6 @@ def _answer_all(count: int) -> None:
     bench.packed(bench.variants(count), bench.examples[:300], replace(settings, batch_size=rows), "exact")
 
 
-ROWS = {row.__name__: row for row in (packing, forced, lengths, screen, memory, attribution, rounding, gpu, peers)}
+ROWS = {
+    row.__name__: row for row in (packing, forced, lengths, screen, memory, attribution, attribution_memory, rounding, gpu, peers)
+}

@@ -123,3 +123,9 @@ def test_a_penalty_that_nothing_pays_is_refused() -> None:
         parse_recipe(made)
     assert parse_recipe({**made, "search": {"gates": {"penalty": [0]}}}).search is not None
     assert parse_recipe({**made, "guards": {"text": None, "tasks": {"a": TASK, "b": TASK}}}).search is not None
+
+
+def test_a_screen_has_no_effect_on_losses() -> None:
+    made = {**content(screen={"keep": 0.5}), "task": LOSS}
+    with pytest.raises(RecipeError, match=r"`sweep.screen` has no effect with `scorer: loss`"):
+        parse_recipe(made)

@@ -21,7 +21,7 @@ from transplant_ray.errors import NumericsError, ResourceError, TransplantError
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.decode import can_decode, decode
 from transplant_ray.evaluate.divergence import diverge
-from transplant_ray.evaluate.example import Example, Rendered, check_lengths, encode_example
+from transplant_ray.evaluate.example import Example, Rendered, check_lengths, check_references, encode_example
 from transplant_ray.evaluate.generate import NAN_LOGITS, Completion, GenerationSettings, end_ids, generate
 from transplant_ray.evaluate.outcome import READS, Outcome, choose, read_outcome, score
 from transplant_ray.evaluate.read import Reading, read
@@ -183,13 +183,12 @@ class Engine:
             left = [request for index, request in enumerate(left) if index not in done]
 
     def _check(self, examples: Sequence[Rendered], *, reads: bool, decodes: bool = True) -> None:
-        choices = [choice for example in examples for choice in example.choices]
-        answers = max((len(part.answer_ids) for part in (*(examples if reads else ()), *choices)), default=0)
-        check_lengths(
-            [*examples, *choices],
-            max(answers, self.settings.max_new_tokens if decodes else 0),
-            max_positions(self.pair.model.config),
-        )
+        positions = max_positions(self.pair.model.config)
+        chooses = any(example.choices for example in examples)
+        if decodes and not chooses:
+            check_lengths(examples, self.settings.max_new_tokens, positions)
+        if reads or chooses:
+            check_references(examples, positions)
 
     def _packs(self, variants: Sequence[Variant]) -> list[list[Variant]]:
         """All together in their best order, or each alone where a module mixes the rows of a batch."""

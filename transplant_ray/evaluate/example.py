@@ -66,6 +66,8 @@ def encode_example(
     if not prompt:
         raise DataError(f"example {example.id}: the prompt is empty after tokenization.")
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if plain_text and not [*answer, *end]:
+        raise DataError(f"example {example.id}: the text has one token, and none is left to predict. Remove it.")
     return Rendered(example.id, tuple(prompt), tuple(answer + end), example.answer)
 
 
@@ -111,6 +113,17 @@ def check_lengths(examples: Sequence[Rendered], max_new_tokens: int, positions: 
             f"example {longest.id}: {len(longest.prompt_ids)} prompt tokens + {max_new_tokens} new ones exceed the model's "
             f"{positions} positions. Lower `task.max_new_tokens` or drop long prompts."
         )
+
+
+def check_references(examples: Sequence[Rendered], positions: int | None) -> None:
+    """DataError where a prompt and its reference, or one of its choices, do not fit into the model's positions."""
+    for part in (part for example in examples for part in example.choices or (example,)):
+        length = len(part.prompt_ids) + len(part.answer_ids)
+        if positions is not None and length > positions:
+            raise DataError(
+                f"example {part.id}: the prompt and what is read after it have {length} tokens, which exceed the model's "
+                f"{positions} positions. Drop long rows, or cut them."
+            )
 
 
 def check_answers(examples: Sequence[Rendered], max_new_tokens: int, ends: Collection[int]) -> None:

@@ -74,7 +74,7 @@ def loss_interval(pairs: LossPairs, alpha: float) -> tuple[float, float]:
 def losses_needed(pairs: LossPairs, *, margin: float, level: float, power: float) -> int | None:
     """Examples at which such a difference would show, one-sided at `level`; None where it points the other way."""
     effect = pairs.difference + margin
-    if effect <= 0:
+    if effect <= 0 or pairs.n < 2:
         return None
     return max(2, ceil(((float(norm.isf(level)) + float(norm.isf(1 - power))) * pairs.deviation / effect) ** 2))
 
@@ -84,6 +84,6 @@ def _tail(pairs: LossPairs, difference: float) -> float:
     if pairs.n < 2:
         return 1.0
     above = pairs.difference - difference
-    if pairs.deviation == 0:
-        return 0.0 if above > 0 else 1.0
+    if pairs.deviation == 0:  # of a spread of 0 Student knows nothing: each example is a coin that fell on the same side
+        return 0.5**pairs.n if above > 0 else 1.0
     return float(student.sf(above / pairs.error, pairs.n - 1))

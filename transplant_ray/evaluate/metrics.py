@@ -9,6 +9,9 @@ from statistics import fmean, stdev
 from scipy.stats import binomtest
 from scipy.stats import t as student
 
+LARGEST_LOSS = 700.0
+"""Nats; the exponential of 710 is no number any more."""
+
 
 def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson score interval of an accuracy; ValueError where n is 0."""
@@ -34,9 +37,14 @@ def tir(accuracy: float, *, target: float) -> float | None:
     return None if target == 0 else accuracy / target
 
 
-def perplexity_kept(loss: float, *, target: float) -> float:
+def perplexity(loss: float) -> float | None:
+    """Of a mean loss in nats; None where no number is as large."""
+    return exp(loss) if loss < LARGEST_LOSS else None
+
+
+def perplexity_kept(loss: float, *, target: float) -> float | None:
     """The target's perplexity ÷ that after: 1 where nothing is lost, as TIR is of an accuracy."""
-    return exp(target - loss)
+    return perplexity(target - loss)
 
 
 def recovery(score: float, *, target: float, source: float) -> float | None:

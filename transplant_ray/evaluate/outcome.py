@@ -91,7 +91,10 @@ class Tally:
     @property
     def interval(self) -> tuple[float, float] | None:
         """95 %, of the accuracy or of the loss; None for a single loss."""
-        return mean_interval(self.losses) if self.losses else wilson_interval(self.correct, self.n)
+        if not self.losses:
+            return wilson_interval(self.correct, self.n)
+        ends = mean_interval(self.losses)
+        return ends and (max(0.0, ends[0]), ends[1])  # no loss is less than 0
 
     @classmethod
     def of(cls, outcomes: Iterable[Outcome], seconds: float) -> Tally:

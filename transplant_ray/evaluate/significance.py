@@ -135,8 +135,13 @@ def resample(variants: Sequence[Scores], seed: int) -> Floats:
     return mean_RV
 
 
+FEW = Interval(None, None, reason="a single example has no spread")
+
+
 def difference_interval(after: Scores, *, target: Scores, seed: int = 0) -> Interval:
     """95 % paired percentile bootstrap of the score after − the target's. Efron and Tibshirani 1993, chapter 13."""
+    if target.size < 2:
+        return FEW
     after_R, target_R = resample((after, target), seed).T
     return _percentiles(after_R - target_R)
 
@@ -152,6 +157,8 @@ def recovery_interval(after: Scores, *, target: Scores, source: Scores, seed: in
 
     None where the interval of the gap includes 0: there the denominator may change sign, and percentiles of the ratio mean nothing.
     """
+    if target.size < 2:
+        return FEW
     after_R, target_R, source_R = resample((after, target, source), seed).T
     gap = _percentiles(source_R - target_R)
     found = _percentiles(_ratio(after_R - target_R, source_R - target_R))

@@ -144,16 +144,18 @@ def check_distinct(examples: Iterable[Example], where: str) -> None:
     (prompt, _), count = max(counts.items(), key=lambda item: item[1])
     if count > 1:
         repeated = sum(n - 1 for n in counts.values())
+        hint = ' Is it the same in all rows by intent? Of plain text it is empty: `prompt: ""`.' if len(counts) == 1 else ""
         raise DataError(
             f"{where}: {repeated} duplicate examples, e.g. {prompt[:60]!r} is there {count} times. Splits would overlap; "
-            "remove the duplicates."
+            f"remove the duplicates.{hint}"
         )
 
 
 def check_apart(prompts_of: Mapping[str, Sequence[str]]) -> None:
-    """DataError where two tasks, given by name and prompts, share one: a guard is an ability of its own."""
+    """DataError where two tasks, given by name and prompts, share one, white space aside: a guard is an ability of its own."""
     owner: dict[str, str] = {}
-    for name, prompts in prompts_of.items():
+    for name, written in prompts_of.items():
+        prompts = [" ".join(prompt.split()) for prompt in written]
         if shared := [prompt for prompt in prompts if prompt in owner]:
             raise DataError(
                 f"`guards.tasks.{name}`: {len(shared)} of its {len(prompts)} prompts are prompts of `{owner[shared[0]]}`, e.g. "

@@ -94,7 +94,13 @@ def write_winner_card(recipe: Recipe, comparison: Comparison, variant: Variant, 
 
 def make_card(recipe: Recipe, comparison: Comparison, variant: Variant, rows: Sequence[Result]) -> str:
     """`rows` are what was measured of the variant, one or more."""
-    return write_card(f"{recipe.name}: {rows[0].label}", comparison, variant, [_card_row(row) for row in rows])
+    return write_card(f"{recipe.name}: {rows[0].label}", comparison, variant, make_card_table(rows))
+
+
+def make_card_table(rows: Sequence[Result]) -> list[dict[str, str]]:
+    """A line per row, all with the same columns."""
+    losses = any(row.accuracy is None and row.score is not None for row in rows)
+    return [_card_row(row, "loss" if losses else "accuracy") for row in rows]
 
 
 def compare_models(recipe: Recipe) -> Comparison:
@@ -103,7 +109,9 @@ def compare_models(recipe: Recipe) -> Comparison:
 
 
 def read_results(folder: RunFolder) -> list[Result]:
-    return [Result(**row) for row in read_rows(folder.require(folder.results))]
+    """Runs of before there were losses have accuracies alone."""
+    rows = read_rows(folder.require(folder.results))
+    return [Result(**{**row, "score": row.get("score", row["accuracy"])}) for row in rows]
 
 
 def _find(results: Sequence[Result], variant: str) -> list[Result]:
@@ -131,9 +139,8 @@ def _winner(folder: RunFolder) -> str:
     return str(winner["variant"])
 
 
-def _card_row(row: Result) -> dict[str, str]:
+def _card_row(row: Result, measure: str) -> dict[str, str]:
     interval = "–" if row.ci_low is None else f"{row.ci_low:.3f}–{row.ci_high:.3f}"
-    measure = "accuracy" if row.accuracy is not None or row.score is None else "loss"
     numbers = {measure: row.value, "TIR": row.tir, "Recovery": row.recovery}
     shown = {name: "–" if value is None else f"{value:.3f}" for name, value in numbers.items()}
     return {"split": row.split, "n": str(row.n), measure: shown.pop(measure), "interval": interval, **shown}

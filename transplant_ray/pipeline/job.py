@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedTokenizerBase
 
 from transplant_ray.errors import RecipeError
-from transplant_ray.evaluate.example import Rendered, Split, check_answers, check_lengths
+from transplant_ray.evaluate.example import Rendered, Split, check_answers, check_lengths, check_references
 from transplant_ray.evaluate.generate import GenerationSettings, Rules, end_ids
 from transplant_ray.evaluate.outcome import READS
 from transplant_ray.evaluate.prepared import SPLITS, prepare_task
@@ -149,17 +149,20 @@ def _prepare_task(recipe: Recipe, spec: TaskSpec, tokenizer: PreTrainedTokenizer
 
 
 def _check_positions(job: Job, positions: int | None) -> None:
-    """Prompts with what is generated after them, and answers where they are read."""
+    """Prompts with what is generated after them, and references and choices where they are read."""
     searched = job.recipe.search is not None
     read = {MAIN: job.recipe.sweep.screen is not None or bool(job.resident_rankers) or searched}
     read |= dict.fromkeys(job.recipe.guards.choosing, searched)
     for name, task in job.tasks.items():
         everything = [example for split in SPLITS for example in task.examples[split]]
-        steps = job.recipe.rank.max_new_tokens or 0 if name == MAIN else 0
-        longest = max(len(example.answer_ids) for example in everything) if read.get(name) else 0
-        check_lengths(everything, max(task.rules.generation.max_new_tokens, steps, longest), positions)
+        if task.decodes:
+            check_lengths(everything, task.rules.generation.max_new_tokens, positions)
+        if read.get(name) or not task.decodes:
+            check_references(everything, positions)
+    if job.activations:
+        check_lengths(job.examples["probe"], job.probe_settings.max_new_tokens, positions)
     for passages in job.passages.values():
-        check_lengths(passages, max(len(passage.answer_ids) for passage in passages), positions)
+        check_references(passages, positions)
 
 
 def _base(recipe: Recipe, target: Checkpoint) -> Comparison | None:

@@ -134,6 +134,12 @@ class Recipe(Part):
         return self
 
     @model_validator(mode="after")
+    def _screen_has_effect(self) -> Recipe:
+        if self.sweep.screen is not None and self.task.measures == "loss":
+            raise ValueError("`sweep.screen` has no effect with `scorer: loss`, whose score is that loss; use `sweep.race`")
+        return self
+
+    @model_validator(mode="after")
     def _rungs_have_effect(self) -> Recipe:
         race, select = self.sweep.race, self.task.split.select
         if race is not None and race.rungs[-1] >= select:

@@ -44,7 +44,8 @@ def measured_costs(rows: Sequence[Row]) -> list[str]:
 def trade_off(rows: Sequence[Row], cost: Cost) -> Figure:
     """Gain over the target on select, in points or nats, against a cost: up and to the left is better.
 
-    Trials in colour, random sets as a cloud, the uniform-alpha curve from the target to all swapped, depth order, baselines black.
+    Trials in colour, those of a search joined along λ (its front of gain against damage), random sets as a cloud, the
+    uniform-alpha curve from the target to all swapped, depth order, baselines black.
     """
     every = comparable(rows)
     measure = measure_of(every)
@@ -81,8 +82,15 @@ def _draw_trials(axis: Axes, rows: Sequence[Row], shown: Sequence[Row], place: P
             points[series(row)].append(row)
     for name, curve in points.items():
         look = styles[name]
-        xs, ys = zip(*map(place, curve), strict=True)
-        axis.plot(xs, ys, look.marker, color=look.colour, markeredgecolor=PAPER, markersize=7, label=name, zorder=4)
+        fitted = sorted((row for row in curve if row.penalty is not None), key=lambda row: row.penalty or 0.0)
+        xs, ys = zip(*map(place, fitted or curve), strict=True)
+        axis.plot(
+            xs, ys, marker=look.marker, linestyle=":" if fitted else "", color=look.colour, markeredgecolor=PAPER, markersize=7,
+            linewidth=1.2, label=name, zorder=4,
+        )  # fmt: skip
+        for row in fitted:
+            told = f"λ {row.penalty:g}"
+            axis.annotate(told, place(row), xytext=(6, 4), textcoords="offset points", color=look.colour, fontsize=9)
 
 
 def _draw_controls(axis: Axes, shown: Sequence[Row], place: Place) -> None:

@@ -91,7 +91,8 @@ def cost_plots(sweep: Sweep) -> list[Plot]:
     for name in measured_costs(sweep.rows):
         caption = (
             f"Up is gain, left is unharmed. Select, n = {every[0].n}, split seed {_seed(sweep)}; the intervals are in the table of "
-            "variants. Grey dots: random sets; the diamonds: plain merges at a uniform alpha, from the target to all swapped."
+            "variants. Dotted: a search along λ, its front of gain against damage. Grey dots: random sets; the diamonds: plain "
+            "merges at a uniform alpha, from the target to all swapped."
         )
         plots.append(
             Plot([inline_svg(trade_off(sweep.rows, COSTS[name]), f"cost-{name}", f"Gain against {COSTS[name].axis}")], caption)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import exp
 from types import MappingProxyType
 from typing import Any
 
+from transplant_ray.evaluate.metrics import perplexity
 from transplant_ray.report.records import Measure, Row
 from transplant_ray.report.sweep import Sweep, dig
 
@@ -101,8 +101,10 @@ def _loss_beside(row: Row) -> float | None:
 
 
 def _perplexity(row: Row) -> float | None:
-    return None if row.loss is None else exp(row.loss)
+    return None if row.loss is None else perplexity(row.loss)
 
+
+GUARDS_KEPT = "mean over the guards of accuracy ÷ the target's; of a loss, the target's perplexity ÷ its own"
 
 COLUMNS: tuple[Column, ...] = (
     Column("n", lambda row: row.n, str, "examples"),
@@ -113,14 +115,14 @@ COLUMNS: tuple[Column, ...] = (
     Column("‖ΔW‖ moved", lambda row: row.moved, percent, "share of the difference between the weights"),
     Column("channels", lambda row: row.channels, percent, "share of the output channels of each module"),
     Column("λ", lambda row: row.penalty, lambda value: "–" if value is None else f"{value:g}", "weight of the guard loss"),
-    Column("guards", lambda row: row.guard_share, percent, "mean accuracy on the guards ÷ the target's"),
-    Column("KL", lambda row: row.kl, number, "KL(target ‖ variant) on general text, nats per token"),
     Column(
-        "loss",
-        lambda row: row.loss if row.accuracy is not None or row.score is None else None,
-        number,
-        "mean token loss of the reference answers, nats",
+        "guards",
+        lambda row: row.guard_share,
+        percent,
+        "mean over the guards of accuracy ÷ the target's; of a loss, the target's perplexity ÷ its own",
     ),
+    Column("KL", lambda row: row.kl, number, "KL(target ‖ variant) on general text, nats per token"),
+    Column("loss", _loss_beside, number, "mean token loss of the reference answers, nats"),
     Column("perplexity", _perplexity, number, "exp of the mean loss, every example counted once"),
     Column("parsed", _share(lambda row: row.parsed), percent, "completions in which an answer was found"),
     Column("cut off", _share(lambda row: row.cut_off), percent, "completions that the limit of tokens ended"),

@@ -21,7 +21,7 @@ from transplant_ray.evaluate.choosing import Guarded, weigh
 from transplant_ray.evaluate.engine import Engine
 from transplant_ray.evaluate.example import Rendered
 from transplant_ray.evaluate.generate import GenerationSettings
-from transplant_ray.evaluate.metrics import perplexity_kept
+from transplant_ray.evaluate.metrics import perplexity, perplexity_kept
 from transplant_ray.evaluate.outcome import Outcome, Tally, answer_examples
 from transplant_ray.evaluate.prepared import prepare_task
 from transplant_ray.evaluate.results import guard_result, make_result
@@ -86,7 +86,8 @@ def test_a_tally_of_losses() -> None:
     tally = Tally.of(outcomes(losses), 1.0)
     interval = ttest_1samp(losses, 0).confidence_interval(0.95)
     assert (tally.loss, tally.score, tally.score_error) == pytest.approx((2.0, -2.0, float(sem(losses))))
-    assert tally.interval == pytest.approx((interval.low, interval.high))
+    assert interval.low < 0
+    assert tally.interval == pytest.approx((0.0, interval.high))  # no loss is less than 0
     assert (Tally.of(outcomes([1.5]), 0).interval, Tally.of(outcomes([1.5]), 0).score_error) == (None, 0.0)
 
 
@@ -147,6 +148,39 @@ def test_plain_text_is_a_task(tmp_path: Path, begins: bool) -> None:
     assert read == {(1, f"<s>{text}" if begins else text) for text in texts}
     assert set(task.prompts.values()) == set(texts)
     assert task.max_new_tokens == max(len(example.answer_ids) for example in rendered)
+
+
+def test_a_text_of_one_token_has_nothing_to_predict(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = None
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match="none is left to predict"):
+        prepare_task(text_task(write(tmp_path, [{"text": text} for text in ("a", "bb", "ccc")])), tokenizer)
+
+
+def test_a_prompt_that_is_always_the_same_is_told_apart_from_duplicates(tmp_path: Path) -> None:
+    data = write(tmp_path, [{"text": text} for text in ("a", "b", "c")])
+    with pytest.raises(DataError, match='Of plain text it is empty: `prompt: ""`'):
+        prepare_task(text_task(data, prompt="Read this:"), tiny_tokenizer())
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_what_is_read_must_fit_row_by_row(pair: ResidentPair, reads: bool) -> None:
+    """A long prompt with a short answer and the other way round fit, whatever the two longest would make together."""
+    long, short = tuple([5] * 100), (6,)
+    examples = [Rendered("a", long, short, "x"), Rendered("b", short, long, "y")]
+    engine = Engine(pair, left_tokenizer(), SETTINGS, "loss" if reads else "exact")
+    if reads:
+        assert all(shard.error is None for shard in engine.answer([ORIGIN], examples))
+    assert engine.losses([ORIGIN], examples)[ORIGIN.id] is not None
+    with pytest.raises(DataError, match="have 200 tokens, which exceed the model's 128 positions"):
+        engine.losses([ORIGIN], [Rendered("c", long, long, "z")])
+
+
+def test_a_loss_beyond_all_numbers_has_no_perplexity() -> None:
+    assert perplexity(1.0) == exp(1.0)
+    assert perplexity(800.0) is None
+    assert perplexity_kept(1.0, target=900.0) is None
 
 
 def test_the_same_text_twice_is_refused(tmp_path: Path) -> None:

@@ -53,7 +53,8 @@ def test_where_nothing_differs_nothing_is_found() -> None:
     same = np.linspace(1, 2, 50)
     test = told(same, same)
     assert (test.p, test.p_better, test.p_worse, test.difference) == (1, 1, 1, 0)
-    assert no_worse_p(test, 0.01) == 0  # it lost nothing at all, on 50 examples
+    assert no_worse_p(test, 0.01) == 0.5**50  # it lost nothing at all, on 50 examples
+    assert no_worse_p(told(same[:3], same[:3]), 0.01) == 0.125  # on three that is no evidence
     assert told(same, same + 0.25).p == pytest.approx(0)
     assert told(same, same + 0.25).p_worse == pytest.approx(0)
 
@@ -62,6 +63,10 @@ def test_of_one_example_nothing_is_known() -> None:
     test = told(np.array([3.0]), np.array([1.0]))
     assert (test.p, test.p_better, no_worse_p(test, 0.1)) == (1, 1, 1)
     assert score_interval(test).low is None
+    assert examples_needed(test) is None
+    alone = np.array([-3.0])
+    assert difference_interval(alone, target=alone).low is None
+    assert recovery_interval(alone, target=alone - 1, source=alone + 1).low is None
 
 
 @pytest.mark.parametrize("bad", [(np.zeros(3), np.zeros(4)), (np.zeros(0), np.zeros(0)), (np.zeros(2), np.zeros(2, bool))])

@@ -337,7 +337,7 @@ def test_a_prompt_must_leave_room_for_its_completion() -> None:
 def test_tasks_that_share_a_prompt_are_refused_by_both_their_names() -> None:
     check_apart({"task": ["a", "b", "c"], "g": ["d", "e", "f"]})
     with pytest.raises(DataError, match=r"`guards\.tasks\.h`: 2 of its 3 prompts are prompts of `g`, e\.g\. 'e'"):
-        check_apart({"task": ["a", "b", "c"], "g": ["d", "e", "f"], "h": ["x", "e", "f"]})
+        check_apart({"task": ["a", "b", "c"], "g": ["d", "e", "f"], "h": ["x", " e", "f"]})
 
 
 def text_spec(data: Path, **changes: Any) -> TextSpec:
