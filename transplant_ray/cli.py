@@ -187,8 +187,8 @@ def submit(
 ) -> None:
     """Run a recipe as a job on a Ray cluster: with what it names by relative paths, and with this package, but nothing else.
 
-    Ends with the exit code of the job; 143 where it was stopped. Ctrl-C asks whether to stop it, and ends with 130; Ctrl-C again leaves
-    it running.
+    Ends with the exit code of the job; 143 where it was stopped. Ctrl-C asks whether to stop it and ends with 130;
+    Ctrl-C again leaves it running.
     """
     from transplant_ray.distributed.sending import attend, send
 
@@ -327,7 +327,8 @@ def _job_lines(job) -> list[str]:  # type: ignore[no-untyped-def]
     started, took = _times(job)
     code = None if job.driver_exit_code is None else str(job.driver_exit_code)
     facts = {"job": job.submission_id, "status": job.status, "started": started, "took": took, "exit code": code}
-    facts |= {**(job.metadata or {}), "message": redact(job.message or "")}
+    message = (job.message or "").partition("\n")[0]  # below that Ray repeats the end of the log
+    facts |= {**(job.metadata or {}), "message": redact(message)}
     return [f"{name:<10} {fact}" for name, fact in facts.items() if fact]
 
 

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from aiohttp import ClientError
-from ray.exceptions import AuthenticationError
+from ray.exceptions import AuthenticationError, RayError
 from ray.job_submission import JobDetails, JobSubmissionClient, JobType
 from requests import RequestException
 
@@ -40,7 +40,10 @@ POLL_SECONDS = 1.0
 INTERRUPTED, TERMINATED = 130, 143
 """What shells make of SIGINT and SIGTERM."""
 
-_TROUBLES = (RequestException, ClientError, OSError, AuthenticationError, RuntimeError, ValueError)
+for _chatty in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env.packaging"):
+    logging.getLogger(_chatty).setLevel(logging.WARNING)  # they say each upload and each connection, in the midst of a job's log
+
+_TROUBLES = (RequestException, ClientError, OSError, RayError, RuntimeError, ValueError)
 """What Ray's client lets out: no answer, a connection that breaks off, an answer that says no, an answer that is none."""
 
 
@@ -75,7 +78,6 @@ class Jobs:
         _check_address(place, shown)
         with _explained(shown), _without_variables():
             _reach(place)
-            logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)
             client = JobSubmissionClient(place, headers=_headers())
         return cls(client, redact(client.get_address()))
 
@@ -251,7 +253,7 @@ def _explained(address: str) -> Iterator[None]:
         yield
     except AuthenticationError as error:
         raise JobError(f"{address} wants its token. {_token_advice(str(error))}") from None
-    except (ConnectionError, RequestException, OSError, ClientError) as error:
+    except (RequestException, OSError, ClientError, RayError) as error:
         if getattr(error, "response", None) is not None or isinstance(error, ValueError):
             raise JobError(_no_jobs(address, redact(str(error)))) from None
         raise JobError(

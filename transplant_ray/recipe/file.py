@@ -41,12 +41,19 @@ def carry_recipe(path: str | Path, overrides: Sequence[str], carry: Carry) -> di
     a home, `zoo:` and the hub stay what they are.
     """
 
-    def place(text: str, base: Path, key: str) -> str:
-        absolute = _absolute(text, base, key)
-        stays = absolute == text or text.startswith("~") or Path(text).is_absolute()
-        return text if stays else carry(key, Path(absolute))
+    settings = _settings(Path(path), overrides, _marked)
+    _place_inputs(settings, Path(), lambda text, _, key: carry(key, Path(text)) if isinstance(text, _Relative) else text)
+    return settings
 
-    return _settings(Path(path), overrides, place)
+
+class _Relative(str):
+    """The absolute path of what a recipe names by a relative one."""
+
+
+def _marked(text: str, base: Path, key: str) -> str:
+    absolute = _absolute(text, base, key)
+    stays = absolute == text or text.startswith("~") or Path(text).is_absolute()
+    return text if stays else _Relative(absolute)
 
 
 def _settings(path: Path, overrides: Sequence[str], place: Place) -> dict[str, Any]:
