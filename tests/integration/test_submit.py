@@ -57,10 +57,10 @@ class Sender:
 
 
 @pytest.fixture(scope="module")
-def sender(head: Head, swept: Swept, workplace: Path) -> Sender:
+def sender(head: Head, template: Place, workplace: Path) -> Sender:
     """The recipe of `swept`, with its models and data beside it."""
     (workplace / "sender").mkdir()
-    place = swept.place.copy(workplace / "sender")
+    place = template.copy(workplace / "sender")
     shutil.copy(workplace / "empty.db", workplace / "submitted.db")
     task = {**place.task, "data": "answers.jsonl", "split": SPLIT}
     uri = f"sqlite:///{workplace / 'submitted.db'}"

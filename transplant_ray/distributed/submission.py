@@ -126,7 +126,7 @@ class Jobs:
             with suppress(*_TROUBLES):  # the job goes on, and so do we: asked below, the head explains itself
                 asyncio.run(_tail(self.client, id, told))
             job = self._patiently(id)
-            with _explained(self.address):
+            with suppress(*_TROUBLES):  # of a job that waits for its resources there is no log yet
                 told.again(self.client.get_job_logs(id))  # what a proxy without websockets held back
             if job.status.is_terminal():
                 return job

@@ -127,6 +127,20 @@ def test_a_job_is_followed_over_broken_connections_and_a_head_that_is_away() -> 
     assert out.getvalue() == head.log
 
 
+def test_a_log_that_is_not_there_yet_does_not_end_the_following() -> None:
+    head, out = Head(tails=[[RuntimeError("no log")]]), io.StringIO()
+    logs = head.get_job_logs
+
+    def not_yet(id: str) -> str:
+        if not head.jobs[id].status.is_terminal():
+            raise RuntimeError("Request failed with status code 500: no log")
+        return logs(id)
+
+    head.get_job_logs = not_yet  # type: ignore[method-assign]
+    assert at(head).follow("one", Told(out.write)).status == "SUCCEEDED"
+    assert out.getvalue() == head.log
+
+
 def test_a_head_that_stays_away_ends_in_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     head = Head(tails=[[requests.ConnectionError("away")]])
     jobs = at(head)
