@@ -168,27 +168,37 @@ def submit(
     recipe: RecipePath,
     overrides: Overrides = None,
     address: Address = None,
-    command: Annotated[str, typer.Option(help="What the job does with the recipe: `sweep` or `rank`.")] = "sweep",
+    command: Annotated[str, typer.Option(metavar="VERB", help="What the job does with the recipe: `sweep` or `rank`.")] = "sweep",
     runtime_env: Annotated[
         Path | None,
-        typer.Option(help="YAML of a Ray runtime environment, e.g. cluster/runtime-env.yaml: env_vars, pip and so on."),
+        typer.Option(
+            metavar="FILE", help="YAML of a Ray runtime environment, e.g. cluster/runtime-env.yaml: env_vars, pip and so on."
+        ),
     ] = None,
-    entrypoint_num_cpus: Annotated[float | None, typer.Option(min=0, help="CPUs that the job's own process reserves.")] = None,
-    entrypoint_num_gpus: Annotated[float | None, typer.Option(min=0, help="GPUs that the job's own process reserves.")] = None,
+    entrypoint_num_cpus: Annotated[
+        float | None, typer.Option(metavar="N", min=0, help="CPUs that the job's own process reserves.")
+    ] = None,
+    entrypoint_num_gpus: Annotated[
+        float | None, typer.Option(metavar="N", min=0, help="GPUs that the job's own process reserves.")
+    ] = None,
     entrypoint_resource: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=AMOUNT", help="Custom resource that it reserves, e.g. head=1; may be repeated."),
+        typer.Option(metavar="NAME=N", help="Custom resource that it reserves, e.g. head=1; may be repeated."),
     ] = None,
-    submission_id: Annotated[str | None, typer.Option(help="Name of the job; made of the recipe's by default.")] = None,
-    python: Annotated[str, typer.Option(help="Python on the cluster's nodes, which has the package's dependencies.")] = "python",
+    submission_id: Annotated[
+        str | None, typer.Option(metavar="ID", help="Name of the job; made of the recipe's by default.")
+    ] = None,
+    python: Annotated[
+        str, typer.Option(metavar="PATH", help="Python on the cluster's nodes, which has the package's dependencies.")
+    ] = "python",
     wait: Annotated[
         bool, typer.Option("--wait/--no-wait", help="Show the log and end as the job does; or print the id and leave.")
     ] = True,
 ) -> None:
     """Run a recipe as a job on a Ray cluster: with what it names by relative paths, and with this package, but nothing else.
 
-    Ends with the exit code of the job; 143 where it was stopped. Ctrl-C asks whether to stop it and ends with 130;
-    Ctrl-C again leaves it running.
+    Ends with the exit code of the job; 143 where it was stopped.
+    Ctrl-C asks whether to stop the job and ends with 130; Ctrl-C again leaves it running.
     """
     from transplant_ray.distributed.sending import attend, send
 

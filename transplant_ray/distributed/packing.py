@@ -118,7 +118,7 @@ def read_environment(path: Path) -> dict[str, Any]:
 
 
 def read_resources(pairs: Iterable[str]) -> dict[str, float]:
-    """Custom resources, `NAME=AMOUNT` each."""
+    """Custom resources, `NAME=N` each."""
     resources = {}
     for pair in pairs:
         name, _, amount = pair.partition("=")
@@ -127,7 +127,7 @@ def read_resources(pairs: Iterable[str]) -> dict[str, float]:
         except ValueError:
             resources[name] = math.nan
         if not name or not 0 < resources[name] < math.inf:
-            raise JobError(f"--entrypoint-resource {pair!r}: expected NAME=AMOUNT with a positive number, e.g. head=1.")
+            raise JobError(f"--entrypoint-resource {pair!r}: expected NAME=N with a positive number, e.g. head=1.")
     return resources
 
 
