@@ -65,7 +65,7 @@ def sender(head: Head, template: Place, workplace: Path) -> Sender:
     task = {**place.task, "data": "answers.jsonl", "split": SPLIT}
     uri = f"sqlite:///{workplace / 'submitted.db'}"
     recipe = place.recipe(task=task, tracking={"uri": uri}, storage=str(workplace / "submitted"))
-    for name, lines in {"fails": "echo it said this; exit 1", "waits": "echo waiting; exec sleep 300"}.items():
+    for name, lines in {"fails": "find . -type f; ls ${PYTHONPATH%%:*}; echo $GREETING; exit 1", "waits": "echo waiting; exec sleep 300"}.items():
         (place.path / name).write_text(f"#!/bin/sh\n{lines}\n")
         (place.path / name).chmod(0o755)
     return Sender(head, place, recipe)
@@ -122,10 +122,16 @@ def test_status_and_logs_of_a_job_that_has_ended(sender: Sender, finished: Finis
 
 
 def test_the_exit_code_and_the_log_of_a_job_that_fails_are_those_of_the_command(sender: Sender) -> None:
-    failed = sender.script("fails")
+    environment = sender.place.path / "environment.yaml"
+    environment.write_text("env_vars: {GREETING: it said this}\nexcludes: [transplant_ray]\n")
+    failed = sender.script("fails", "--runtime-env", environment)
     assert failed.code == 1
-    assert "it said this" in failed.out
+    assert "it said this\n" in failed.out
     assert "FAILED, exit code 1" in failed.err
+    assert "\ntransplant_ray\n" in failed.out  # the first place where Python looks
+    travelled = {Path(line).name for line in failed.out.splitlines() if line.startswith("./")}
+    models = {path.name for name in ("source", "target") for path in (sender.place.path / name).iterdir()}
+    assert travelled == {"recipe.yaml", "answers.jsonl", *models}
 
 
 def test_an_input_that_is_not_on_the_cluster_ends_the_job_with_our_own_error(sender: Sender) -> None:
