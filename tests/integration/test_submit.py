@@ -65,7 +65,8 @@ def sender(head: Head, template: Place, workplace: Path) -> Sender:
     task = {**place.task, "data": "answers.jsonl", "split": SPLIT}
     uri = f"sqlite:///{workplace / 'submitted.db'}"
     recipe = place.recipe(task=task, tracking={"uri": uri}, storage=str(workplace / "submitted"))
-    for name, lines in {"fails": "find . -type f; ls ${PYTHONPATH%%:*}; echo $GREETING; exit 1", "waits": "echo waiting; exec sleep 300"}.items():
+    scripts = {"fails": "find . -type f; ls ${PYTHONPATH%%:*}; echo $GREETING; exit 1", "waits": "echo waiting; exec sleep 300"}
+    for name, lines in scripts.items():
         (place.path / name).write_text(f"#!/bin/sh\n{lines}\n")
         (place.path / name).chmod(0o755)
     return Sender(head, place, recipe)
