@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.table import Column, Table
 
 from transplant_ray import zoo
 from transplant_ray.errors import TransplantError
@@ -27,6 +30,15 @@ complaints = Console(stderr=True, emoji=False)
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe; see jobs/recipes.")]
 RunPath = Annotated[str, typer.Argument(metavar="RUN", help="Run folder or address, e.g. runs/cross-generation.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe, e.g. sweep.k=[1,2].")]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="Dashboard of the head, e.g. http://HEAD:8265. By default RAY_API_SERVER_ADDRESS or RAY_ADDRESS, else the Ray on "
+        "this machine. A cluster with tokens needs RAY_AUTH_MODE=token and its token in ~/.ray/auth_token.",
+    ),
+]
+JobId = Annotated[str, typer.Argument(metavar="ID", help="Submission id, as `submit` and `status` print it.")]
 
 
 @app.command()
@@ -151,6 +163,105 @@ def grade(
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
+@app.command()
+def submit(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    address: Address = None,
+    command: Annotated[str, typer.Option(metavar="VERB", help="What the job does with the recipe: `sweep` or `rank`.")] = "sweep",
+    runtime_env: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="YAML of a Ray runtime environment, e.g. cluster/runtime-env.yaml: env_vars, pip and so on."
+        ),
+    ] = None,
+    entrypoint_num_cpus: Annotated[
+        float | None, typer.Option(metavar="N", min=0, help="CPUs that the job's own process reserves.")
+    ] = None,
+    entrypoint_num_gpus: Annotated[
+        float | None, typer.Option(metavar="N", min=0, help="GPUs that the job's own process reserves.")
+    ] = None,
+    entrypoint_resource: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=N", help="Custom resource that it reserves, e.g. head=1; may be repeated."),
+    ] = None,
+    submission_id: Annotated[
+        str | None, typer.Option(metavar="ID", help="Name of the job; made of the recipe's by default.")
+    ] = None,
+    python: Annotated[
+        str, typer.Option(metavar="PATH", help="Python on the cluster's nodes, which has the package's dependencies.")
+    ] = "python",
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="Show the log and end as the job does; or print the id and leave.")
+    ] = True,
+) -> None:
+    """Run a recipe as a job on a Ray cluster: with what it names by relative paths, and with this package, but nothing else.
+
+    Ends with the exit code of the job; 143 where it was stopped.
+    Ctrl-C asks whether to stop the job and ends with 130; Ctrl-C again leaves it running.
+    """
+    from transplant_ray.distributed.sending import attend, send
+
+    job = send(
+        recipe, overrides or [], address=address, command=command, runtime_env=runtime_env, num_cpus=entrypoint_num_cpus,
+        num_gpus=entrypoint_num_gpus, resources=entrypoint_resource or [], submission_id=submission_id, python=python,
+    )  # fmt: skip
+    if not wait:
+        console.print(job.id, markup=False, highlight=False)
+        return
+    _tell(f"job {job.id} on {job.jobs.address}; results go to {job.results}")
+    raise typer.Exit(attend(job.jobs, job.id, _write, _ask, _tell))
+
+
+@app.command()
+def status(
+    id: Annotated[str | None, typer.Argument(metavar="[ID]", help="Submission id; all jobs by default.")] = None,
+    address: Address = None,
+) -> None:
+    """Say how a submitted job is doing; or list all of them."""
+    from transplant_ray.distributed.submission import Jobs
+
+    jobs = Jobs.at(address)
+    if id is not None:
+        for line in _job_lines(jobs.one(id)):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+    else:
+        console.print(_jobs_table(jobs.all()))
+
+
+@app.command()
+def logs(
+    id: JobId,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Until the job ends, and then with its exit code; Ctrl-C leaves it running.")
+    ] = False,
+    address: Address = None,
+) -> None:
+    """Print what a submitted job has said."""
+    from transplant_ray.distributed.submission import INTERRUPTED, Jobs, Told, exit_code
+
+    jobs = Jobs.at(address)
+    if not follow:
+        _write(jobs.log(id))
+        return
+    try:
+        raise typer.Exit(exit_code(jobs.follow(id, Told(_write))))
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+
+
+@app.command()
+def stop(id: JobId, address: Address = None) -> None:
+    """Stop a submitted job and wait until it has ended."""
+    from transplant_ray.distributed.submission import Jobs, last_words
+
+    jobs = Jobs.at(address)
+    if jobs.one(id).status.is_terminal():
+        _tell(f"{last_words(jobs.one(id))}; there was nothing to stop")
+    else:
+        _tell(last_words(jobs.stop(id)))
+
+
 def main() -> None:
     """Entry point: our own errors are printed without a traceback and exit with 2."""
     with _plain_errors():
@@ -190,6 +301,54 @@ def _print_results(results, summary, *, every: bool) -> None:  # type: ignore[no
         console.print(results_table(results, split, top=None if every else 8))
     for line in summary_lines(summary):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _ask(question: str) -> bool | None:
+    """Yes, no, or nobody there."""
+    if not sys.stdin.isatty():
+        return None
+    try:
+        return typer.confirm(question, default=False, err=True)
+    except typer.Abort:  # Ctrl-C, or the end of the input
+        return None
+
+
+def _write(text: str) -> None:
+    """A piece of a job's log, as it is."""
+    console.file.write(text)
+    console.file.flush()
+
+
+def _tell(text: str) -> None:
+    """Beside the output, which scripts may read."""
+    complaints.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _jobs_table(jobs) -> Table:  # type: ignore[no-untyped-def]
+    table = Table(Column("job", no_wrap=True), "status", "recipe", "started", "took", box=SIMPLE_HEAD)
+    for job in jobs:
+        table.add_row(str(job.submission_id), str(job.status), (job.metadata or {}).get("recipe", "–"), *_times(job))
+    return table
+
+
+def _job_lines(job) -> list[str]:  # type: ignore[no-untyped-def]
+    from transplant_ray.recipe import redact
+
+    started, took = _times(job)
+    code = None if job.driver_exit_code is None else str(job.driver_exit_code)
+    facts = {"job": job.submission_id, "status": job.status, "started": started, "took": took, "exit code": code}
+    message = (job.message or "").partition("\n")[0]  # below that Ray repeats the end of the log
+    facts |= {**(job.metadata or {}), "message": redact(message)}
+    return [f"{name:<10} {fact}" for name, fact in facts.items() if fact]
+
+
+def _times(job) -> tuple[str, str]:  # type: ignore[no-untyped-def]
+    """When a job started, and how long it has taken so far."""
+    if not job.start_time:
+        return "–", "–"
+    start = datetime.fromtimestamp(job.start_time / 1000, UTC)
+    end = datetime.fromtimestamp(job.end_time / 1000, UTC) if job.end_time else datetime.now(UTC)
+    return f"{start:%Y-%m-%d %H:%M} UTC", str(end - start).partition(".")[0]
 
 
 @contextmanager

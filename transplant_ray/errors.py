@@ -8,6 +8,7 @@
     ├── IncompatibleModels    two models that cannot give to or take from each other
     ├── VariantError          coefficients that do not fit the pair
     ├── ResourceError         more machines, GPUs or memory than there are
+    ├── JobError              a submitted job: its head, its token, its id
     ├── TrackingError         the MLflow server
     └── RunError              a run folder: missing, incomplete, of another recipe
 
@@ -46,6 +47,10 @@ class VariantError(TransplantError):
 
 class ResourceError(TransplantError):
     """The cluster has less than the recipe asks for."""
+
+
+class JobError(TransplantError):
+    """A job cannot be sent, found or followed."""
 
 
 class TrackingError(TransplantError):

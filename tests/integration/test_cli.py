@@ -14,7 +14,9 @@ from integration.helpers import SPLIT, Place, Swept, folder_bytes, run_main, wei
 
 from transplant_ray import cli
 
-COMMANDS = ("demo", "plan", "rank", "sweep", "export", "apply", "show", "report", "grade")
+COMMANDS = (
+    "demo", "plan", "rank", "sweep", "export", "apply", "show", "report", "grade", "submit", "status", "logs", "stop",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -8,13 +8,13 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 
-from transplant_ray.errors import RecipeError, ResourceError, TransplantError
+from transplant_ray.distributed.packing import refuse_relative_outputs
+from transplant_ray.errors import ResourceError, TransplantError
 from transplant_ray.recipe import Recipe, ResourceSpec
 
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -75,21 +75,8 @@ def capacity(resources: ResourceSpec) -> Capacity:
 
 def refuse_vanishing_paths(recipe: Recipe) -> None:
     """Inside a submitted job a relative path is in Ray's own session folder, and lost to whoever submitted it."""
-    if JOB_CONFIG not in os.environ:
-        return
-    paths = {"storage": ("", recipe.storage), "tracking.uri": _sqlite_path(recipe.tracking.uri)}
-    for key, (prefix, path) in paths.items():
-        if path and "://" not in path and not Path(path).expanduser().is_absolute():
-            raise RecipeError(
-                f"`{key}` is the relative path {path!r}, which a submitted job would write into Ray's session folder and lose. "
-                f"Give an absolute path on shared storage, e.g. {key}={prefix}/shared/{path}."
-            )
-
-
-def _sqlite_path(uri: str) -> tuple[str, str]:
-    """Prefix and file of a sqlite address; no file for a server."""
-    prefix = "sqlite:///"
-    return prefix, uri.removeprefix(prefix) if uri.startswith(prefix) else ""
+    if JOB_CONFIG in os.environ:
+        refuse_relative_outputs(recipe)
 
 
 def _start(address: str | None) -> None:

@@ -3,13 +3,13 @@
     recipe = load_recipe("jobs/recipes/cross-generation.yaml", ["sweep.k=[1,2]"])
 
 Paths of inputs (models, data) are relative to the recipe's folder, so that a recipe and its data travel together; paths in
-overrides, `storage` and `tracking.uri` are relative to the working directory, where results belong.
+overrides, `storage` and `tracking.uri` are relative to the working directory, where results belong. `carry_recipe` packs both.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,18 +20,49 @@ from transplant_ray import zoo
 from transplant_ray.errors import RecipeError
 from transplant_ray.recipe.whole import Recipe
 
+Place = Callable[[str, Path, str], str]
+"""The text of an input, what a relative path starts from, and the key: where the input is."""
+Carry = Callable[[str, Path], str]
+"""The key of an input and its path here: its name elsewhere."""
+
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply `key=value` overrides, e.g. `sweep.k=[1,2]`; values are YAML.
 
     Raises RecipeError for a missing file, broken YAML, an unknown key or a value out of range.
     """
-    path = Path(path)
+    return parse_recipe(_settings(Path(path), overrides, _absolute), where=str(path))
+
+
+def carry_recipe(path: str | Path, overrides: Sequence[str], carry: Carry) -> dict[str, Any]:
+    """The settings of a recipe, overrides included, that is going to be read on another machine.
+
+    What is named by a relative path is handed to `carry`, under its key, and called what that answers. Absolute paths, those in
+    a home, `zoo:` and the hub stay what they are.
+    """
+
+    settings = _settings(Path(path), overrides, _marked)
+    _place_inputs(settings, Path(), lambda text, _, key: carry(key, Path(text)) if isinstance(text, _Relative) else text)
+    return settings
+
+
+class _Relative(str):
+    """The absolute path of what a recipe names by a relative one."""
+
+
+def _marked(text: str, base: Path, key: str) -> str:
+    absolute = _absolute(text, base, key)
+    stays = absolute == text or text.startswith("~") or Path(text).is_absolute()
+    return text if stays else _Relative(absolute)
+
+
+def _settings(path: Path, overrides: Sequence[str], place: Place) -> dict[str, Any]:
+    """The file with the overrides in it, and every input where `place` puts it."""
     mapping = _read_mapping(path)
-    _absolute_inputs(mapping, path.resolve().parent)
+    _place_inputs(mapping, path.resolve().parent, place)
     changes = _overrides(overrides)
-    _absolute_inputs(changes, Path.cwd())
-    return parse_recipe(_merge(mapping, changes), where=str(path))
+    _place_inputs(changes, Path.cwd(), place)
+    return _merge(mapping, changes)
 
 
 def parse_recipe(mapping: dict[str, Any], where: str = "recipe") -> Recipe:
@@ -96,13 +127,12 @@ def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _absolute_inputs(mapping: dict[str, Any], base: Path) -> None:
-    """Make the paths of models and data absolute, in place; what is not a path (a hub id) stays."""
+def _place_inputs(mapping: dict[str, Any], base: Path, place: Place) -> None:
+    """Put the models and data of a mapping where `place` says, in place."""
     for section in _sections(mapping):
         for key in ("model", "data", "lm_eval"):
             if isinstance(section.get(key), str):
-                is_file = key == "data" or section[key].endswith((".yaml", ".yml"))
-                section[key] = _absolute(section[key], base, is_file=is_file)
+                section[key] = place(section[key], base, key)
 
 
 def _sections(mapping: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -117,9 +147,11 @@ def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _absolute(text: str, base: Path, *, is_file: bool) -> str:
+def _absolute(text: str, base: Path, key: str) -> str:
+    """The absolute path of an input; what is not a path (a hub id, `zoo:`) stays."""
     if text.startswith(zoo.PREFIX):
         return text
+    is_file = key == "data" or text.endswith((".yaml", ".yml"))
     try:
         path = base / Path(text).expanduser()
         return str(path) if is_file or text.startswith((".", "/", "~")) or path.exists() else text

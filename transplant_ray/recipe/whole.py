@@ -17,6 +17,9 @@ from transplant_ray.recipe.search import SearchSpec
 from transplant_ray.recipe.sweep import MERGES, SweepSpec
 from transplant_ray.recipe.tasks import TaskSpec
 
+CARRIED = "carried"
+"""Folder of the inputs that travel with a recipe, each in one that is named for its content."""
+_BEFORE_CARRIED = re.compile(rf'"[^"]*/({CARRIED}/[0-9a-f]{{64}}/)')
 Acceptance = Literal["vocabulary", "segmentation", "pickle", "remote_code", "task_code"]
 
 
@@ -147,10 +150,14 @@ class Recipe(Part):
         return self
 
     def identity(self) -> str:
-        """Content hash of all that can change a result: where and how fast it runs, and who is told, cannot."""
+        """Content hash of all that can change a result: where and how fast it runs, and who is told, cannot.
+
+        An input that travelled with the recipe counts by its content, not by where Ray unpacked it: that changes with every head.
+        """
         content = self.model_dump(mode="json", exclude={"tracking", "storage", "resources", "ledger"})
         content["numerics"] = [self.resources.dtype, self.resources.batch_size, self.resources.shard_size]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        text = _BEFORE_CARRIED.sub(r'"\1', json.dumps(content, sort_keys=True))
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def to_yaml(self) -> str:
         """For the record: addresses come without the user and password in them."""

@@ -174,8 +174,15 @@ def tracked(recipe: Recipe) -> Iterator[Tracker]:
 
 def environment() -> dict[str, Any]:
     """Versions and machine, for the record."""
-    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    versions = {name: _version(name) for name in LIBRARIES}
     return {"python": platform.python_version(), "platform": platform.platform(), "cpus": os.cpu_count(), **versions}
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:  # our own package need not be installed where it travels with a job
+        return "not installed"
 
 
 def _artifacts_beside(uri: str) -> str | None:
