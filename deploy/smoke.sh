@@ -54,8 +54,9 @@ fi
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$folder/token RAY_USAGE_STATS_ENABLED=0
 (umask 077 && "$python" -c 'import secrets; print(secrets.token_hex(32))' > "$RAY_AUTH_TOKEN_PATH")
 dashboard=$(free_port)
-"$bin/ray" start --head --block --temp-dir="$folder/ray" --num-cpus=4 --port="$(free_port)" --ray-client-server-port="$(free_port)" \
-    --dashboard-host=127.0.0.1 --dashboard-port="$dashboard" --dashboard-agent-listen-port="$(free_port)" > "$folder/head.log" 2>&1 &
+"$bin/ray" start --head --block --temp-dir="$folder/ray" --num-cpus=4 --node-ip-address=127.0.0.1 --port="$(free_port)" \
+    --ray-client-server-port="$(free_port)" --dashboard-host=127.0.0.1 --dashboard-port="$dashboard" \
+    --dashboard-agent-listen-port="$(free_port)" > "$folder/head.log" 2>&1 &
 started+=($!)
 wait_for "http://127.0.0.1:$dashboard/api/gcs_healthz" $! "the Ray head"
 

@@ -55,8 +55,6 @@ def check_ray_up(config: dict[str, Any]) -> None:
     if config["provider"]["type"] == "aws":
         for machine in config["available_node_types"].values():
             _check_request("RunInstances", {**machine["node_config"], "MinCount": 1, "MaxCount": 1})
-        rules = config["provider"]["security_group"]["IpPermissions"]
-        _check_request("AuthorizeSecurityGroupIngress", {"IpPermissions": rules})
 
 
 def _check_flags(words: str) -> None:

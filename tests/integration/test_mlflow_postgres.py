@@ -143,7 +143,7 @@ def deployed(workplace: Path, database: str, store: str) -> Iterator[Deployed]:
             env=os.environ | environment,
         )
     try:
-        wait_until(lambda: requests.get(f"http://127.0.0.1:{port}/health", timeout=5).ok, process)
+        wait_until(lambda: requests.get(f"http://127.0.0.1:{port}/health", timeout=5).ok, process, 300)  # it makes its tables first
         yield Deployed(f"http://127.0.0.1:{port}", database, _client(store), log)
     finally:
         with contextlib.suppress(ProcessLookupError):  # it ended by itself, which `wait_until` has said

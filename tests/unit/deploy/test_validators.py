@@ -55,7 +55,7 @@ def test_ray_up_files_pass_rays_own_validator(path: Path) -> None:
         (lambda config: config["available_node_types"]["gpu"].update(max_wokers=3), "max_wokers"),
         (lambda config: config.update(head_node_type="haed"), "head_node_type"),
         (lambda config: config["available_node_types"]["gpu"]["node_config"].update(InstanceTyp="g6e.xlarge"), "InstanceTyp"),
-        (lambda config: config["provider"]["security_group"]["IpPermissions"][0].update(FromPort="ssh"), "FromPort"),
+        (lambda config: config["available_node_types"]["head"]["node_config"].update(SecurityGroupIds="sg-1"), "SecurityGroupIds"),
         (lambda config: config["head_start_ray_commands"].append("ray start --head --dashbord-host=127.0.0.1"), "--dashbord-host"),
     ],
 )
