@@ -9,7 +9,7 @@ import subprocess
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import manifests
 import pytest
@@ -18,6 +18,8 @@ from mlflow.cli import server
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+
+from transplant_ray.recipe import Acceptance
 
 CLUSTER, DEPLOY = REPOSITORY / "cluster", REPOSITORY / "deploy"
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
@@ -244,3 +246,14 @@ def test_the_server_is_started_with_flags_that_it_has_and_the_same_everywhere() 
     assert compose["disable_security_middleware"] is False
     assert kubernetes | {"backend_store_uri": compose["backend_store_uri"]} == compose
     assert kubernetes["backend_store_uri"] == compose["backend_store_uri"].replace("@postgres:", "@mlflow-postgres:")
+
+
+def test_security_names_all_that_a_recipe_can_accept_and_only_files_that_there_are() -> None:
+    text = (REPOSITORY / "SECURITY.md").read_text()
+    assert set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) - {"accept"} == set(get_args(Acceptance)) - {
+        "vocabulary",
+        "segmentation",
+    }
+    named = re.findall(r"`((?:cluster|deploy)/[\w./-]*)`", text + (REPOSITORY / "README.md").read_text())
+    assert len(named) > 10
+    assert not [path for path in named if not (REPOSITORY / path).exists()]
