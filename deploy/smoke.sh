@@ -17,7 +17,7 @@ finish() {
     code=$?
     trap - EXIT INT TERM
     for ((i = ${#started[@]} - 1; i >= 0; i--)); do
-        kill -TERM "${started[i]}" 2> /dev/null || true
+        kill -TERM "${started[i]}" 2> /dev/null || true # one that has ended already
         wait "${started[i]}" 2> /dev/null || true
     done
     if [ "$code" = 0 ]; then
@@ -53,12 +53,21 @@ fi
 
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$folder/token RAY_USAGE_STATS_ENABLED=0
 (umask 077 && "$python" -c 'import secrets; print(secrets.token_hex(32))' > "$RAY_AUTH_TOKEN_PATH")
-dashboard=$(free_port)
-"$bin/ray" start --head --block --temp-dir="$folder/ray" --num-cpus=4 --node-ip-address=127.0.0.1 --port="$(free_port)" \
-    --ray-client-server-port="$(free_port)" --dashboard-host=127.0.0.1 --dashboard-port="$dashboard" \
-    --dashboard-agent-listen-port="$(free_port)" > "$folder/head.log" 2>&1 &
-started+=($!)
-wait_for "http://127.0.0.1:$dashboard/api/gcs_healthz" $! "the Ray head"
+start_head() { # ATTEMPT
+    dashboard=$(free_port)
+    "$bin/ray" start --head --block --temp-dir="$folder/ray-$1" --num-cpus=4 --node-ip-address=127.0.0.1 --port="$(free_port)" \
+        --ray-client-server-port="$(free_port)" --dashboard-host=127.0.0.1 --dashboard-port="$dashboard" \
+        --dashboard-agent-listen-port="$(free_port)" > "$folder/head-$1.log" 2>&1 &
+    head=$!
+    started+=("$head")
+    wait_for "http://127.0.0.1:$dashboard/api/gcs_healthz" "$head" "the Ray head" || return 1
+    until grep -q "will now block" "$folder/head-$1.log"; do kill -0 "$head" 2> /dev/null || return 1; sleep 1; done
+    sleep 3 # then it looks once whether all its parts have come up
+    kill -0 "$head" 2> /dev/null
+}
+
+# Ray gives its parts 30 seconds to find each other, which a busy machine can miss.
+start_head 1 || start_head 2 || start_head 3
 
 PYTHONPATH=$PWD "$bin/ray" job submit --address "http://127.0.0.1:$dashboard" --working-dir . --runtime-env cluster/runtime-env.yaml -- \
     "$python" jobs/sweep.py jobs/recipes/cross-generation.yaml name=smoke "storage=$folder/runs" "tracking.uri=$uri" "$@"
