@@ -7,6 +7,7 @@ after another, `generate` of transformers at the batch size that suits it best.
 from __future__ import annotations
 
 import json
+import os
 import random
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from measure import interleaved, peak_above_baseline, seconds_of
@@ -345,7 +347,7 @@ def _forward_backward(bench: Bench, examples: Sequence[Rendered], rounds: int) -
 def attribution_memory(options: Namespace) -> Iterator[Row]:
     """What the ranking holds above plain forward and backward passes over the same batches, in layers of weights."""
     width, layers = (256, 4) if options.quick else (1024, 8)
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, patch.dict(os.environ, {"MALLOC_MMAP_THRESHOLD_": "65536"}):  # what is freed is gone
         examples = zoo_bench().examples[:16]
         with get_context("spawn").Pool(1, maxtasksperchild=1) as processes:
             processes.apply(_write_pair, (folder, width, layers))
@@ -363,6 +365,8 @@ def _weigh_attribution(folder: str, layers: int, examples: Sequence[Rendered], r
     small = random_bench(Path(folder, f"small{ranks}"), 64, 1, examples)
     _rank_or_pass(small, examples, ranks)  # imports what has to be
     bench = Bench(compare(*(open_checkpoint(str(Path(folder, role))) for role in ("source", "target"))), examples)
+    for graft in bench.pair.grafts.values():
+        graft.source.weight.sum()  # what is mapped from a file is not there before somebody reads it
     _, peak = peak_above_baseline(lambda: _rank_or_pass(bench, examples, ranks))
     in_a_layer = sum(pair.source.num_parameters for pair in bench.comparison.pairs.values()) // layers
     return peak, 4 * in_a_layer
