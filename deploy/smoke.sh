@@ -12,10 +12,14 @@ python=${PYTHON:-$PWD/.venv/bin/python}
 bin=$(dirname "$python")
 folder=$(mktemp -d /tmp/smoke-XXXXXX) # short: Ray's sockets are in it
 started=()
+job=
 
 finish() {
     code=$?
     trap - EXIT INT TERM
+    if [ -n "$job" ]; then # it would outlive the head
+        timeout 60 "$bin/ray" job stop --address "http://127.0.0.1:$dashboard" "$job" > /dev/null 2>&1 || true
+    fi
     for ((i = ${#started[@]} - 1; i >= 0; i--)); do
         kill -TERM "${started[i]}" 2> /dev/null || true # one that has ended already
         wait "${started[i]}" 2> /dev/null || true
@@ -69,8 +73,11 @@ start_head() { # ATTEMPT
 # Ray gives its parts 30 seconds to find each other, which a busy machine can miss.
 start_head 1 || start_head 2 || start_head 3
 
-PYTHONPATH=$PWD "$bin/ray" job submit --address "http://127.0.0.1:$dashboard" --working-dir . --runtime-env cluster/runtime-env.yaml -- \
+job=smoke
+PYTHONPATH=$PWD "$bin/ray" job submit --address "http://127.0.0.1:$dashboard" --submission-id "$job" --working-dir . \
+    --runtime-env cluster/runtime-env.yaml -- \
     "$python" jobs/sweep.py jobs/recipes/cross-generation.yaml name=smoke "storage=$folder/runs" "tracking.uri=$uri" "$@"
+job=
 
 "$python" - "$uri" "$folder/runs/smoke/summary.json" << 'END'
 import json
