@@ -198,6 +198,8 @@ def print_plan(console: Console, report: PlanReport) -> None:
     console.print(f"variants: {roles}; at most {report.num_distinct} to evaluate, equal ones once", highlight=False)
     examples = ", ".join(f"{n} {split}" for split, n in report.examples.items())
     console.print(f"examples: {examples}; at most {report.num_answers} answers on select", highlight=False)
+    if report.num_references:
+        console.print(f"reference answers read for losses: {report.num_references}", highlight=False)
     if report.guards:
         console.print(f"guards: {'; '.join(report.guards)}", highlight=False)
     if report.arms.num_arms:

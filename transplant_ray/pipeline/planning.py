@@ -82,6 +82,8 @@ class PlanReport:
     """What else every variant that is not stopped is asked on select, in words."""
     num_answers: int
     """Completions to generate on select, at most; fewer with a screen or a race. Without those of the arms."""
+    num_references: int
+    """Reference answers that are read on select for losses, without decoding."""
     arms: Arms
     merges: tuple[str, ...]
     """Merging baselines; each is a checkpoint to make, to load, and to answer select."""
@@ -97,6 +99,7 @@ def plan(recipe: Recipe) -> PlanReport:
 def make_plan(job: Job) -> PlanReport:
     comparison, recipe = job.comparison, job.recipe
     sweep_plan = job.provisional_plan()
+    reads = job.reads_references or recipe.sweep.screen is not None
     kinds = Counter(m.role.kind for m in comparison.modules) + Counter(m.path.rpartition(".")[2] for m in comparison.modules)
     return PlanReport(
         family=comparison.target.config.model_type,
@@ -110,6 +113,7 @@ def make_plan(job: Job) -> PlanReport:
         examples={split: len(examples) for split, examples in job.examples.items()},
         guards=tuple(_guards(job)),
         num_answers=_num_select_answers(job, sweep_plan),
+        num_references=len(sweep_plan.variants) * len(job.examples["select"]) if reads else 0,
         arms=_arms(job, sweep_plan),
         merges=tuple(merge.label for merge in planned_merges(recipe.sweep.controls)),
         memory={"probe actor": _memory(job, evaluator=False), "evaluator": _memory(job, evaluator=True)},
