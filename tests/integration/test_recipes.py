@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+from header_files import sparse_checkpoint
 from integration.helpers import REPOSITORY
-from sparse import sparse_checkpoint
 from tiny import tiny_tokenizer
 from transformers import Gemma2Config, Phi3Config, PretrainedConfig
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from header_files import sparse_checkpoint
 from safetensors.torch import load_file, save_file
-from sparse import sparse_checkpoint
 from tiny import CONFIGS, VOCABULARY, save_tiny, tiny_config, tiny_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, LlamaConfig, PreTrainedModel

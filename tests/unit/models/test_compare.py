@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from header_files import sparse_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from sparse import sparse_checkpoint
 from tiny import CONFIGS, DEEP_FAMILIES, VOCABULARY, save_tiny, tiny_config, tiny_model, tiny_pair
 from transformers import AutoModelForCausalLM, MixtralConfig, PretrainedConfig
 

@@ -6,8 +6,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from header_files import sparse_checkpoint
 from safetensors import safe_open
-from sparse import sparse_checkpoint
 from tiny import DEEP_FAMILIES, save_tiny, tiny_config
 from transformers import AutoModelForCausalLM, Gemma2Config, Phi3Config
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from header_files import sparse_checkpoint
 from hub import COMMIT, local_hub
 from huggingface_hub import constants
-from sparse import sparse_checkpoint
 from tiny import save_tiny
 from transformers import Phi3Config
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from header_files import sparse_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from sparse import sparse_checkpoint
 from tiny import DEEP_FAMILIES, save_tiny, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
