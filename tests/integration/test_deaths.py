@@ -81,6 +81,7 @@ def test_a_variant_that_kills_whoever_has_it_is_given_up(cluster: None, tmp_path
     assert done == dict.fromkeys((variant.id for variant in VARIANTS if variant != killer), 1)
 
 
+@pytest.mark.slow
 def test_a_measurement_of_a_killer_is_nothing(cluster: None, tmp_path: Path) -> None:  # noqa: ARG001
     killer = VARIANTS[5]
     losses = make_pool(tmp_path, always=[killer], once=VARIANTS[20:21]).losses(VARIANTS, EXAMPLES, RULES, lambda _: None)

@@ -205,6 +205,7 @@ def babbler(tmp_path: Path) -> Path:
     return tmp_path / "babbler"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not GSM8K.is_dir(), reason="GSM8K is not there")
 def test_a_task_of_the_harness_by_its_name_on_its_own_data(babbler: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`lm_eval: gsm8k`: its prompts, shots and filters, with its data from a copy, for the hub is not reached from here."""

@@ -102,6 +102,7 @@ def test_a_recipe_with_its_inputs_runs_on_the_cluster_and_ends_with_the_same_num
     assert job.metadata["identity"] == json.loads((folder / "summary.json").read_text())["recipe"]
 
 
+@pytest.mark.slow
 def test_the_same_recipe_again_is_the_same_recipe_to_the_results_that_are_there(
     sender: Sender, finished: Finished, swept: Swept, workplace: Path
 ) -> None:
@@ -135,6 +136,7 @@ def test_the_exit_code_and_the_log_of_a_job_that_fails_are_those_of_the_command(
     assert travelled == {"recipe.yaml", "answers.jsonl", *models}
 
 
+@pytest.mark.slow
 def test_an_input_that_is_not_on_the_cluster_ends_the_job_with_our_own_error(sender: Sender) -> None:
     failed = sender("submit", sender.recipe, "target.model=/shared/nowhere", "--python", sys.executable)
     assert failed.code == 2
@@ -161,6 +163,7 @@ def read_until(words: str, stream: Callable[[], bytes]) -> bytes:
     return heard
 
 
+@pytest.mark.slow
 def test_ctrl_c_asks_and_yes_stops_the_job(sender: Sender) -> None:
     ours, theirs = pty.openpty()
     argv = ("submit", sender.recipe, "--python", sender.place.path / "waits", "--submission-id", "asked")
@@ -198,6 +201,7 @@ def test_an_id_that_is_taken_is_refused(sender: Sender, waiting: str) -> None:
     assert "already" in taken.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variables", "advice"),
     [
