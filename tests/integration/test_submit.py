@@ -25,6 +25,8 @@ from transplant_ray.recipe import load_recipe
 
 SWEPT = ["variant", "role", "split", "n", "correct", "accuracy", "winner"]
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass(frozen=True)
 class Sender:
@@ -102,7 +104,6 @@ def test_a_recipe_with_its_inputs_runs_on_the_cluster_and_ends_with_the_same_num
     assert job.metadata["identity"] == json.loads((folder / "summary.json").read_text())["recipe"]
 
 
-@pytest.mark.slow
 def test_the_same_recipe_again_is_the_same_recipe_to_the_results_that_are_there(
     sender: Sender, finished: Finished, swept: Swept, workplace: Path
 ) -> None:
@@ -136,7 +137,6 @@ def test_the_exit_code_and_the_log_of_a_job_that_fails_are_those_of_the_command(
     assert travelled == {"recipe.yaml", "answers.jsonl", *models}
 
 
-@pytest.mark.slow
 def test_an_input_that_is_not_on_the_cluster_ends_the_job_with_our_own_error(sender: Sender) -> None:
     failed = sender("submit", sender.recipe, "target.model=/shared/nowhere", "--python", sys.executable)
     assert failed.code == 2
@@ -163,7 +163,6 @@ def read_until(words: str, stream: Callable[[], bytes]) -> bytes:
     return heard
 
 
-@pytest.mark.slow
 def test_ctrl_c_asks_and_yes_stops_the_job(sender: Sender) -> None:
     ours, theirs = pty.openpty()
     argv = ("submit", sender.recipe, "--python", sender.place.path / "waits", "--submission-id", "asked")
@@ -201,7 +200,6 @@ def test_an_id_that_is_taken_is_refused(sender: Sender, waiting: str) -> None:
     assert "already" in taken.err
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variables", "advice"),
     [
