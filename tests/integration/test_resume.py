@@ -17,7 +17,7 @@ PATIENCE = 240
 
 
 def test_a_killed_driver_goes_on_where_it_was(swept: Swept, place: Place) -> None:
-    recipe = place.recipe(resources={"batch_size": 64})
+    recipe = place.recipe(name="killed", resources={"batch_size": 64})
     ledger = place.path / "runs" / ".ledger"
     killed = subprocess.Popen(
         [sys.executable, "-m", "transplant_ray.cli", "sweep", str(recipe)],
@@ -30,13 +30,13 @@ def test_a_killed_driver_goes_on_where_it_was(swept: Swept, place: Place) -> Non
     finally:
         os.killpg(killed.pid, signal.SIGKILL)
         killed.wait()
-    assert not (place.path / "runs" / "tiny" / "summary.json").exists(), "it was to be killed before its end"
+    assert not (place.path / "runs" / "killed" / "summary.json").exists(), "it was to be killed before its end"
     known = sum(len(pd.read_parquet(part)) for part in ledger.glob("*/*.parquet"))
     assert known
 
     finished = run_main("sweep", recipe)
     assert finished.code == 0, finished.err
-    again = Swept(place.path / "runs" / "tiny", place, finished)
+    again = Swept(place.path / "runs" / "killed", place, finished)
     assert again.summary["recalled"] >= known
     assert "taken from the ledger" in finished.out
     assert again.summary["test_opened"] == 1
