@@ -6,12 +6,14 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 
+from transplant_ray.distributed.fleet import fleet
 from transplant_ray.distributed.pool import MOST_DEATHS, Pool, Work, packed
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.example import Rendered
@@ -31,8 +33,8 @@ class Mortal:
     def __init__(self, marks: Path, always: frozenset[str], once: frozenset[str]) -> None:
         self.marks, self.always, self.once = marks, always, once
 
-    def ping(self) -> None:
-        pass
+    def join(self) -> str:
+        return str(ray.get_runtime_context().get_node_id())
 
     def evaluate(
         self, variants: Sequence[Variant], examples: Sequence[Rendered], _rules: Rules, _rows: int
@@ -54,9 +56,11 @@ class Mortal:
             os.kill(os.getpid(), 9)
 
 
-def make_pool(folder: Path, *, always: Sequence[Variant] = (), once: Sequence[Variant] = (), size: int = 2) -> Pool:
+@contextmanager
+def make_pool(folder: Path, *, always: Sequence[Variant] = (), once: Sequence[Variant] = (), size: int = 2) -> Iterator[Pool]:
     dying = [frozenset(variant.id for variant in some) for some in (always, once)]
-    return Pool(tuple(Mortal.remote(folder, *dying) for _ in range(size)), rows=8)
+    with fleet(lambda: Mortal.remote(folder, *dying), lambda: size, print) as gathered:  # type: ignore[attr-defined]
+        yield Pool(gathered, rows=8)
 
 
 def run(pool: Pool) -> tuple[Counter[str], dict[str, str]]:
@@ -69,14 +73,16 @@ def run(pool: Pool) -> tuple[Counter[str], dict[str, str]]:
 
 def test_what_a_dead_evaluator_had_in_hand_is_done_once_by_another(cluster: None, tmp_path: Path) -> None:  # noqa: ARG001
     """The first and the last of a pack, and one in the middle of the next."""
-    done, failed = run(make_pool(tmp_path, once=[VARIANTS[0], VARIANTS[15], VARIANTS[25]]))
+    with make_pool(tmp_path, once=[VARIANTS[0], VARIANTS[15], VARIANTS[25]]) as pool:
+        done, failed = run(pool)
     assert done == dict.fromkeys((variant.id for variant in VARIANTS), 1)
     assert not failed
 
 
 def test_a_variant_that_kills_whoever_has_it_is_given_up(cluster: None, tmp_path: Path) -> None:  # noqa: ARG001
     killer = VARIANTS[5]
-    done, failed = run(make_pool(tmp_path, always=[killer]))
+    with make_pool(tmp_path, always=[killer]) as pool:
+        done, failed = run(pool)
     assert failed == {killer.id: f"its evaluator died {MOST_DEATHS} times while it answered"}
     assert done == dict.fromkeys((variant.id for variant in VARIANTS if variant != killer), 1)
 
@@ -84,11 +90,11 @@ def test_a_variant_that_kills_whoever_has_it_is_given_up(cluster: None, tmp_path
 @pytest.mark.slow
 def test_a_measurement_of_a_killer_is_nothing(cluster: None, tmp_path: Path) -> None:  # noqa: ARG001
     killer = VARIANTS[5]
-    losses = make_pool(tmp_path, always=[killer], once=VARIANTS[20:21]).losses(VARIANTS, EXAMPLES, RULES, lambda _: None)
+    with make_pool(tmp_path, always=[killer], once=VARIANTS[20:21]) as pool:
+        losses = pool.losses(VARIANTS, EXAMPLES, RULES, lambda _: None)
     assert losses == {variant.id: None if variant == killer else 1.0 for variant in VARIANTS}
 
 
 def test_an_error_of_an_evaluator_is_no_death(cluster: None, tmp_path: Path) -> None:  # noqa: ARG001
-    pool = make_pool(tmp_path)
-    with pytest.raises(ray.exceptions.RayTaskError, match="not iterable"):
+    with make_pool(tmp_path) as pool, pytest.raises(ray.exceptions.RayTaskError, match="not iterable"):
         pool.run([Work(None, EXAMPLES, RULES)], lambda _: None)  # type: ignore[arg-type]

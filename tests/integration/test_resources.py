@@ -79,7 +79,7 @@ def test_more_than_the_cluster_has_is_refused_at_once(cluster: None, place: Plac
     assert finished.code == 2
     assert f"ResourceError: `resources`: {found}" in finished.err
     assert "2 GPUs and 4 CPUs" in finished.err
-    assert "Lower `evaluators`, `gpus_per_model` or `cpus_per_model`, or join a larger cluster" in finished.err
+    assert "Lower `evaluators`, `gpus_per_model` or `cpus_per_model`, join a larger cluster with `address`" in finished.err
     assert not (place.path / "runs").exists()
     assert len(ray.util.list_named_actors()) == actors
 

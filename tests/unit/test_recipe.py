@@ -95,6 +95,9 @@ WHOLE: dict[str, Any] = {
         "gpus_per_model": 0.5,
         "cpus_per_model": 2,
         "evaluators": 2,
+        "labels": {"source": {"role": "source"}, "evaluator": {"room": "cold"}},
+        "accelerator_type": "H100",
+        "wait": 30.0,
         "dtype": "bfloat16",
         "batch_size": 8,
         "shard_size": 50,
@@ -401,12 +404,12 @@ def test_overrides_replace_single_values_and_keep_the_rest(whole: Path) -> None:
     overrides = [
         "sweep.k=[5, 6]",
         "task.split.seed=7",
-        "resources.gpus_per_model=0",
+        "resources.gpus_per_model=0.25",
         "rank.max_new_tokens=",
         "name=other",
         "sweep.k=[9]",
     ]
-    expected = changed(changed(changed(WHOLE, "sweep.k", [9]), "task.split.seed", 7), "resources.gpus_per_model", 0)
+    expected = changed(changed(changed(WHOLE, "sweep.k", [9]), "task.split.seed", 7), "resources.gpus_per_model", 0.25)
     expected = changed(changed(expected, "rank.max_new_tokens", None), "name", "other")
     assert load_recipe(whole, overrides).model_dump(mode="json") == expected
 
@@ -559,7 +562,8 @@ OTHER = {
 }  # fmt: skip
 MATTERS_NOT = {
     "resources.address": "ray://x", "resources.gpus_per_model": 1, "resources.cpus_per_model": 1, "resources.evaluators": 1,
-    "tracking.uri": "http://x", "tracking.experiment": "x", "tracking.upload": "none", "storage": "elsewhere", "ledger": False,
+    "resources.labels.source.role": "x", "resources.labels.evaluator.room": "x", "resources.accelerator_type": "L4",
+    "resources.wait": 7, "tracking.uri": "http://x", "tracking.experiment": "x", "tracking.upload": "none", "storage": "elsewhere", "ledger": False,
 }  # fmt: skip
 LEFT_OUT = {
     "task.scorer",

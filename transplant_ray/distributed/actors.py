@@ -148,8 +148,11 @@ class Evaluator:
         """Variant id → KL(target ‖ variant) on each text; of all of them at once."""
         yield self._engine(rules, rows).divergences(variants, texts)
 
-    def ping(self) -> None:
-        """Whether it is there."""
+    def join(self) -> str:
+        """Loads the pair; the id of the node where it is now."""
+        self._load()
+        node: str = ray.get_runtime_context().get_node_id()
+        return node
 
     def measure(self, ranker: str, examples: Sequence[Rendered], rules: Rules, rows: int, steps: int) -> Measured:
         """What a ranker finds that needs both models; `steps` are those of `attribution`."""

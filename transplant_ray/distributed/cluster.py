@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,35 +13,49 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.autoscaler.sdk import request_resources
 
 from transplant_ray.distributed.packing import refuse_relative_outputs
+from transplant_ray.distributed.room import both_at_once, missing, room
 from transplant_ray.errors import ResourceError, TransplantError
-from transplant_ray.recipe import Recipe, ResourceSpec
+from transplant_ray.recipe import Place, Recipe, ResourceSpec
 
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it in the process of a submitted job."""
 REACH_SECONDS = 10
+POLL_SECONDS = 2.0
+"""How often it is asked whether a node has come or gone."""
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """What one model actor takes, and how many of them each node can hold at once."""
+    """Where model actors go, and for how many of them there is room."""
 
-    cpus: float
-    gpus: float
-    actors_per_node: tuple[int, ...]
+    resources: ResourceSpec
+
+    def start(self, actor_class: Any, place: Place, *args: Any) -> ActorHandle:
+        """A model actor; it waits where the cluster is full."""
+        return actor_class.options(**self.options(place)).remote(*args)
+
+    def options(self, place: Place) -> dict[str, Any]:
+        """Ray options of a model actor: it restarts when it dies, and calls to it are tried again until it answers."""
+        resources = self.resources
+        placed: dict[str, Any] = {"label_selector": dict(resources.labels[place])} if place in resources.labels else {}
+        if resources.accelerator_type is not None:
+            placed["accelerator_type"] = resources.accelerator_type
+        num = {"num_cpus": resources.cpus_per_model, "num_gpus": resources.gpus_per_model}
+        return {**num, **placed, "max_restarts": -1, "max_task_retries": -1}
 
     @property
-    def num_actors(self) -> int:
-        return sum(self.actors_per_node)
+    def holds_both(self) -> bool:
+        """Whether source and target can be there at once."""
+        return both_at_once(ray.nodes(), self.resources)
 
-    def start(self, actor_class: Any, *args: Any) -> ActorHandle:
-        """A model actor; it waits where the cluster is full."""
-        return actor_class.options(**self.options()).remote(*args)
-
-    def options(self) -> dict[str, Any]:
-        """Ray options of a model actor: it restarts when it dies, and calls to it are tried again until it answers."""
-        return {"num_cpus": self.cpus, "num_gpus": self.gpus, "max_restarts": -1, "max_task_retries": -1}
+    def evaluators(self) -> int:
+        """How many there should be now."""
+        if self.resources.evaluators != "auto":
+            return self.resources.evaluators
+        return max(1, room(ray.nodes(), self.resources, "evaluator"))
 
 
 @contextmanager
@@ -53,24 +68,37 @@ def connect(resources: ResourceSpec) -> Iterator[Capacity]:
     if mine:
         _start(resources.address)
     try:
-        yield capacity(resources)
+        wait_for_room(resources)
+        yield Capacity(resources)
     finally:
         if mine:
             ray.shutdown()
 
 
-def capacity(resources: ResourceSpec) -> Capacity:
-    """How many model actors fit on the nodes that are alive. ResourceError where it is fewer than `resources.evaluators`."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    fits = tuple(_fit(node, resources) for node in nodes)
-    if sum(fits) < resources.evaluators:
-        have = ", ".join(f"{node.get('GPU', 0):g} GPUs and {node.get('CPU', 0):g} CPUs" for node in nodes) or "no nodes"
-        raise ResourceError(
-            f"`resources`: {resources.evaluators} evaluators with {resources.gpus_per_model:g} GPUs and "
-            f"{resources.cpus_per_model:g} CPUs each do not fit; the cluster's nodes have {have}, which is {sum(fits)} of them. "
-            "Lower `evaluators`, `gpus_per_model` or `cpus_per_model`, or join a larger cluster with `address`."
-        )
-    return Capacity(resources.cpus_per_model, resources.gpus_per_model, fits)
+def wait_for_room(resources: ResourceSpec) -> None:
+    """Ask a cluster that grows for what is missing, for `resources.wait` seconds. ResourceError where it is not there then."""
+    end = time.monotonic() + resources.wait
+    asked = False
+    try:
+        while (lacking := missing(ray.nodes(), resources)) is not None:
+            if time.monotonic() >= end:
+                waited = f" after {resources.wait:g} seconds" if resources.wait else ""
+                raise ResourceError(
+                    f"`resources`: {lacking}{waited}. Lower `evaluators`, `gpus_per_model` or `cpus_per_model`, join a larger "
+                    "cluster with `address`, or give one that grows by itself some seconds to `wait`."
+                )
+            asked = asked or _ask_to_grow(resources)
+            time.sleep(min(POLL_SECONDS, max(0.0, end - time.monotonic())))
+    finally:
+        if asked:
+            request_resources(bundles=[])  # else the cluster would stay as large for ever
+
+
+def _ask_to_grow(resources: ResourceSpec) -> bool:
+    bundle = {"CPU": resources.cpus_per_model, "GPU": resources.gpus_per_model}
+    number = 1 if resources.evaluators == "auto" else resources.evaluators
+    request_resources(bundles=[{name: amount for name, amount in bundle.items() if amount}] * number)
+    return True
 
 
 def refuse_vanishing_paths(recipe: Recipe) -> None:
@@ -103,16 +131,6 @@ def _reach(address: str) -> None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host.strip("[]"), int(port)), REACH_SECONDS).close()
-
-
-def _fit(node: dict[str, float], resources: ResourceSpec) -> int:
-    by_cpu = int(node.get("CPU", 0) / resources.cpus_per_model)
-    if resources.gpus_per_model == 0:
-        return by_cpu
-    gpus = node.get("GPU", 0)
-    if resources.gpus_per_model < 1:  # a fraction never spans two GPUs
-        return min(by_cpu, int(gpus) * int(1 / resources.gpus_per_model))
-    return min(by_cpu, int(gpus / resources.gpus_per_model))
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -18,7 +18,7 @@ from ray.actor import ActorHandle
 
 from transplant_ray.distributed.actors import Evaluator, Workload
 from transplant_ray.distributed.cluster import Capacity
-from transplant_ray.distributed.probing import released
+from transplant_ray.distributed.fleet import RESIZE_SECONDS, Fleet, Member, fleet, nodes_alive
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.engine import VARIANTS_PER_PACK
 from transplant_ray.evaluate.example import Rendered
@@ -43,20 +43,21 @@ class Work:
     variants: tuple[Variant, ...]
     examples: tuple[Rendered, ...]
     rules: Rules
-    deaths: int = 0
-    """Of evaluators that had it in hand, since one of its variants was answered."""
+    deaths: tuple[str, ...] = ()
+    """Nodes of the evaluators that died with it in hand, since one of its variants was answered."""
 
-    def after_a_death(self, answered: Collection[str]) -> tuple[list[Work], Variant | None]:
-        """What is left to do, and the variant that is to be given up."""
+    def after_a_death(self, answered: Collection[str], node: str, alive: Collection[str]) -> tuple[list[Work], Variant | None]:
+        """What is left to do, and the variant that is to be given up. A death with the whole node is nobody's fault."""
         left = tuple(variant for variant in self.variants if variant.id not in answered)
-        deaths = 1 if len(left) < len(self.variants) else self.deaths + 1
+        before = self.deaths if len(left) == len(self.variants) else ()
+        deaths = tuple(place for place in (*before, node) if place in alive)
         if not left:
             return [], None
-        if deaths < MOST_DEATHS:
+        if len(deaths) < MOST_DEATHS:
             return [replace(self, variants=left, deaths=deaths)], None
         if len(left) == 1:
             return [], left[0]
-        return [replace(self, variants=(variant,), deaths=0) for variant in left], None
+        return [replace(self, variants=(variant,), deaths=()) for variant in left], None
 
 
 def packed(variants: Sequence[Variant]) -> list[tuple[Variant, ...]]:
@@ -67,7 +68,7 @@ def packed(variants: Sequence[Variant]) -> list[tuple[Variant, ...]]:
 class _Task:
     """Work in the hands of an evaluator; what comes of it, one reference at a time."""
 
-    evaluator: ActorHandle
+    member: Member
     work: Work
     stream: Any
     answered: set[str] = field(default_factory=set)
@@ -91,7 +92,7 @@ class _Waiting:
 
 @dataclass(frozen=True)
 class Pool:
-    evaluators: tuple[ActorHandle, ...]
+    fleet: Fleet
     rows: int
     """Rows in flight on each evaluator, at most."""
 
@@ -143,36 +144,37 @@ class Pool:
         give_up: Callable[[Variant], None],
     ) -> None:
         """`take` is given whatever a call gives out and says whose it was; `give_up` is told of variants that kill evaluators."""
-        waiting, running = _Waiting(work), list[_Task]()
-        idle, restarting = deque(self.evaluators), dict[Any, ActorHandle]()
+        waiting, running, fleet = _Waiting(work), list[_Task](), self.fleet
         while True:
-            while idle and waiting:
-                running.append(self._start(call, idle.popleft(), waiting.take()))
-            if not running and not (restarting and waiting):
+            while waiting and (member := fleet.take()) is not None:
+                running.append(self._start(call, member, waiting.take()))
+            if not running and not waiting:
                 return
-            (ready,), _ = ray.wait([*(task.stream for task in running), *restarting], num_returns=1)
-            if ready in restarting:
-                idle.append(restarting.pop(ready))
-                continue
-            task = next(task for task in running if task.stream is ready)
-            try:
-                ref = next(task.stream, None)
-                if ref is not None:
-                    task.answered.update(take(ray.get(ref)))
+            fleet.resize()
+            ready, _ = ray.wait([*(task.stream for task in running), *fleet.joining], num_returns=1, timeout=RESIZE_SECONDS)
+            for stream in ready:
+                if stream in fleet.joining:
+                    fleet.welcome(stream)
                     continue
-                idle.append(task.evaluator)
-            except ray.exceptions.RayActorError:
-                restarting[task.evaluator.ping.options(max_task_retries=-1).remote()] = task.evaluator
-                again, lost = task.work.after_a_death(task.answered)
-                waiting.first.extendleft(reversed(again))
-                if lost is not None:
-                    give_up(lost)
-            running.remove(task)
+                task = next(task for task in running if task.stream is stream)
+                try:
+                    ref = next(stream, None)
+                    if ref is not None:
+                        task.answered.update(take(ray.get(ref)))
+                        continue
+                    fleet.give_back(task.member)
+                except ray.exceptions.RayActorError:
+                    fleet.died(task.member)
+                    again, lost = task.work.after_a_death(task.answered, task.member.node, nodes_alive())
+                    waiting.first.extendleft(reversed(again))
+                    if lost is not None:
+                        give_up(lost)
+                running.remove(task)
 
-    def _start(self, call: str, evaluator: ActorHandle, work: Work) -> _Task:
+    def _start(self, call: str, member: Member, work: Work) -> _Task:
         """Without retries by Ray, which would evaluate all of it again, and for ever."""
-        method = getattr(evaluator, call).options(num_returns="streaming", max_task_retries=0)
-        return _Task(evaluator, work, method.remote(work.variants, work.examples, work.rules, self.rows))
+        method = getattr(member.actor, call).options(num_returns="streaming", max_task_retries=0)
+        return _Task(member, work, method.remote(work.variants, work.examples, work.rules, self.rows))
 
 
 @contextmanager
@@ -181,22 +183,24 @@ def evaluator_pool(
     names: frozenset[str],
     workload: Workload,
     capacity: Capacity,
-    size: int,
     examples: Sequence[Rendered],
     rules: Rules,
     rows: int | None,
+    note: Callable[[str], None],
 ) -> Iterator[Pool]:
-    """`size` evaluators that hold the target and, of the source, the modules in `names`.
+    """Evaluators that hold the target and, of the source, the modules in `names`.
 
     `rows` is how many rows each has in flight; None lets the first of them measure it, for `examples` and their `rules`.
     """
-    with ExitStack() as stack:
-        actors = [capacity.start(Evaluator, comparison, names, workload) for _ in range(size)]
-        evaluators = tuple(stack.enter_context(released(actor)) for actor in actors)
+
+    def start() -> ActorHandle:
+        return capacity.start(Evaluator, "evaluator", comparison, names, workload)
+
+    with fleet(start, capacity.evaluators, note) as gathered:
         if rows is None:
             most = VARIANTS_PER_PACK * len(examples)
-            rows = int(ray.get(evaluators[0].measure_rows.remote(examples, rules, most)))
-        yield Pool(evaluators, rows)
+            rows = int(ray.get(gathered.first().actor.measure_rows.remote(examples, rules, most)))
+        yield Pool(gathered, rows)
 
 
 @contextmanager

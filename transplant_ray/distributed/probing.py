@@ -94,7 +94,7 @@ def run_probe(comparison: Comparison, plan: ProbePlan, workload: Workload, capac
     if plan.resident or plan.searches:
         stage.measure_resident()
     roles = _needed_models(plan)
-    for group in [roles] if capacity.num_actors >= len(roles) else [[role] for role in roles]:
+    for group in [roles] if len(roles) < 2 or capacity.holds_both else [[role] for role in roles]:
         stage.measure(group)
     return ProbeResult(stage.rank(), stage.answers, stage.places, ray.get(norms), stage.found, stage.failed)
 
@@ -123,7 +123,7 @@ class _Stage:
     def measure_resident(self) -> None:
         """One ranker after another, and the searches, on one resident pair; then it is gone."""
         plan, names = self.plan, frozenset(self.comparison.pairs)
-        with released(self.capacity.start(Evaluator, self.comparison, names, self.workload)) as actor:
+        with released(self.capacity.start(Evaluator, "evaluator", self.comparison, names, self.workload)) as actor:
             for ranker in plan.resident:
                 measuring = actor.measure.remote(ranker, plan.probe, plan.rules, plan.settings.batch_size, plan.steps)
                 self.resident[ranker] = ray.get(measuring)
@@ -169,7 +169,7 @@ class _Stage:
         return replace(ranking, measured=replace(ranking.measured, cost=cost))
 
     def _start(self, role: Role) -> ActorHandle:
-        return self.capacity.start(ModelActor, getattr(self.comparison, role), role, self.workload)
+        return self.capacity.start(ModelActor, role, getattr(self.comparison, role), role, self.workload)
 
     def _texts(self, source: ActorHandle) -> Continuations | None:
         """The texts that activations are measured along; None where every model follows its own."""
@@ -244,7 +244,7 @@ def num_probe_steps(plan: ProbePlan) -> int:
 
 def answer_alone(checkpoint: Checkpoint, name: str, asked: Sequence[Asked], workload: Workload, capacity: Capacity) -> Said:
     """What a checkpoint answers when it is loaded by itself, through plain `transformers`."""
-    with released(capacity.start(ModelActor, checkpoint, name, workload)) as actor:
+    with released(capacity.start(ModelActor, "evaluator", checkpoint, name, workload)) as actor:
         return [(one, ray.get(answer)) for one, answer in _ask(actor, asked)]
 
 

@@ -42,10 +42,10 @@ def evaluate(run: Run, plan: SweepPlan, norms: Norms, capacity: Capacity, tracke
         used,
         run.workload,
         capacity,
-        resources.evaluators,
         job.examples["select"][: resources.shard_size],
         job.rules,
         rows,
+        run.stopwatch.watch.note,
     ) as pool:
         evaluation.rows_per_step = pool.rows
         trials = Trials(plan.trials)

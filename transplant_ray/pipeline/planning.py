@@ -23,7 +23,7 @@ from transplant_ray.graft.resident import load_resident_pair
 from transplant_ray.models.catalogue import Exclusion
 from transplant_ray.models.loading import load_tokenizer, placement
 from transplant_ray.pipeline.job import Job, prepare
-from transplant_ray.recipe import MAIN, Recipe
+from transplant_ray.recipe import MAIN, Recipe, ResourceSpec
 
 CALIBRATION_TOKENS = 16
 
@@ -117,7 +117,7 @@ def make_plan(job: Job) -> PlanReport:
         arms=_arms(job, sweep_plan),
         merges=tuple(merge.label for merge in planned_merges(recipe.sweep.controls)),
         memory={"probe actor": _memory(job, evaluator=False), "evaluator": _memory(job, evaluator=True)},
-        placement=_placement(recipe.resources.gpus_per_model, recipe.resources.cpus_per_model, recipe.resources.evaluators),
+        placement=_placement(recipe.resources),
     )
 
 
@@ -202,10 +202,16 @@ def _cache_values(job: Job) -> int:
     return prod((2, job.comparison.num_layers, rows, heads, head_dim, max(prompts) + job.generation.max_new_tokens))
 
 
-def _placement(gpus: float, cpus: float, evaluators: int) -> tuple[str, ...]:
+def _placement(resources: ResourceSpec) -> tuple[str, ...]:
+    gpus, cpus, evaluators = resources.gpus_per_model, resources.cpus_per_model, resources.evaluators
     each = f"{gpus:g} GPU and {cpus:g} CPU" if gpus else f"{cpus:g} CPU"
+    if resources.accelerator_type is not None:
+        each += f" ({resources.accelerator_type})"
+    pool = "as many evaluators as fit" if evaluators == "auto" else f"{evaluators} evaluator{'s' if evaluators > 1 else ''}"
+    labels = {place: ", ".join(f"{name}={value}" for name, value in wanted.items()) for place, wanted in resources.labels.items()}
     return (
         f"probe: a source and a target actor, {each} each; one after the other where only one fits",
-        f"evaluate: {evaluators} evaluator{'s' if evaluators > 1 else ''} with target and source modules side by side, {each} each",
+        f"evaluate: {pool} with target and source modules side by side, {each} each",
+        *(f"{place}: on nodes with {wanted}" for place, wanted in labels.items()),
         f"confirm: the exported checkpoint, reloaded, {each}",
     )

@@ -17,7 +17,7 @@ from transplant_ray.recipe.sweep import (
     SweepSpec,
 )
 from transplant_ray.recipe.tasks import CHOICE_SCORERS, HARNESS, REGEX, SCORERS, HubData, ShotSpec, SplitSpec, TaskSpec
-from transplant_ray.recipe.whole import CARRIED, Acceptance, ModelSpec, Recipe, ResourceSpec, TrackingSpec, redact
+from transplant_ray.recipe.whole import CARRIED, Acceptance, ModelSpec, Place, Recipe, ResourceSpec, TrackingSpec, redact
 
 __all__ = [
     "ACTIVATION_RANKERS",
@@ -46,6 +46,7 @@ __all__ = [
     "Kind",
     "ModelSpec",
     "ObjectiveSpec",
+    "Place",
     "PrimarySpec",
     "RaceSpec",
     "RankSpec",

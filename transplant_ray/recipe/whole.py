@@ -20,6 +20,8 @@ from transplant_ray.recipe.tasks import TaskSpec
 CARRIED = "carried"
 """Folder of the inputs that travel with a recipe, each in one that is named for its content."""
 _BEFORE_CARRIED = re.compile(rf'"[^"]*/({CARRIED}/[0-9a-f]{{64}}/)')
+Place = Literal["source", "target", "evaluator"]
+"""Whose labels: those of the actor that holds the source, of the one that holds the target, of resident pairs."""
 Acceptance = Literal["vocabulary", "segmentation", "pickle", "remote_code", "task_code"]
 
 
@@ -36,8 +38,14 @@ class ResourceSpec(Part):
     gpus_per_model: float = Field(0, ge=0)
     """GPUs of each model actor; fractions share one GPU, 0 runs on CPU."""
     cpus_per_model: float = Field(1, gt=0)
-    evaluators: int = Field(1, ge=1)
-    """Resident pairs that evaluate side by side."""
+    evaluators: int | Literal["auto"] = 1
+    """Resident pairs that evaluate side by side; `auto`: as many as there is room for, while nodes join and leave."""
+    labels: dict[Place, dict[str, str]] = Field(default_factory=dict)
+    """Node labels that `source`, `target` or `evaluator` asks for, for example `{source: {role: source}}`."""
+    accelerator_type: str | None = None
+    """Kind of GPU that every model actor asks for, as Ray names it, for example `H100`."""
+    wait: float = Field(0, ge=0)
+    """Seconds to wait for nodes where the cluster has no room yet: for one that grows when it is asked to."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     batch_size: int | Literal["auto"] = "auto"
     """Rows per forward pass; `auto` measures at the start how many the device likes. A number makes runs repeat bit for bit."""
@@ -50,6 +58,19 @@ class ResourceSpec(Part):
         if value != "auto" and (not isinstance(value, int) or value < 1):
             raise ValueError("expected a number of rows, 1 or more, or `auto`")
         return value
+
+    @field_validator("evaluators", mode="before")
+    @classmethod
+    def _number_or_auto(cls, value: Any) -> Any:
+        if value != "auto" and (not isinstance(value, int) or value < 1):
+            raise ValueError("expected a number of evaluators, 1 or more, or `auto`")
+        return value
+
+    @model_validator(mode="after")
+    def _accelerators_are_used(self) -> ResourceSpec:
+        if self.accelerator_type is not None and self.gpus_per_model == 0:
+            raise ValueError("`accelerator_type` has no effect without `gpus_per_model`")
+        return self
 
     @field_validator("gpus_per_model")
     @classmethod

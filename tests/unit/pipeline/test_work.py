@@ -31,9 +31,20 @@ def test_every_variant_is_answered_once_or_given_up(killers: set[int], unlucky: 
         answered += mine
         if died:
             num_deaths += 1
-            again, lost = work.after_a_death(mine)
+            again, lost = work.after_a_death(mine, "node", {"node"})
             waiting = again + waiting
             given_up += [lost] if lost else []
     assert {VARIANTS.index(variant) for variant in given_up} == killers
     assert sorted(answered) == sorted(variant.id for place, variant in enumerate(VARIANTS) if place not in killers)
     assert num_deaths <= 2 * MOST_DEATHS * len(killers) + len(unlucky)
+
+
+def test_a_death_with_the_whole_node_is_nobodys_fault() -> None:
+    work = Work(VARIANTS[:1], (), RULES)
+    for node in ("a", "b", "c", "d"):
+        (work,), lost = work.after_a_death((), node, alive={"z"})
+        assert lost is None
+    for _ in range(MOST_DEATHS - 1):
+        (work,), lost = work.after_a_death((), "z", alive={"z"})
+        assert lost is None
+    assert work.after_a_death((), "z", alive={"z"}) == ([], VARIANTS[0])

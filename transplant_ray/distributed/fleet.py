@@ -1,0 +1,115 @@
+"""The fleet: evaluators that come and go. A member is idle, at work, or joining: its actor loads, or waits for room."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+
+from transplant_ray.errors import TransplantError
+
+RESIZE_SECONDS = 5.0
+"""How often it is asked whether the cluster has grown or shrunk."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """An evaluator that has loaded, on the node where it is now."""
+
+    actor: ActorHandle
+    node: str
+
+
+class Fleet:
+    """As many evaluators as there should be; those that die come back by themselves, and join again."""
+
+    def __init__(self, start: Callable[[], ActorHandle], size: Callable[[], int], note: Callable[[str], None]) -> None:
+        """`start` makes an evaluator, `size` says how many there should be now, `note` is told of those that cannot be used."""
+        self.start, self.size, self.note = start, size, note
+        self.joining: dict[Any, ActorHandle] = {}
+        self.idle: deque[Member] = deque()
+        self.at_work: list[Member] = []
+        self.num_refused = 0
+        """Newcomers that could not load: their places stay empty."""
+        self.resized_at = -RESIZE_SECONDS
+        self.resize()
+
+    def __len__(self) -> int:
+        return len(self.joining) + len(self.idle) + len(self.at_work)
+
+    def resize(self) -> None:
+        """Start those that are missing; of those that wait for room which is gone, let go. Who works is never disturbed."""
+        if time.monotonic() - self.resized_at < RESIZE_SECONDS:
+            return
+        self.resized_at = time.monotonic()
+        wanted = max(1, self.size() - self.num_refused)
+        for _ in range(wanted - len(self)):
+            self._join(self.start())
+        for ref, actor in list(reversed(self.joining.items()))[: max(0, len(self) - wanted)]:
+            del self.joining[ref]
+            ray.kill(actor)
+
+    def take(self) -> Member | None:
+        """An idle member, who is at work from now on."""
+        if not self.idle:
+            return None
+        self.at_work.append(self.idle.popleft())
+        return self.at_work[-1]
+
+    def give_back(self, member: Member) -> None:
+        self.at_work.remove(member)
+        self.idle.append(member)
+
+    def died(self, member: Member) -> None:
+        """Its actor starts again where there is room, and joins again."""
+        self.at_work.remove(member)
+        self._join(member.actor)
+
+    def welcome(self, ref: Any) -> None:
+        """One of `joining` has answered. Raises what kept it from loading where there is nobody else."""
+        actor = self.joining.pop(ref)
+        try:
+            self.idle.append(Member(actor, ray.get(ref)))
+        except ray.exceptions.RayTaskError as error:
+            if not len(self) or not isinstance(error.cause, TransplantError | RuntimeError | OSError):
+                raise
+            self.num_refused += 1
+            self.note(f"an evaluator could not load and is left out; {len(self)} go on: {error.cause}")
+            ray.kill(actor)
+
+    def first(self) -> Member:
+        """Whoever joins first; waits for it."""
+        while not self.idle:
+            ready, _ = ray.wait(list(self.joining), num_returns=1, timeout=RESIZE_SECONDS)
+            for ref in ready:
+                self.welcome(ref)
+            self.resize()
+        return self.idle[0]
+
+    def dissolve(self) -> None:
+        """They give their GPUs back."""
+        for actor in [*self.joining.values(), *(member.actor for member in (*self.idle, *self.at_work))]:
+            ray.kill(actor)
+
+    def _join(self, actor: ActorHandle) -> None:
+        self.joining[actor.join.options(max_task_retries=-1).remote()] = actor
+
+
+def nodes_alive() -> Collection[str]:
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
+@contextmanager
+def fleet(start: Callable[[], ActorHandle], size: Callable[[], int], note: Callable[[str], None]) -> Iterator[Fleet]:
+    """A fleet that is dissolved when the block ends."""
+    gathered = Fleet(start, size, note)
+    try:
+        yield gathered
+    finally:
+        gathered.dissolve()
