@@ -52,6 +52,11 @@ class Shelf:
         with _shelf(self.place) as (system, root), system.open_output_stream(f"{root}/{name}") as stream:
             stream.write(content)
 
+    def remove(self, folder: str) -> None:
+        """A folder of the shelf, with all that is in it."""
+        with _shelf(self.place) as (system, root):
+            system.delete_dir(f"{root}/{folder}")
+
     def set_aside(self, name: str) -> None:
         """Out of `names`, and still there for who wants to look."""
         with _shelf(self.place) as (system, root):

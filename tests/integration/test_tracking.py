@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,6 @@ from PIL import Image
 from transplant_ray import Variant, load_recipe, show
 from transplant_ray.pipeline import sweeping
 from transplant_ray.storage import RunFolder
-from transplant_ray.tracking import tracker
 from transplant_ray.tracking.tracker import Tracker
 
 SECRET = "open-sesame"
@@ -209,10 +207,3 @@ def test_a_server_that_cannot_be_used_is_refused_before_ray_starts(
     assert "Start the server, or use tracking.uri=sqlite:///mlflow.db" in finished.err
     assert SECRET not in finished.err + finished.out
     assert folder_bytes(place.path).keys() == before.keys() | {"recipe.yaml", "task.jsonl"}
-
-
-def test_a_package_that_only_travels_with_a_job_is_told_as_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracker, "LIBRARIES", ("transplant-ray-elsewhere", "ray"))
-    versions = tracker.environment()
-    assert versions["transplant-ray-elsewhere"] == "not installed"
-    assert versions["ray"] == importlib.metadata.version("ray")

@@ -563,7 +563,8 @@ OTHER = {
 MATTERS_NOT = {
     "resources.address": "ray://x", "resources.gpus_per_model": 1, "resources.cpus_per_model": 1, "resources.evaluators": 1,
     "resources.labels.source.role": "x", "resources.labels.evaluator.room": "x", "resources.accelerator_type": "L4",
-    "resources.wait": 7, "tracking.uri": "http://x", "tracking.experiment": "x", "tracking.upload": "none", "storage": "elsewhere", "ledger": False,
+    "resources.wait": 7,
+    "tracking.uri": "http://x", "tracking.experiment": "x", "tracking.upload": "none", "storage": "elsewhere", "ledger": False,
 }  # fmt: skip
 LEFT_OUT = {
     "task.scorer",

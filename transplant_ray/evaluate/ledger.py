@@ -16,7 +16,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import pyarrow as pa
@@ -29,10 +28,9 @@ from transplant_ray.evaluate.harness_process import HARNESS
 from transplant_ray.evaluate.outcome import Outcome
 from transplant_ray.evaluate.results import OUTCOME_SCHEMA
 from transplant_ray.storage import Shelf
+from transplant_ray.versions import DECIDING, versions
 
 FORMAT = 1
-DECIDING = ("transplant-ray", "torch", "transformers", "math-verify", "lm_eval")
-"""Libraries of which another version may give another outcome."""
 PART_OUTCOMES = 4096
 PART_SECONDS = 5.0
 """A part is written when it holds so many outcomes, or so much time has passed since the last: what a killed driver loses."""
@@ -73,13 +71,7 @@ def _tokens(example: Rendered) -> list[Any]:
 
 @lru_cache
 def _versions() -> list[str]:
-    def known(name: str) -> str:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return ""
-
-    return [known(name) for name in DECIDING]
+    return list(versions(DECIDING).values())
 
 
 class Ledger:

@@ -30,7 +30,8 @@ from transplant_ray.recipe import MAIN
 from transplant_ray.report.build import build_report
 from transplant_ray.report.figures import tracking_figures
 from transplant_ray.storage import RunFolder, write_rows
-from transplant_ray.tracking.tracker import Tracker, environment
+from transplant_ray.tracking.tracker import Tracker
+from transplant_ray.versions import environment
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from transplant_ray.distributed.actors import Workload
-from transplant_ray.distributed.cluster import refuse_vanishing_paths
+from transplant_ray.distributed.cluster import Capacity, refuse_vanishing_paths
+from transplant_ray.distributed.preflight import COMPARED, Needs, preflight
 from transplant_ray.distributed.probing import Asked
 from transplant_ray.evaluate.answers import Answers, VariantShard
 from transplant_ray.evaluate.example import Split
@@ -23,6 +24,7 @@ from transplant_ray.pipeline.job import Job, prepare
 from transplant_ray.pipeline.watch import Silent, Stopwatch, Watch
 from transplant_ray.recipe import MAIN, Recipe
 from transplant_ray.storage import RunFolder
+from transplant_ray.versions import versions
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,22 @@ def begin(recipe: Recipe, watch: Watch | None) -> Run:
     for warning in job.comparison.warnings:
         stopwatch.watch.note(f"warning: {warning}")
     return Run(job, folder, stopwatch, {name: Answers() for name in job.tasks})
+
+
+def check_nodes(run: Run, capacity: Capacity) -> None:
+    """Every node that may be given work shows that it can do it. ResourceError that names those that cannot, and why."""
+    job, recipe = run.job, run.job.recipe
+    base = {} if job.base is None else {"base": job.base.source}
+    uri = recipe.tracking.uri
+    needs = Needs(
+        checkpoints={"source": job.comparison.source, "target": job.comparison.target, **base},
+        scorers=tuple(sorted({task.rules.scorer for task in job.tasks.values()})),
+        shelf=run.folder.ledger,
+        tracking=uri if uri.startswith(("http://", "https://")) else None,
+        versions=versions(COMPARED),
+    )
+    with run.stopwatch.stage("preflight"):
+        preflight(needs, capacity.resources, run.stopwatch.watch.note)
 
 
 def remember(run: Run) -> Run:

@@ -19,7 +19,7 @@ from transplant_ray.pipeline.exporting import export_winner
 from transplant_ray.pipeline.judging import EXPORTED
 from transplant_ray.pipeline.merging import evaluate_merges
 from transplant_ray.pipeline.recording import SweepResult, record
-from transplant_ray.pipeline.run import Run, begin, remember
+from transplant_ray.pipeline.run import Run, begin, check_nodes, remember
 from transplant_ray.pipeline.searching import planned_searches
 from transplant_ray.pipeline.watch import Watch
 from transplant_ray.probe.rankers import SCHEMA as RANKING_SCHEMA
@@ -41,6 +41,7 @@ def rank(recipe: Recipe, watch: Watch | None = None) -> list[Ranking]:
     run = begin(recipe, watch)
     with plain_errors(), connect(recipe.resources) as capacity:
         run.folder.claim(recipe.identity(), recipe.to_yaml())
+        check_nodes(run, capacity)
         return _probe(run, capacity, baselines=(), searches={}).rankings
 
 
@@ -49,6 +50,7 @@ def sweep(recipe: Recipe, watch: Watch | None = None) -> SweepResult:
     run = begin(recipe, watch)
     with plain_errors(), tracked(recipe) as tracker, connect(recipe.resources) as capacity:
         run.folder.claim(recipe.identity(), recipe.to_yaml())
+        check_nodes(run, capacity)
         run = remember(run)
         probed = _probe_and_ask_the_source(run, capacity)
         evaluation = evaluate(run, _plan(run, probed), probed.norms, capacity, tracker)

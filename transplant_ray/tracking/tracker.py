@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import os
-import platform
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +24,7 @@ from transplant_ray.evaluate.results import Result
 from transplant_ray.evaluate.verdict import Verdict
 from transplant_ray.recipe import Recipe, TrackingSpec, redact
 from transplant_ray.storage import RunFolder
+from transplant_ray.versions import environment
 
 METRICS = (
     "accuracy",
@@ -47,7 +46,6 @@ METRICS = (
 )
 PARAMS = ("role", "ranker", "kind", "k", "alpha", "channels", "penalty", "variant")
 REACH_SECONDS = 10
-LIBRARIES = ("transplant-ray", "ray", "torch", "transformers", "safetensors", "mlflow", "numpy", "pyarrow")
 
 
 class Tracker:
@@ -170,19 +168,6 @@ def tracked(recipe: Recipe) -> Iterator[Tracker]:
         raise
     finally:
         tracker.finish(status)
-
-
-def environment() -> dict[str, Any]:
-    """Versions and machine, for the record."""
-    versions = {name: _version(name) for name in LIBRARIES}
-    return {"python": platform.python_version(), "platform": platform.platform(), "cpus": os.cpu_count(), **versions}
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:  # our own package need not be installed where it travels with a job
-        return "not installed"
 
 
 def _artifacts_beside(uri: str) -> str | None:

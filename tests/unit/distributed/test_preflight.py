@@ -1,0 +1,95 @@
+"""What a node finds wrong with itself."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import tiny_model, tiny_tokenizer
+
+from transplant_ray.distributed import preflight
+from transplant_ray.distributed.preflight import COMPARED, DRIVER, Needs, look
+from transplant_ray.models.checkpoint import open_checkpoint
+from transplant_ray.storage import Shelf
+from transplant_ray.versions import versions
+
+TOKEN = ".preflight-x"
+
+
+@pytest.fixture
+def needs(tmp_path: Path) -> Needs:
+    tiny_model("llama", 1).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    shelf = Shelf(str(tmp_path / "runs"))
+    shelf.write(f"{TOKEN}/{DRIVER}", TOKEN.encode())
+    return Needs({"source": open_checkpoint(str(tmp_path / "model"))}, ("exact", "math"), shelf, None, versions(COMPARED))
+
+
+def test_a_node_like_the_driver_has_no_problem_and_leaves_a_word_in_the_storage(needs: Needs) -> None:
+    assert look(needs, TOKEN) == preflight.Seen((), ())
+    assert len(list((Path(needs.shelf.place) / TOKEN).iterdir())) == 2
+
+
+def lose_the_model(needs: Needs) -> Needs:
+    shutil.rmtree(str(needs.checkpoints["source"].folder))
+    return needs
+
+
+def give_another_model(needs: Needs) -> Needs:
+    tiny_model("gpt2", 1).save_pretrained(str(needs.checkpoints["source"].folder))
+    return needs
+
+
+def share_nothing(needs: Needs) -> Needs:
+    return replace(needs, shelf=Shelf(f"{needs.shelf.place}-elsewhere"))
+
+
+def read_only_leftovers(needs: Needs) -> Needs:
+    (Path(needs.shelf.place) / TOKEN / DRIVER).write_text("of another run")
+    return needs
+
+
+@pytest.mark.parametrize(
+    ("spoil", "found"),
+    [
+        (lose_the_model, r"CheckpointError: .*model: no such folder"),
+        (give_another_model, r"`source` .*other tensors than the driver sees\. Copy it again"),
+        (share_nothing, r"`storage`: .*runs-elsewhere is not what the driver sees there\. Use a place that all nodes share"),
+        (read_only_leftovers, r"`storage`: .*is not what the driver sees there"),
+        (lambda needs: replace(needs, versions={"torch": "0.1"}), r"other versions: torch \S+ \(the driver has 0\.1\)\. Install"),
+    ],
+)
+def test_what_a_node_cannot_do_is_said(needs: Needs, spoil: Callable[[Needs], Needs], found: str) -> None:
+    (problem,) = look(spoil(needs), TOKEN).problems
+    assert re.search(found, problem), problem
+
+
+@pytest.mark.parametrize(
+    ("hardware", "seen_by_torch", "problem", "warning"),
+    [
+        (True, 2, None, None),
+        (True, 1, "Ray promises 2 GPUs and torch sees 1. Check", None),
+        (False, 0, None, "Ray promises 2 GPUs and there are none"),
+    ],
+)
+def test_gpus_that_torch_cannot_use_are_a_problem_and_gpus_that_are_not_there_a_warning(
+    needs: Needs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, hardware: bool, seen_by_torch: int, problem: Any, warning: Any
+) -> None:
+    monkeypatch.setattr(preflight, "HARDWARE", (tmp_path if hardware else tmp_path / "nothing",))
+    monkeypatch.setattr(preflight, "_num_gpus_of_torch", lambda: seen_by_torch)
+    seen = look(replace(needs, num_gpus=2))
+    assert [text.startswith(problem) for text in seen.problems] == ([True] if problem else [])
+    assert [text.startswith(warning) for text in seen.warnings] == ([True] if warning else [])
+
+
+def test_a_tracking_server_that_a_node_does_not_reach_is_a_warning(needs: Needs) -> None:
+    seen = look(replace(needs, tracking="http://user:secret@127.0.0.1:9"))
+    assert not seen.problems
+    (warning,) = seen.warnings
+    assert "does not reach `tracking.uri` http://127.0.0.1:9" in warning
+    assert "secret" not in warning
