@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
+from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.fs
@@ -134,6 +135,23 @@ class RunFolder:
             with _remote(self.address) as (system, root):
                 system.create_dir(root)  # copy_files makes only the folders inside
                 pa.fs.copy_files(str(self.path), root, destination_filesystem=system)
+
+    @contextmanager
+    def lent(self, folder: Path) -> Iterator[str | None]:
+        """Address from which other nodes may copy a folder of this run, for the block; None for a local run, which they share."""
+        if self.address is None:
+            yield None
+            return
+        inside = f".lent-{uuid4().hex}"
+        parts = urlsplit(self.address)
+        with _remote(self.address) as (system, root):
+            system.create_dir(f"{root}/{inside}")
+            pa.fs.copy_files(str(folder), f"{root}/{inside}", destination_filesystem=system)
+        try:
+            yield urlunsplit(parts._replace(path=f"{parts.path}/{inside}"))
+        finally:
+            with _remote(self.address) as (system, root):
+                system.delete_dir(f"{root}/{inside}")
 
     @property
     def public_address(self) -> str | None:
@@ -265,6 +283,12 @@ class RunFolder:
 
     def read_summary(self) -> dict[str, Any]:
         return _read_json(self.require(self.summary), "summary")
+
+
+def copy_here(address: str, folder: Path) -> None:
+    """All files of a folder at an address. RunError where it is not there."""
+    with _remote(address) as (system, root):
+        pa.fs.copy_files(root, str(folder), source_filesystem=system)
 
 
 def _read_json(path: Path, what: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pytest
 from transplant_ray import storage
 from transplant_ray.errors import RunError
 from transplant_ray.files import sha256_file, whole_file, whole_folder, writable_folder, write_json, write_text
-from transplant_ray.storage import RunFolder, read_rows, write_rows
+from transplant_ray.storage import RunFolder, copy_here, read_rows, write_rows
 
 FAILURES = (ZeroDivisionError(), KeyboardInterrupt(), OSError(28, "No space left on device"))
 
@@ -272,3 +272,19 @@ def test_openings_are_counted_by_task_over_runs_that_open_at_once(tmp_path: Path
     assert {each.get("facts") for each in found} == {None, 1}
     assert RunFolder(tmp_path / "another").open_tests({"task": ["a"]}, "x") == {"task": 1}
     assert run(7) == {"task": 20, "facts": 1}  # the same recipe again is no further look
+
+
+def test_a_folder_is_lent_to_other_nodes_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    run = RunFolder.of(f"file://{tmp_path}/store", "name")
+    (run.checkpoint / "inner").mkdir(parents=True)
+    (run.checkpoint / "inner" / "weights").write_text("w")
+    with run.lent(run.checkpoint) as home:
+        assert home is not None
+        copy_here(home, tmp_path / "there")
+        assert (tmp_path / "there" / "inner" / "weights").read_text() == "w"
+    assert list((tmp_path / "store" / "name").iterdir()) == []
+    with pytest.raises(RunError, match="cannot be used"):
+        copy_here(home, tmp_path / "again")
+    with RunFolder(tmp_path).lent(run.checkpoint) as nowhere:
+        assert nowhere is None

@@ -22,7 +22,7 @@ from transplant_ray.evaluate.measure_rows import measure_rows
 from transplant_ray.evaluate.outcome import answer_examples
 from transplant_ray.graft.resident import ResidentPair, load_resident_pair
 from transplant_ray.graft.variant import Variant
-from transplant_ray.models.checkpoint import Checkpoint
+from transplant_ray.models.checkpoint import Checkpoint, at_hand
 from transplant_ray.models.compare import Comparison
 from transplant_ray.models.loading import load_model, load_tokenizer, placement
 from transplant_ray.probe.measured import Measured
@@ -69,7 +69,8 @@ class ModelActor:
     def _load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Not in __init__: an error there reaches the caller as the death of the actor, without its words."""
         if self._loaded is None:
-            model = load_model(self.checkpoint, self.workload.dtype, placement(self.workload.num_gpus))
+            with at_hand(self.checkpoint) as checkpoint:
+                model = load_model(checkpoint, self.workload.dtype, placement(self.workload.num_gpus))
             self._loaded = model, load_tokenizer(self.workload.tokenizer)
         return self._loaded
 

@@ -16,7 +16,7 @@ from ray.actor import ActorHandle
 from ray.autoscaler.sdk import request_resources
 
 from transplant_ray.distributed.packing import refuse_relative_outputs
-from transplant_ray.distributed.room import both_at_once, missing, room
+from transplant_ray.distributed.room import both_at_once, fits, missing, room
 from transplant_ray.errors import ResourceError, TransplantError
 from transplant_ray.recipe import Place, Recipe, ResourceSpec
 
@@ -50,6 +50,11 @@ class Capacity:
     def holds_both(self) -> bool:
         """Whether source and target can be there at once."""
         return both_at_once(ray.nodes(), self.resources)
+
+    @property
+    def num_nodes(self) -> int:
+        """Where a model actor may be."""
+        return sum(fits(node, self.resources, "evaluator") > 0 for node in ray.nodes())
 
     def evaluators(self) -> int:
         """How many there should be now."""

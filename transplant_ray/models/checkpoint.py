@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
@@ -30,6 +32,7 @@ from transplant_ray import zoo
 from transplant_ray.errors import CheckpointError
 from transplant_ray.models.convert import COMPANIONS, converted, is_pickle_only
 from transplant_ray.models.header import TensorInfo, brief, read_header
+from transplant_ray.storage import copy_here
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -55,6 +58,8 @@ class Checkpoint:
     config: PretrainedConfig
     tensors: Mapping[str, TensorInfo]
     remote_code: bool = False
+    home: str | None = None
+    """Address of a copy of `folder`, where that is on one machine and may be something else on another."""
 
     @property
     def num_parameters(self) -> int:
@@ -73,6 +78,20 @@ class Checkpoint:
 
     def weight_files(self) -> tuple[str, ...]:
         return tuple(sorted({info.file for info in self.tensors.values()}))
+
+
+@contextmanager
+def at_hand(checkpoint: Checkpoint) -> Iterator[Checkpoint]:
+    """The checkpoint in a folder of this machine, for as long as the block loads it.
+
+    What lies in `folder` is not looked at where there is a `home`: here it may be of another run.
+    """
+    if checkpoint.home is None:
+        yield checkpoint
+        return
+    with TemporaryDirectory(prefix="transplant_ray-") as folder:
+        copy_here(checkpoint.home, Path(folder))
+        yield replace(checkpoint, folder=Path(folder))
 
 
 def open_checkpoint(model: str, revision: str | None = None, *, accept: Iterable[str] = ()) -> Checkpoint:

@@ -84,9 +84,19 @@ def ask_alone(run: Run, checkpoint: Checkpoint, name: str, asked: Sequence[Asked
     """What a checkpoint answers when it is loaded by itself; it is loaded only where the ledger does not know all of it."""
     weights = fingerprint(checkpoint) if run.memory else ""
     said, unknown = recall_alone(run, weights, name, asked)
-    heard = answer_alone(checkpoint, name, unknown, run.workload, capacity) if unknown else []
-    keep_alone(run, weights, heard)
-    return [*said, *heard]
+    if unknown:
+        heard = _answer_alone(run, checkpoint, name, unknown, capacity)
+        keep_alone(run, weights, heard)
+        said = [*said, *heard]
+    return said
+
+
+def _answer_alone(run: Run, checkpoint: Checkpoint, name: str, asked: Sequence[Asked], capacity: Capacity) -> Said:
+    """A checkpoint that this run has made is in a folder of the driver's machine, where other nodes need not see it."""
+    if checkpoint.folder is None or capacity.num_nodes == 1:
+        return answer_alone(checkpoint, name, asked, run.workload, capacity)
+    with run.folder.lent(checkpoint.folder) as home:
+        return answer_alone(replace(checkpoint, home=home), name, asked, run.workload, capacity)
 
 
 def recall_alone(run: Run, weights: str, name: str, asked: Sequence[Asked]) -> tuple[Said, list[Asked]]:

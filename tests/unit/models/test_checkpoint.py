@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, BertConfig, T5Config
 
 from transplant_ray.errors import CheckpointError, RecipeError
 from transplant_ray.models.catalogue import read_catalogue
-from transplant_ray.models.checkpoint import INDEX, SINGLE, Checkpoint, open_checkpoint, read_generation_ends
+from transplant_ray.models.checkpoint import INDEX, SINGLE, Checkpoint, at_hand, open_checkpoint, read_generation_ends
 
 Damage = Callable[[Path], object]
 
@@ -232,3 +233,17 @@ def test_end_tokens_come_from_the_generation_config_or_else_the_config(text: str
 def test_a_broken_generation_config_is_refused(text: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"generation_config\.json"):
         read_generation_ends(with_generation(tmp_path, text))
+
+
+def test_a_checkpoint_with_a_home_is_read_from_there_whatever_lies_in_its_folder(tmp_path: Path) -> None:
+    """On another node the folder may be there, of another run."""
+    for name, seed in (("made", 1), ("stale", 2)):
+        tiny_model("llama", seed).save_pretrained(tmp_path / name)
+    made = open_checkpoint(str(tmp_path / "made"))
+    with at_hand(replace(made, folder=tmp_path / "stale", home=f"file://{tmp_path}/made")) as checkpoint:
+        assert checkpoint.folder is not None
+        name = made.weight_files()[0]
+        assert (checkpoint.folder / name).read_bytes() == (tmp_path / "made" / name).read_bytes()
+    assert not checkpoint.folder.exists()
+    with at_hand(made) as same:
+        assert same is made
