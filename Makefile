@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 MERGEKIT := .venv-mergekit
 MERGEKIT_STAMP := $(MERGEKIT)/.installed
 
-.PHONY: setup demo test check format bench zoo mergekit clean
+.PHONY: setup demo test chaos check format bench scale zoo mergekit clean
 
 demo: setup ## sweep a small trained pair that ships with the package
 	$(BIN)/transplant-ray demo
@@ -14,6 +14,9 @@ demo: setup ## sweep a small trained pair that ships with the package
 test: setup ## unit and integration tests
 	$(BIN)/python -m pytest tests/unit --numprocesses auto --dist loadfile
 	$(BIN)/python -m pytest tests/integration
+
+chaos: setup ## kill actors, tasks, nodes, trials and drivers, each at a random point
+	$(BIN)/python -m pytest tests/chaos
 
 check: setup ## lint, types, import floors
 	$(BIN)/ruff check .
@@ -28,6 +31,9 @@ format: setup
 bench: setup ## speed and memory, as ratios within one run
 	$(BIN)/python tests/bench/bench_main.py
 	$(BIN)/python tests/bench/bench_engine.py
+
+scale: setup ## the pool, the driver and Tune beside 32 evaluators that sleep: ten minutes
+	$(BIN)/python tests/bench/bench_scale.py
 
 zoo: setup ## train the zoo again from its seeds
 	$(BIN)/python jobs/build_zoo.py

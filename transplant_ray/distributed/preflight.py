@@ -107,9 +107,15 @@ def _ask(nodes: Sequence[Node], needs: Needs, resources: ResourceSpec, token: st
             seen[_name(node)] = ray.get(ref) if ref in ready else Seen((f"did not answer within {ANSWER_SECONDS} seconds",), ())
         except ray.exceptions.RayError as error:
             if node["NodeID"] in {other["NodeID"] for other in ray.nodes() if other["Alive"]}:
-                reason = str(getattr(error, "cause", None) or error).strip().splitlines()
-                seen[_name(node)] = Seen((f"could not look ({reason[-1] if reason else type(error).__name__})",), ())
+                seen[_name(node)] = Seen((f"could not look ({_reason(error)})",), ())
     return seen
+
+
+def _reason(error: Exception) -> str:
+    """What was raised there, or the end of what Ray says of it."""
+    cause = getattr(error, "cause", None)
+    lines = str(cause or error).strip().splitlines() or [type(error).__name__]
+    return " ".join(lines if cause else lines[-1:])[:300]
 
 
 @ray.remote(num_cpus=0, max_retries=0)
