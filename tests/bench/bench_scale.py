@@ -2,7 +2,7 @@
 
     python tests/bench/bench_scale.py [--evaluators 32] [--shards 10000] [--seconds 0.5] [--trials 1000]
 
-The pool, its fleet, Ray and Tune are the real ones; a unit of work is a nap in a process of its own and gives back as many outcomes as
+The pool, its fleet, Ray and Tune are the real ones; a unit of work is a nap in a process of its own and gives back as much as
 a shard of 128 examples. `busy` is the share of the evaluators' time that is nap, from the first unit to the last.
 """
 
@@ -102,6 +102,7 @@ def trials(number: int) -> None:
         row = Result(
             variant=entry.id, role="trial", ranker="lae", kind="all", k=entry.k, alpha=1.0, seed=None, split="select", n=100, correct=50,
             accuracy=0.5, ci_low=0.4, ci_high=0.6, tir=None, recovery=None, num_modules=1, num_parameters=1, seconds=1.0,
+            winner=False, error=None,
         )  # fmt: skip
         waiting.post(row, last=True)
     told: list[str] = []

@@ -15,10 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from transplant_ray.graft.resident import Graft, ResidentPair
@@ -34,7 +36,7 @@ def along_path(pair: ResidentPair, share: float, num_rows: int) -> Iterator[Offs
     """The model with all coefficients at `share`, for batches of `num_rows` rows."""
     offsets = {name: _zeros(num_rows, graft) for name, graft in pair.grafts.items()}
     point = {name: torch.tensor(share, dtype=torch.float64) for name in offsets}
-    with _at(pair, point, offsets):
+    with _at(pair, point, offsets), _recomputed_layers(pair):
         yield offsets
 
 
@@ -60,6 +62,23 @@ def _at(pair: ResidentPair, point: Mapping[str, torch.Tensor], wanted: Mapping[s
     finally:
         for graft in pair.grafts.values():
             give_back(graft.linear)
+
+
+@contextmanager
+def _recomputed_layers(pair: ResidentPair) -> Iterator[None]:
+    """Layers keep what they were given and no more, and run again on the way back.
+
+    Every module needs what it was given, which plain passes over frozen weights do not keep: together more than a layer's weights.
+    """
+    names = {module.name.removesuffix(f".{module.path}") for module in pair.modules.values()}
+    layers = [pair.model.get_submodule(name) for name in names]
+    try:
+        for layer in layers:
+            override(layer, partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False))
+        yield
+    finally:
+        for layer in layers:
+            give_back(layer)
 
 
 def _zeros(num_rows: int, graft: Graft) -> torch.Tensor:
