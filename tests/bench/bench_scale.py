@@ -88,9 +88,8 @@ def shards(evaluators: int, number: int, seconds: float) -> None:
     wall = came[-1] - begun
     print(f"{number} shards of {seconds} s on {evaluators} evaluators: {wall:.1f} s")
     print(f"busy: {number * seconds / (evaluators * wall):.1%}")
-    print(
-        f"driver: {1000 * (cpu_seconds() - cpu) / number:.2f} ms of CPU a shard; MiB by tenths: {' '.join(f'{m:.0f}' for m in memory)}"
-    )
+    tenths = " ".join(f"{mebibytes:.0f}" for mebibytes in memory)
+    print(f"driver: {1000 * (cpu_seconds() - cpu) / number:.2f} ms of CPU a shard; MiB by tenths: {tenths}")
 
 
 def trials(number: int) -> None:
@@ -100,8 +99,8 @@ def trials(number: int) -> None:
     waiting = Trials(planned)
     for entry in planned:
         row = Result(
-            variant=entry.id, role="trial", ranker="lae", kind="all", k=entry.k, alpha=1.0, seed=None, split="select", n=100, correct=50,
-            accuracy=0.5, ci_low=0.4, ci_high=0.6, tir=None, recovery=None, num_modules=1, num_parameters=1, seconds=1.0,
+            variant=entry.id, role="trial", ranker="lae", kind="all", k=entry.k, alpha=1.0, seed=None, split="select", n=100,
+            correct=50, accuracy=0.5, ci_low=0.4, ci_high=0.6, tir=None, recovery=None, num_modules=1, num_parameters=1, seconds=1.0,
             winner=False, error=None,
         )  # fmt: skip
         waiting.post(row, last=True)

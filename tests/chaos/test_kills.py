@@ -60,7 +60,7 @@ VICTIMS: dict[str, Victim] = {
     "evaluator": lambda machines, running, delay, _: strike(machines, "Evaluator", None, running, delay),
     "driver": lambda machines, running, delay, _: strike_driver(running, delay, machines),
     "target actor": lambda machines, running, delay, _: strike(machines, "ModelActor", "target", running, delay),
-    "ranking task": lambda machines, running, delay, _: strike(machines, "collect", None, running, delay / 10),
+    "ranking task": lambda machines, running, delay, _: strike(machines, "RankingActor", None, running, delay),
     "node": strike_node,
     "trial": lambda machines, running, delay, _: strike(machines, "ImplicitFunc", None, running, delay),
 }

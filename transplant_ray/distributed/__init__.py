@@ -1,2 +1,2 @@
-"""The only place that imports ray: actors, ranking task, evaluator pool, Tune sweep. Actors are thin: they own placement, retries
+"""The only place that imports ray: actors, ranking actor, evaluator pool, Tune sweep. Actors are thin: they own placement, retries
 and streaming, never an algorithm."""

@@ -1,4 +1,4 @@
-"""The probe stage: source and target actors stream statistics to a ranking task; the source answers its own baseline too.
+"""The probe stage: source and target actors stream statistics to a ranking actor; the source answers its own baseline too.
 
 Both models at once where the cluster holds two actors, one after the other where it holds one.
 """
@@ -89,14 +89,15 @@ class ProbeResult:
 
 def run_probe(comparison: Comparison, plan: ProbePlan, workload: Workload, capacity: Capacity, advance: Advance) -> ProbeResult:
     """Load, measure, rank, and release the actors again. `advance` is told how many examples were measured."""
-    norms = measure_norms.remote(comparison)  # reads files while models load
-    stage = _Stage(comparison, plan, workload, capacity, advance)
-    if plan.resident or plan.searches:
-        stage.measure_resident()
-    roles = _needed_models(plan)
-    for group in [roles] if len(roles) < 2 or capacity.holds_both else [[role] for role in roles]:
-        stage.measure(group)
-    return ProbeResult(stage.rank(), stage.answers, stage.places, ray.get(norms), stage.found, stage.failed)
+    with released(RankingActor.remote()) as ranking:  # type: ignore[attr-defined] # what the decorator adds
+        norms = ranking.norms.remote(comparison)  # reads files while models load
+        stage = _Stage(comparison, plan, workload, capacity, ranking, advance)
+        if plan.resident or plan.searches:
+            stage.measure_resident()
+        roles = _needed_models(plan)
+        for group in [roles] if len(roles) < 2 or capacity.holds_both else [[role] for role in roles]:
+            stage.measure(group)
+        return ProbeResult(stage.rank(), stage.answers, stage.places, ray.get(norms), stage.found, stage.failed)
 
 
 def _needed_models(plan: ProbePlan) -> list[Role]:
@@ -108,9 +109,17 @@ def _needed_models(plan: ProbePlan) -> list[Role]:
 class _Stage:
     """What was measured so far."""
 
-    def __init__(self, comparison: Comparison, plan: ProbePlan, workload: Workload, capacity: Capacity, advance: Advance) -> None:
+    def __init__(
+        self,
+        comparison: Comparison,
+        plan: ProbePlan,
+        workload: Workload,
+        capacity: Capacity,
+        ranking: ActorHandle,
+        advance: Advance,
+    ) -> None:
         self.comparison, self.plan, self.workload = comparison, plan, workload
-        self.capacity, self.advance = capacity, advance
+        self.capacity, self.ranking, self.advance = capacity, ranking, advance
         self.statistics: dict[Role, ActivationStats] = {}
         self.resident: dict[str, Measured] = {}
         self.found: dict[str, list[Found]] = {}
@@ -155,8 +164,8 @@ class _Stage:
 
     def rank(self) -> list[Ranking]:
         source, target = (self.statistics.get(role) for role in ("source", "target"))
-        evidence = ray.put(Evidence(self.comparison.modules, self.plan.seed, source, target, self.resident))
-        rankings: list[Ranking] = ray.get([rank_modules.remote(ranker, evidence) for ranker in self.plan.rankers])
+        evidence = Evidence(self.comparison.modules, self.plan.seed, source, target, self.resident)
+        rankings: list[Ranking] = ray.get(self.ranking.rank.remote(self.plan.rankers, evidence))
         return [self._with_cost(ranking) for ranking in rankings]
 
     def _with_cost(self, ranking: Ranking) -> Ranking:
@@ -184,7 +193,8 @@ class _Stage:
     def _collect(self, actor: ActorHandle) -> Any:
         """A stream of counts that ends in the statistics of one model."""
         modules = tuple(self.comparison.pairs)
-        return collect.remote(actor, self.plan.probe, modules, self.plan.settings, self.texts)
+        streaming = self.ranking.collect.options(num_returns="streaming")
+        return streaming.remote(actor, self.plan.probe, modules, self.plan.settings, self.texts)
 
     def _follow(self, streams: Mapping[Role, Any]) -> None:
         """Read the streams in turn, so that none runs far ahead, until each has given its statistics."""
@@ -199,33 +209,35 @@ class _Stage:
                     del waiting[role]
 
 
-@ray.remote(num_cpus=0, max_retries=-1)
-def collect(
-    actor: ActorHandle,
-    probe: Sequence[Rendered],
-    modules: Sequence[str],
-    settings: GenerationSettings,
-    texts: Continuations | None,
-) -> Iterator[int | ActivationStats]:
-    """Merge what an actor streams; yields how many examples came, last the statistics. Backpressure keeps the stream short."""
-    stream = actor.stream_stats.options(num_returns="streaming", _generator_backpressure_num_objects=4)
-    parts: list[ActivationStats] = []
-    for ref in stream.remote(probe, modules, settings, texts):
-        parts.append(ray.get(ref))
-        yield len({example for example, _ in parts[-1].keys})
-    yield ActivationStats.merge(parts)
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=4)
+class RankingActor:
+    """Where streams end and rankings are made: one process for all of it, for starting one takes longer than what it does.
 
+    It remembers nothing, so that it may die at any time: what a call gives follows from what it is given.
+    """
 
-@ray.remote(num_cpus=0, max_retries=-1)
-def rank_modules(ranker: str, evidence: Evidence) -> Ranking:
-    """The ranking task."""
-    return rank(ranker, evidence)
+    def collect(
+        self,
+        actor: ActorHandle,
+        probe: Sequence[Rendered],
+        modules: Sequence[str],
+        settings: GenerationSettings,
+        texts: Continuations | None,
+    ) -> Iterator[int | ActivationStats]:
+        """Merge what an actor streams; yields how many examples came, last the statistics. Backpressure keeps the stream short."""
+        stream = actor.stream_stats.options(num_returns="streaming", _generator_backpressure_num_objects=4)
+        parts: list[ActivationStats] = []
+        for ref in stream.remote(probe, modules, settings, texts):
+            parts.append(ray.get(ref))
+            yield len({example for example, _ in parts[-1].keys})
+        yield ActivationStats.merge(parts)
 
+    def rank(self, rankers: Sequence[str], evidence: Evidence) -> list[Ranking]:
+        return [rank(ranker, evidence) for ranker in rankers]
 
-@ray.remote(num_cpus=0, max_retries=-1)
-def measure_norms(comparison: Comparison) -> Norms:
-    """On a node of the cluster, for that is where the files are."""
-    return delta_norms(comparison)
+    def norms(self, comparison: Comparison) -> Norms:
+        """On a node of the cluster, for that is where the files are."""
+        return delta_norms(comparison)
 
 
 @contextmanager
