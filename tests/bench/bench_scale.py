@@ -100,8 +100,8 @@ def trials(number: int) -> None:
     for entry in planned:
         row = Result(
             variant=entry.id, role="trial", ranker="lae", kind="all", k=entry.k, alpha=1.0, seed=None, split="select", n=100,
-            correct=50, accuracy=0.5, ci_low=0.4, ci_high=0.6, tir=None, recovery=None, num_modules=1, num_parameters=1, seconds=1.0,
-            winner=False, error=None,
+            correct=50, accuracy=0.5, ci_low=0.4, ci_high=0.6, tir=None, recovery=None, num_modules=1, num_parameters=1,
+            seconds=1.0, winner=False, error=None,
         )  # fmt: skip
         waiting.post(row, last=True)
     told: list[str] = []
