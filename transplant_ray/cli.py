@@ -288,7 +288,7 @@ def _sweep(path: Path, overrides: list[str] | None) -> None:
         soft_wrap=True,
     )
     if result.refused:
-        _tell(f"{len(result.refused)} entries are not in MLflow, the first: {result.refused[0]}. All results are in {place}.")
+        _tell(f"MLflow refused {len(result.refused)} of its entries, the first: {result.refused[0]}. All results are in {place}.")
     if result.failed or result.refused:
         raise typer.Exit(1)
 

@@ -151,7 +151,7 @@ class Outbox:
     def _arrive(self, entry: _Entry, answer: Any) -> None:
         if self._away:
             self._away = False
-            self._say(f"MLflow answers again; {_entries(len(self._entries))} waited")
+            self._say(f"MLflow answers again; {num_entries(len(self._entries))} waited")
         self.refused += self._lost  # the server is there, so what was lost was more than it can bear
         self._lost, self._failures = [], 0
         entry.answer.set_result(answer)
@@ -187,8 +187,9 @@ class Outbox:
         self._say(f"MLflow does not answer ({reason}): {kept}")
 
     def _waiting(self) -> str:
-        return f"{_entries(len(self._entries))} wait, up to {self._patience:.0f} s"
+        waiting = len(self._entries)
+        return f"{num_entries(waiting)} wait{'s' if waiting == 1 else ''}, up to {self._patience:.0f} s"
 
 
-def _entries(number: int) -> str:
+def num_entries(number: int) -> str:
     return "1 entry" if number == 1 else f"{number} entries"

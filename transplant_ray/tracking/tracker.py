@@ -32,7 +32,7 @@ from transplant_ray.evaluate.verdict import Verdict
 from transplant_ray.recipe import Recipe, TrackingSpec, redact
 from transplant_ray.storage import RunFolder
 from transplant_ray.tracking.outages import is_outage
-from transplant_ray.tracking.outbox import Outbox
+from transplant_ray.tracking.outbox import Outbox, num_entries
 
 METRICS = (
     "accuracy",
@@ -207,7 +207,7 @@ class Tracker:
             token = page.token or ""
 
     def _register(self, run_id: str, source: str, again: bool) -> str | None:
-        """`name/version` of a new model version, or of the one that an earlier try made; None where the server refuses the address."""
+        """`name/version` of a new model version, or an earlier try's; None where the address is refused."""
         name = self.recipe.name
         try:
             self.client.create_registered_model(name)
@@ -231,11 +231,12 @@ class Tracker:
         spec = self.recipe.tracking
         unsent = self.outbox.drain(spec.patience)
         if unsent:
-            known = "the ledger knows all outcomes" if self.recipe.ledger else "`ledger` is off, so all is evaluated again"
+            known = "the ledger knows all outcomes" if self.recipe.ledger else "all is evaluated again, for `ledger` is off"
             raise TrackingError(
-                f"`tracking.uri` {redact(spec.uri)}: has not answered, also for `tracking.patience` {spec.patience:g} s after the "
-                f"sweep, and lacks {unsent} entries. All results are in {redact(self.recipe.storage)}/{self.recipe.name}. To have "
-                f"them in MLflow too, start the server and run the same recipe again: {known}, and the new run has everything."
+                f"`tracking.uri` {redact(spec.uri)}: does not answer; a finished sweep has waited {spec.patience:g} s "
+                f"(`tracking.patience`) and could not send {num_entries(unsent)}. All results are in "
+                f"{redact(self.recipe.storage)}/{self.recipe.name}. To have them in MLflow too, start the server and run the same "
+                f"recipe again: {known}, and the new run has everything."
             )
 
     def finish(self) -> None:
