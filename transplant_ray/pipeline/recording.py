@@ -77,7 +77,11 @@ def record(run: Run, evaluation: Evaluation, results: list[Result], probed: Prob
         version = tracker.log_winner(evaluation.reported[winner[0].label].run, winner[-1], folder) if winner else None
     summary["seconds"] = run.stopwatch.seconds
     write_json(folder.summary, summary)
-    build_report(folder)  # whatever becomes of it, everything else is kept, and `report` makes it again
+    try:
+        build_report(folder)
+    except Exception:  # `report` makes it again, and everything else is kept
+        tracker.drain()
+        raise
     folder.send(folder.summary, *folder.reports)
     tracker.log_files(*folder.reports)
     with run.stopwatch.stage("send to MLflow"):  # last: all else is in the folder, whatever becomes of the server

@@ -88,9 +88,9 @@ class Outbox:
             return len(self._lost) + self._dropped
 
     def close(self, within: float = 0.0) -> None:
-        """Wait this long for what is on its way, drop the rest, and end the thread."""
+        """Wait this long, and while the server answers, for what is on its way; drop the rest, and end the thread."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or not self._entries, within)
+            self._changed.wait_for(lambda: self._closed or self._away or not self._entries, within)
             if not self._closed:
                 self._closed, self._dropped = True, len(self._entries)
             for entry in self._entries:
@@ -183,6 +183,7 @@ class Outbox:
             return
         with self._changed:
             self._away = True
+            self._changed.notify_all()
             kept = "what it is to be told is kept, and sent when it does" if self._patience is None else self._waiting()
         self._say(f"MLflow does not answer ({reason}): {kept}")
 

@@ -55,6 +55,9 @@ METRICS = (
 PARAMS = ("role", "ranker", "kind", "k", "alpha", "channels", "penalty", "variant")
 REACH_SECONDS = 10
 FAREWELL_SECONDS = 2.5
+"""After Ctrl-C."""
+FAILURE_SECONDS = 60.0
+"""After an error, while the server answers: what was measured before it is worth having."""
 LIBRARIES = ("transplant-ray", "ray", "torch", "transformers", "safetensors", "mlflow", "numpy", "pyarrow")
 
 
@@ -263,10 +266,10 @@ class Tracker:
                 self.client.delete_run(run.info.run_id)
 
     def abandon(self, status: str) -> None:
-        """After Ctrl-C or an error: the status, and what waits, where they take seconds: nobody waits any more."""
+        """After Ctrl-C or an error: the status, and what waits where the server answers and it does not take long."""
         farewell = threading.Thread(target=self._say_farewell, args=(status, _now()), daemon=True)
         farewell.start()
-        self.outbox.close(FAREWELL_SECONDS)
+        self.outbox.close(FAREWELL_SECONDS if status == "KILLED" else FAILURE_SECONDS)
         farewell.join(FAREWELL_SECONDS)
 
     def _say_farewell(self, status: str, at: int) -> None:

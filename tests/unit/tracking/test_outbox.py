@@ -220,6 +220,14 @@ def test_closing_lets_arrive_what_can(made: Made) -> None:
     assert len(made.server.arrived) == 100
 
 
+def test_closing_does_not_wait_for_a_server_that_is_away(made: Made) -> None:
+    made.server.dead = True
+    waiting = made.box.post("a", made.server.take("a"))
+    made.box.close(within=3600)
+    assert made.server.tries
+    assert not waiting.done() or waiting.cancelled()
+
+
 def test_a_listener_that_fails_hangs_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
 
