@@ -99,7 +99,7 @@ WHOLE: dict[str, Any] = {
         "batch_size": 8,
         "shard_size": 50,
     },
-    "tracking": {"uri": "sqlite:///mlflow.db", "experiment": "transplant", "upload": "delta"},
+    "tracking": {"uri": "sqlite:///mlflow.db", "experiment": "transplant", "upload": "delta", "patience": 60.0},
     "storage": "runs",
     "ledger": True,
     "accept": ["segmentation"],
@@ -242,6 +242,7 @@ OUT_OF_RANGE: list[tuple[str, Sequence[Any]]] = [
     ("resources.shard_size", [0]),
     ("tracking.upload", ["all", None, False]),
     ("tracking.uri", [None]),
+    ("tracking.patience", [-1, None, "soon", float("inf")]),
     ("storage", [None, 3]),
     ("accept", ["pickle", ["anything"], None]),
 ]
@@ -559,7 +560,8 @@ OTHER = {
 }  # fmt: skip
 MATTERS_NOT = {
     "resources.address": "ray://x", "resources.gpus_per_model": 1, "resources.cpus_per_model": 1, "resources.evaluators": 1,
-    "tracking.uri": "http://x", "tracking.experiment": "x", "tracking.upload": "none", "storage": "elsewhere", "ledger": False,
+    "tracking.uri": "http://x", "tracking.experiment": "x", "tracking.upload": "none", "tracking.patience": 5,
+    "storage": "elsewhere", "ledger": False,
 }  # fmt: skip
 LEFT_OUT = {
     "task.scorer",
