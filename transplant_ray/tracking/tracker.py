@@ -8,7 +8,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from io import BytesIO
@@ -113,9 +113,7 @@ class Tracker:
         status, content = "FAILED" if result.error else "FINISHED", dict(description)
         name = f"trial {result.label}"
         child = self.post(f"the run of {name}", lambda again: self._child(result, now, again))
-        self.post(
-            f"the numbers of {name}", lambda _: self.client.log_batch(child.result(), metrics=metrics, params=params, tags=tags)
-        )
+        self.post(f"the numbers of {name}", lambda _: self._log(child.result(), metrics=metrics, params=params, tags=tags))
         self.post(f"the variant of {name}", lambda _: self.client.log_dict(child.result(), content, "variant.json"))
         self.post(f"the end of {name}", lambda _: self.client.set_terminated(child.result(), status, end_time=now))
         return child
@@ -130,7 +128,7 @@ class Tracker:
         now = _now()
         metrics = [Metric(name, value, now, 0) for name, value in summary.items()]
         tags = [RunTag(key, text) for key, text in told.items()]
-        self.post("the headline", lambda _: self.client.log_batch(self.run_id, metrics=metrics, tags=tags))
+        self.post("the headline", lambda _: self._log(self.run_id, metrics=metrics, tags=tags))
         self.log_files(folder.rankings, folder.results, folder.guards)
         for name, figure in figures.items():
             self._post_image(figure, f"{name}.png")
@@ -145,7 +143,9 @@ class Tracker:
         now = _now()
         metrics = [Metric(f"test_{m.key}", m.value, now, 0) for m in _metrics(result)]
         tags = [RunTag("winner", "true")]
-        told = self.post("the winner's numbers", lambda _: self.client.log_batch(child.result(), metrics=metrics, tags=tags))
+        told: Future[str | None] = self.post(
+            "the winner's numbers", lambda _: self._log(child.result(), metrics=metrics, tags=tags)
+        )
         upload = self.recipe.tracking.upload
         if upload != "none":
             self._post_folder(child, folder.delta)
@@ -191,6 +191,10 @@ class Tracker:
 
         self.post(f"figure {name}", send)
 
+    def _log(self, run_id: str, metrics: list[Metric], tags: list[RunTag], params: Sequence[Param] = ()) -> None:
+        """At once, whatever MLFLOW_ENABLE_ASYNC_LOGGING says: who only queues it cannot be asked again."""
+        self.client.log_batch(run_id, metrics=metrics, params=params, tags=tags, synchronous=True)
+
     def _child(self, result: Result, at: int, again: bool) -> str:
         """A new run under the parent; or the one that an earlier try has made without hearing of it."""
         self._tried_again |= again
@@ -225,7 +229,7 @@ class Tracker:
             if error.error_code != "INVALID_PARAMETER_VALUE":
                 raise
             return None
-        self.client.set_tag(run_id, "checkpoint", source)
+        self.client.set_tag(run_id, "checkpoint", source, synchronous=True)
         self.client.set_registered_model_alias(name, "winner", version.version)
         return f"{name}/{version.version}"
 
@@ -253,9 +257,8 @@ class Tracker:
         if self._tried_again:
             self._remove_doubles()
         if self.refused:
-            self.client.set_tag(
-                self.run_id, "incomplete", f"{len(self.refused)} entries were refused, the first: {self.refused[0]}"
-            )
+            text = f"refused: {num_entries(len(self.refused))}, the first: {self.refused[0]}"
+            self.client.set_tag(self.run_id, "incomplete", text, synchronous=True)
         self.client.set_terminated(self.run_id, status, end_time=at)
 
     def _remove_doubles(self) -> None:
