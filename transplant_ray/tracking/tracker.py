@@ -282,13 +282,13 @@ class Tracker:
 
 @contextmanager
 def tracked(recipe: Recipe, say: Callable[[str], None]) -> Iterator[Tracker]:
-    """A parent run for the block; it ends FAILED, or KILLED by Ctrl-C, where the block does."""
+    """A parent run for the block; it ends FAILED, or KILLED by Ctrl-C or SIGTERM, where the block does."""
     tracker = Tracker.start(recipe, say)
     try:
         yield tracker
         tracker.finish()
     except BaseException as error:
-        tracker.abandon("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        tracker.abandon("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
         raise
 
 

@@ -250,7 +250,9 @@ def test_what_was_refused_is_said_of_the_run(server: Server, told: Tracker) -> N
     assert {id: status for id, (status, _) in server.ended.items()} == {child.result(): "FINISHED", PARENT: "FINISHED"}
 
 
-@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), "KILLED"), (RuntimeError(), "FAILED")])
+@pytest.mark.parametrize(
+    ("error", "status"), [(KeyboardInterrupt(), "KILLED"), (SystemExit(15), "KILLED"), (RuntimeError(), "FAILED")]
+)
 def test_the_run_ends_as_its_block_does(
     server: Server, told: Tracker, settings: Recipe, monkeypatch: pytest.MonkeyPatch, error: BaseException, status: str
 ) -> None:
