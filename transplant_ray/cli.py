@@ -1,4 +1,7 @@
-"""The command line: parse, call one function, print. Exit codes: 0 well, 1 some variants failed, 2 nothing could be done."""
+"""The command line: parse, call one function, print.
+
+Exit codes: 0 well, 1 some variants failed or MLflow refused something, 2 nothing could be done.
+"""
 
 from __future__ import annotations
 
@@ -284,7 +287,9 @@ def _sweep(path: Path, overrides: list[str] | None) -> None:
         markup=False,
         soft_wrap=True,
     )
-    if result.failed:
+    if result.refused:
+        _tell(f"MLflow refused {len(result.refused)} of its entries, the first: {result.refused[0]}. All results are in {place}.")
+    if result.failed or result.refused:
         raise typer.Exit(1)
 
 

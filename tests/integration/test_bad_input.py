@@ -187,7 +187,7 @@ SPOILT: dict[Spoil, tuple[str, str]] = {
 def nothing_starts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail where MLflow or Ray is reached, but in tests that have a cluster."""
     if "cluster" not in request.fixturenames:
-        monkeypatch.setattr(sweeping, "tracked", lambda _: pytest.fail("MLflow was told"))
+        monkeypatch.setattr(sweeping, "tracked", lambda *_: pytest.fail("MLflow was told"))
         monkeypatch.setattr(sweeping, "connect", lambda _: pytest.fail("Ray was started"))
 
 

@@ -180,9 +180,10 @@ def logged(deployed: Deployed, tmp_path_factory: pytest.TempPathFactory) -> Logg
     }
     (winner,) = [row for row in rows if row.winner and row.split == "test"]
     tracker.log_summary(folder, {"test_winner": winner.accuracy}, tracking_figures(folder), None)
+    tracker.log_files(folder.summary)
     version = tracker.log_winner(runs[winner.label], winner, folder)
     tracker.finish()
-    return Logged(folder, tracker.client, tracker.run_id, runs[winner.label], version)
+    return Logged(folder, tracker.client, tracker.run_id, runs[winner.label].result(), version.result())
 
 
 def test_runs_and_their_numbers_are_in_postgresql(deployed: Deployed, logged: Logged) -> None:

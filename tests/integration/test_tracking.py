@@ -181,10 +181,10 @@ def log_winner(
     overrides = [f"name={name}", f"tracking.upload={upload}", f"tracking.uri={uri}", f"tracking.experiment={name}"]
     tracker = Tracker.start(load_recipe(swept.folder / "recipe.yaml", overrides))
     (result,) = [row for row in show(swept.folder)[0] if row.winner and row.split == "test"]
-    run_id = tracker.log_trial(result, json.loads((swept.folder / "checkpoint" / "variant.json").read_text()))
-    version = tracker.log_winner(run_id, result, folder)
+    child = tracker.log_trial(result, json.loads((swept.folder / "checkpoint" / "variant.json").read_text()))
+    version = tracker.log_winner(child, result, folder)
     tracker.finish()
-    return tracker.client, run_id, version
+    return tracker.client, child.result(), version.result()
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ WHOLE: dict[str, Any] = {
         "batch_size": 8,
         "shard_size": 50,
     },
-    "tracking": {"uri": "sqlite:///mlflow.db", "experiment": "transplant", "upload": "delta"},
+    "tracking": {"uri": "sqlite:///mlflow.db", "experiment": "transplant", "upload": "delta", "patience": 60.0},
     "storage": "runs",
     "ledger": True,
     "accept": ["segmentation"],
@@ -245,6 +245,7 @@ OUT_OF_RANGE: list[tuple[str, Sequence[Any]]] = [
     ("resources.shard_size", [0]),
     ("tracking.upload", ["all", None, False]),
     ("tracking.uri", [None]),
+    ("tracking.patience", [-1, None, "soon", float("inf")]),
     ("storage", [None, 3]),
     ("accept", ["pickle", ["anything"], None]),
 ]
@@ -564,7 +565,8 @@ MATTERS_NOT = {
     "resources.address": "ray://x", "resources.gpus_per_model": 1, "resources.cpus_per_model": 1, "resources.evaluators": 1,
     "resources.labels.source.role": "x", "resources.labels.evaluator.room": "x", "resources.accelerator_type": "L4",
     "resources.wait": 7,
-    "tracking.uri": "http://x", "tracking.experiment": "x", "tracking.upload": "none", "storage": "elsewhere", "ledger": False,
+    "tracking.uri": "http://x", "tracking.experiment": "x", "tracking.upload": "none", "tracking.patience": 5,
+    "storage": "elsewhere", "ledger": False,
 }  # fmt: skip
 LEFT_OUT = {
     "task.scorer",

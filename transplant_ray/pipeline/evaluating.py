@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import mean
@@ -99,7 +100,8 @@ class Trial:
     """What Tune reported of one grid point, and its run in MLflow."""
 
     result: Result
-    run_id: str
+    run: Future[str]
+    """Its id, once MLflow has answered."""
 
 
 @dataclass

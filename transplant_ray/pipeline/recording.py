@@ -39,6 +39,8 @@ class SweepResult:
     folder: RunFolder
     results: list[Result]
     summary: dict[str, Any]
+    refused: tuple[str, ...] = ()
+    """What MLflow did not take, each with the reason; all of it is in the folder."""
 
     @property
     def winner(self) -> Result | None:
@@ -51,7 +53,7 @@ class SweepResult:
 
 
 def record(run: Run, evaluation: Evaluation, results: list[Result], probed: ProbeResult, tracker: Tracker) -> SweepResult:
-    """Write tables, summary and the winner's card, tell MLflow, and write the report; returns what was recorded."""
+    """Write tables, summary, the winner's card and the report, and see that MLflow has them; returns what was recorded."""
     folder = run.folder
     with run.stopwatch.stage("record"):
         guards = _guards(evaluation, results)
@@ -73,13 +75,24 @@ def record(run: Run, evaluation: Evaluation, results: list[Result], probed: Prob
         shutil.rmtree(folder.path / ".tune", ignore_errors=True)  # Tune's own state: all of it is in the tables
         folder.publish()
         tracker.log_summary(folder, _headline(results), tracking_figures(folder), verdict)
-        if winner:
-            summary["model_version"] = tracker.log_winner(evaluation.reported[winner[0].label].run_id, winner[-1], folder)
+        version = tracker.log_winner(evaluation.reported[winner[0].label].run, winner[-1], folder) if winner else None
     summary["seconds"] = run.stopwatch.seconds
     write_json(folder.summary, summary)
-    build_report(folder)  # last: whatever becomes of it, everything else is kept, and `report` makes it again
+    try:
+        build_report(folder)
+    except Exception:  # `report` makes it again, and everything else is kept
+        tracker.drain()
+        raise
     folder.send(folder.summary, *folder.reports)
-    tracker.log_report(folder)
+    tracker.log_files(*folder.reports)
+    with run.stopwatch.stage("send to MLflow"):  # last: all else is in the folder, whatever becomes of the server
+        tracker.drain()
+    if version is not None and version.exception() is None:
+        summary["model_version"] = version.result()
+    summary["mlflow_refused"] = list(tracker.refused)
+    write_json(folder.summary, summary)
+    folder.send(folder.summary)
+    tracker.log_files(folder.summary)
     return SweepResult(folder, results, summary)
 
 

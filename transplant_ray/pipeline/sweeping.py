@@ -48,7 +48,7 @@ def rank(recipe: Recipe, watch: Watch | None = None) -> list[Ranking]:
 def sweep(recipe: Recipe, watch: Watch | None = None) -> SweepResult:
     """The main job, end to end. Raises before anything is started where the recipe cannot work; variants that fail are rows."""
     run = begin(recipe, watch)
-    with plain_errors(), tracked(recipe) as tracker, connect(recipe.resources) as capacity:
+    with plain_errors(), tracked(recipe, run.stopwatch.watch.note) as tracker, connect(recipe.resources) as capacity:
         run.folder.claim(recipe.identity(), recipe.to_yaml())
         check_nodes(run, capacity)
         run = remember(run)
@@ -56,7 +56,8 @@ def sweep(recipe: Recipe, watch: Watch | None = None) -> SweepResult:
         evaluation = evaluate(run, _plan(run, probed), probed.norms, capacity, tracker)
         evaluation.results += evaluate_merges(evaluation, capacity)
         confirmed = _confirm(evaluation, capacity)
-        return record(run, evaluation, [*evaluation.results, *confirmed], probed, tracker)
+        recorded = record(run, evaluation, [*evaluation.results, *confirmed], probed, tracker)
+    return replace(recorded, refused=tracker.refused)
 
 
 def _probe_and_ask_the_source(run: Run, capacity: Capacity) -> ProbeResult:

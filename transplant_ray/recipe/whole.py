@@ -85,6 +85,8 @@ class TrackingSpec(Part):
     experiment: str = "transplant"
     upload: Literal["checkpoint", "delta", "none"] = "checkpoint"
     """What of the winner becomes an artifact of its run."""
+    patience: float = Field(600, ge=0)
+    """Seconds that a finished sweep waits for a server that does not answer; while the sweep runs it never minds."""
 
 
 class Recipe(Part):

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # a line for every trial, passwords in addresses included
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the outbox tries again, and knows what may have arrived
 
 import requests
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param
+from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 
 from transplant_ray.errors import TrackingError
@@ -24,6 +29,8 @@ from transplant_ray.evaluate.results import Result
 from transplant_ray.evaluate.verdict import Verdict
 from transplant_ray.recipe import Recipe, TrackingSpec, redact
 from transplant_ray.storage import RunFolder
+from transplant_ray.tracking.outages import is_outage
+from transplant_ray.tracking.outbox import Outbox, num_entries
 from transplant_ray.versions import environment
 
 METRICS = (
@@ -46,24 +53,39 @@ METRICS = (
 )
 PARAMS = ("role", "ranker", "kind", "k", "alpha", "channels", "penalty", "variant")
 REACH_SECONDS = 10
+FAREWELL_SECONDS = 2.5
+"""After Ctrl-C."""
+FAILURE_SECONDS = 60.0
+"""After an error, while the server answers: what was measured before it is worth having."""
 
 
 class Tracker:
-    """One parent run. Made by `Tracker.start`; every method talks to the server at once."""
+    """One parent run. Made by `Tracker.start`; what it is told then goes through an outbox, so that nobody waits for a server."""
 
-    def __init__(self, client: MlflowClient, experiment_id: str, run_id: str, recipe: Recipe) -> None:
+    def __init__(
+        self, client: MlflowClient, experiment_id: str, run_id: str, recipe: Recipe, say: Callable[[str], None] = lambda _: None
+    ) -> None:
         self.client = client
         self.experiment_id = experiment_id
         self.run_id = run_id
         self.recipe = recipe
+        self.outbox = Outbox(is_outage, say)
+        self.post = self.outbox.post
+        self._parent: Future[str] = Future()
+        self._parent.set_result(run_id)
+        self._children: dict[str, str] = {}
+        self._tried_again = False
 
     @classmethod
-    def start(cls, recipe: Recipe) -> Tracker:
-        """Reach the server and open the parent run. TrackingError where it cannot be reached."""
+    def start(cls, recipe: Recipe, say: Callable[[str], None] = lambda _: None) -> Tracker:
+        """Reach the server and open the parent run. TrackingError where that, or an artifact, does not go well at once.
+
+        `say` gets what a user should read while the sweep runs.
+        """
         spec = recipe.tracking
         with _tracking_errors(spec):
             _reach(spec)
-            logging.getLogger("mlflow.store").setLevel(logging.ERROR)
+            logging.getLogger("mlflow.store").setLevel(logging.CRITICAL)  # a traceback each time that a database is busy
             logging.getLogger("alembic").setLevel(logging.ERROR)
             client = MlflowClient(tracking_uri=spec.uri, registry_uri=spec.uri)
             experiment = client.get_experiment_by_name(spec.experiment)
@@ -71,103 +93,201 @@ class Tracker:
                 experiment.experiment_id if experiment else client.create_experiment(spec.experiment, _artifacts_beside(spec.uri))
             )
             run = client.create_run(experiment_id, run_name=recipe.name, tags={"transplant_ray.recipe": recipe.identity()})
-            tracker = cls(client, experiment_id, run.info.run_id, recipe)
-            client.log_batch(tracker.run_id, params=[Param(key, value) for key, value in _flat(recipe)])
-            client.log_text(tracker.run_id, recipe.to_yaml(), "recipe.yaml")
-            client.log_dict(tracker.run_id, environment(), "environment.json")
-        return tracker
+            run_id: str = run.info.run_id
+            client.log_batch(run_id, params=[Param(key, value) for key, value in _flat(recipe)])
+            client.log_text(run_id, recipe.to_yaml(), "recipe.yaml")
+            client.log_dict(run_id, environment(), "environment.json")
+        return cls(client, experiment_id, run_id, recipe, say)
 
-    def log_trial(self, result: Result, description: Mapping[str, Any]) -> str:
-        """A child run with parameters, metrics and `variant.json`; returns its id."""
-        run = self.client.create_run(
-            self.experiment_id,
-            run_name=result.label,
-            tags={"mlflow.parentRunId": self.run_id, "variant": result.variant},
-        )
-        run_id: str = run.info.run_id
-        self.client.log_batch(run_id, metrics=_metrics(result), params=_params(result))
-        self.client.log_dict(run_id, dict(description), "variant.json")
-        for tag, text in (("error", result.error), ("stopped", result.stopped)):
-            if text:
-                self.client.set_tag(run_id, tag, text)
-        self.client.set_terminated(run_id, "FAILED" if result.error else "FINISHED")
-        return run_id
+    @property
+    def refused(self) -> tuple[str, ...]:
+        """What the server did not take, each with the reason."""
+        return tuple(self.outbox.refused)
+
+    def log_trial(self, result: Result, description: Mapping[str, Any]) -> Future[str]:
+        """A child run with parameters, metrics and `variant.json`; its id, once it has one."""
+        now, metrics, params = _now(), _metrics(result), _params(result)
+        tags = [RunTag(key, text) for key, text in (("error", result.error), ("stopped", result.stopped)) if text]
+        status, content = "FAILED" if result.error else "FINISHED", dict(description)
+        name = f"trial {result.label}"
+        child = self.post(f"the run of {name}", lambda again: self._child(result, now, again))
+        self.post(f"the numbers of {name}", lambda _: self._log(child.result(), metrics=metrics, params=params, tags=tags))
+        self.post(f"the variant of {name}", lambda _: self.client.log_dict(child.result(), content, "variant.json"))
+        self.post(f"the end of {name}", lambda _: self.client.set_terminated(child.result(), status, end_time=now))
+        return child
 
     def log_summary(
         self, folder: RunFolder, summary: Mapping[str, float], figures: Mapping[str, Figure], verdict: Verdict | None
     ) -> None:
         """Tables and figures into the parent run, and the verdict as its tag and description."""
-        if verdict is not None:
-            self.client.set_tag(self.run_id, "verdict", verdict.conclusion)
-            self.client.set_tag(self.run_id, "mlflow.note.content", f"**{verdict.conclusion}**: {verdict.sentence}")
-        now = int(time.time() * 1000)
-        self.client.log_batch(self.run_id, metrics=[Metric(name, value, now, 0) for name, value in summary.items()])
-        for path in (folder.rankings, folder.results, folder.guards, folder.summary):
-            self.client.log_artifact(self.run_id, str(path))
+        told = {} if verdict is None else {
+            "verdict": verdict.conclusion, "mlflow.note.content": f"**{verdict.conclusion}**: {verdict.sentence}"
+        }  # fmt: skip
+        now = _now()
+        metrics = [Metric(name, value, now, 0) for name, value in summary.items()]
+        tags = [RunTag(key, text) for key, text in told.items()]
+        self.post("the headline", lambda _: self._log(self.run_id, metrics=metrics, tags=tags))
+        self.log_files(folder.rankings, folder.results, folder.guards)
         for name, figure in figures.items():
-            self.client.log_figure(self.run_id, figure, f"figures/{name}.png")
+            self._post_image(figure, f"{name}.png")
 
-    def log_report(self, folder: RunFolder) -> None:
-        """The report and its tables into the parent run."""
-        for path in folder.reports:
-            self.client.log_artifact(self.run_id, str(path))
+    def log_files(self, *paths: Path) -> None:
+        """Into the parent run, as they are when they are sent: nobody should change them any more."""
+        for path in paths:
+            self._post_file(self._parent, path, None)
 
-    def log_winner(self, run_id: str, result: Result, folder: RunFolder) -> str | None:
-        """What the recipe wants of the winner in its run; a checkpoint also as a model version, returned as `name/version`.
-
-        A checkpoint in an object store is registered where it is; any other is uploaded: a server refuses paths of other machines.
-        """
-        self.client.set_tag(run_id, "winner", "true")
-        now = int(time.time() * 1000)
+    def log_winner(self, child: Future[str], result: Result, folder: RunFolder) -> Future[str | None]:
+        """What the recipe wants of the winner in its run; a checkpoint also as a model version, returned as `name/version`."""
+        now = _now()
         metrics = [Metric(f"test_{m.key}", m.value, now, 0) for m in _metrics(result)]
-        self.client.log_batch(run_id, metrics=metrics)
-        if self.recipe.tracking.upload == "none":
-            return None
-        self.client.log_artifacts(run_id, str(folder.delta), folder.delta.name)
-        if self.recipe.tracking.upload == "delta":
-            return None
-        if folder.public_address is not None:
-            version = self._register(run_id, f"{folder.public_address}/{folder.checkpoint.name}")
-            if version is not None:
-                return version
-        self.client.log_artifacts(run_id, str(folder.checkpoint), folder.checkpoint.name)
-        return self._register(run_id, f"{self.client.get_run(run_id).info.artifact_uri}/{folder.checkpoint.name}")
+        tags = [RunTag("winner", "true")]
+        told: Future[str | None] = self.post(
+            "the winner's numbers", lambda _: self._log(child.result(), metrics=metrics, tags=tags)
+        )
+        upload = self.recipe.tracking.upload
+        if upload != "none":
+            self._post_folder(child, folder.delta)
+        return self._post_checkpoint(child, folder) if upload == "checkpoint" else told
 
-    def _register(self, run_id: str, source: str) -> str | None:
-        """`name/version` of a new model version; None where the server does not accept the address."""
+    def _post_checkpoint(self, child: Future[str], folder: RunFolder) -> Future[str | None]:
+        """In an object store it is registered where it is; any other is uploaded: a server refuses paths of other machines."""
+        name, what = folder.checkpoint.name, "the model version"
+        there = self.post(
+            what,
+            lambda again: folder.public_address and self._register(child.result(), f"{folder.public_address}/{name}", again),
+        )
+        self._post_folder(child, folder.checkpoint, unless=there)
+
+        def register(again: bool) -> str | None:
+            uploaded = f"{self.client.get_run(child.result()).info.artifact_uri}/{name}"
+            return there.result() or self._register(child.result(), uploaded, again)
+
+        return self.post(what, register)
+
+    def _post_folder(self, run: Future[str], folder: Path, unless: Future[str | None] | None = None) -> None:
+        """File by file, so that an outage costs the file in hand; not at all where `unless` has something."""
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            self._post_file(run, path, path.parent.relative_to(folder.parent).as_posix(), unless)
+
+    def _post_file(self, run: Future[str], path: Path, under: str | None, unless: Future[str | None] | None = None) -> None:
+        def send(_: bool) -> None:
+            if unless is None or unless.result() is None:
+                self.client.log_artifact(run.result(), str(path), under)
+
+        self.post(path.name if under is None else f"{under}/{path.name}", send)
+
+    def _post_image(self, figure: Figure, name: str) -> None:
+        """Drawn here and now: matplotlib wants to be asked by one thread."""
+        image = BytesIO()
+        figure.savefig(image, format="png")
+
+        def send(_: bool) -> None:
+            with TemporaryDirectory() as folder:
+                path = Path(folder, name)
+                path.write_bytes(image.getvalue())
+                self.client.log_artifact(self.run_id, str(path), "figures")
+
+        self.post(f"figure {name}", send)
+
+    def _log(self, run_id: str, metrics: list[Metric], tags: list[RunTag], params: Sequence[Param] = ()) -> None:
+        """At once, whatever MLFLOW_ENABLE_ASYNC_LOGGING says: who only queues it cannot be asked again."""
+        self.client.log_batch(run_id, metrics=metrics, params=params, tags=tags, synchronous=True)
+
+    def _child(self, result: Result, at: int, again: bool) -> str:
+        """A new run under the parent; or the one that an earlier try has made without hearing of it."""
+        self._tried_again |= again
+        made = [run for run in self._found_children() if run.info.run_name == result.label] if again else []
+        run = made[0] if made else self.client.create_run(
+            self.experiment_id, at, {"mlflow.parentRunId": self.run_id, "variant": result.variant}, result.label
+        )  # fmt: skip
+        run_id: str = run.info.run_id
+        self._children[result.label] = run_id
+        return run_id
+
+    def _found_children(self) -> Iterator[Run]:
+        token = None
+        while token != "":
+            page = self.client.search_runs([self.experiment_id], f"tags.`mlflow.parentRunId` = '{self.run_id}'", page_token=token)
+            yield from page
+            token = page.token or ""
+
+    def _register(self, run_id: str, source: str, again: bool) -> str | None:
+        """`name/version` of a new model version, or an earlier try's; None where the address is refused."""
         name = self.recipe.name
         try:
             self.client.create_registered_model(name)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
+        found = self.client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'") if again else []
         try:
-            version = self.client.create_model_version(name, source=source, run_id=run_id)
+            made = [version for version in found if version.source == source]
+            version = made[0] if made else self.client.create_model_version(name, source=source, run_id=run_id)
         except MlflowException as error:
             if error.error_code != "INVALID_PARAMETER_VALUE":
                 raise
             return None
-        self.client.set_tag(run_id, "checkpoint", source)
+        self.client.set_tag(run_id, "checkpoint", source, synchronous=True)
         self.client.set_registered_model_alias(name, "winner", version.version)
         return f"{name}/{version.version}"
 
-    def finish(self, status: str = "FINISHED") -> None:
-        self.client.set_terminated(self.run_id, status)
+    def drain(self) -> None:
+        """Wait until the server has everything. TrackingError where it does not answer for longer than the recipe's patience."""
+        spec = self.recipe.tracking
+        unsent = self.outbox.drain(spec.patience)
+        if unsent:
+            known = "the ledger knows all outcomes" if self.recipe.ledger else "all is evaluated again, for `ledger` is off"
+            raise TrackingError(
+                f"`tracking.uri` {redact(spec.uri)}: does not answer; a finished sweep has waited {spec.patience:g} s "
+                f"(`tracking.patience`) and could not send {num_entries(unsent)}. All results are in "
+                f"{redact(self.recipe.storage)}/{self.recipe.name}. To have them in MLflow too, start the server and run the same "
+                f"recipe again: {known}, and the new run has everything."
+            )
+
+    def finish(self) -> None:
+        """End the parent run, when the server has everything."""
+        now = _now()
+        self.post("the end of the run", lambda _: self._end("FINISHED", now))
+        self.drain()
+        self.outbox.close()
+
+    def _end(self, status: str, at: int) -> None:
+        if self._tried_again:
+            self._remove_doubles()
+        if self.refused:
+            text = f"refused: {num_entries(len(self.refused))}, the first: {self.refused[0]}"
+            self.client.set_tag(self.run_id, "incomplete", text, synchronous=True)
+        self.client.set_terminated(self.run_id, status, end_time=at)
+
+    def _remove_doubles(self) -> None:
+        """A server that was only slow has made a run that nobody waited for any more, beside the one of the second try."""
+        known = set(self._children.values())
+        for run in list(self._found_children()):
+            if "variant" in run.data.tags and run.info.run_id not in known:
+                self.client.delete_run(run.info.run_id)
+
+    def abandon(self, status: str) -> None:
+        """After Ctrl-C or an error: the status, and what waits where the server answers and it does not take long."""
+        farewell = threading.Thread(target=self._say_farewell, args=(status, _now()), daemon=True)
+        farewell.start()
+        self.outbox.close(FAREWELL_SECONDS if status == "KILLED" else FAILURE_SECONDS)
+        farewell.join(FAREWELL_SECONDS)
+
+    def _say_farewell(self, status: str, at: int) -> None:
+        with suppress(Exception):  # the server may be what the sweep has ended of
+            self.client.set_terminated(self.run_id, status, end_time=at)
 
 
 @contextmanager
-def tracked(recipe: Recipe) -> Iterator[Tracker]:
-    """A parent run for the block; it ends FAILED, or KILLED by Ctrl-C, where the block does."""
-    tracker = Tracker.start(recipe)
-    status = "FAILED"
+def tracked(recipe: Recipe, say: Callable[[str], None]) -> Iterator[Tracker]:
+    """A parent run for the block; it ends FAILED, or KILLED by Ctrl-C or SIGTERM, where the block does."""
+    tracker = Tracker.start(recipe, say)
     try:
         yield tracker
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
+        tracker.finish()
+    except BaseException as error:
+        tracker.abandon("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
         raise
-    finally:
-        tracker.finish(status)
 
 
 def _artifacts_beside(uri: str) -> str | None:
@@ -194,8 +314,13 @@ def _tracking_errors(spec: TrackingSpec) -> Iterator[None]:
         ) from None
 
 
+def _now() -> int:
+    """As MLflow counts: milliseconds. Taken when something is measured, whenever it is sent."""
+    return int(time.time() * 1000)
+
+
 def _metrics(result: Result) -> list[Metric]:
-    now = int(time.time() * 1000)
+    now = _now()
     values = {name: getattr(result, name) for name in METRICS}
     return [Metric(name, float(value), now, 0) for name, value in values.items() if value is not None]
 

@@ -1,0 +1,279 @@
+"""The tracker against a server that loses requests and answers as it is told."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace as Bag
+from typing import Any
+
+import pytest
+import yaml
+from matplotlib.figure import Figure
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_ALREADY_EXISTS
+from runs import Made, recipe
+
+from transplant_ray.errors import TrackingError
+from transplant_ray.evaluate.results import Result
+from transplant_ray.recipe import Recipe, load_recipe
+from transplant_ray.storage import RunFolder
+from transplant_ray.tracking import outbox
+from transplant_ray.tracking import tracker as module
+from transplant_ray.tracking.tracker import Tracker, tracked
+
+PARENT = "parent"
+ROW = Result(
+    variant="abc", role="trial", ranker="lae", kind="attn", k=2, alpha=1.0, seed=None, split="select", n=40, correct=30,
+    accuracy=0.75, ci_low=0.6, ci_high=0.85, tir=1.5, recovery=0.5, num_modules=2, num_parameters=200, seconds=1.0, winner=False,
+    error=None,
+)  # fmt: skip
+OTHER = replace(ROW, k=4)
+
+
+class Page(list[Any]):
+    token = ""
+
+
+@dataclass
+class Server:
+    """As much of an MlflowClient as the tracker uses. `troubles`: method → what becomes of its next calls."""
+
+    troubles: dict[str, list[str]] = field(default_factory=dict)
+    runs: dict[str, Bag] = field(default_factory=dict)
+    versions: list[Bag] = field(default_factory=list)
+    numbers: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    tags: dict[tuple[str, str], str] = field(default_factory=dict)
+    ended: dict[str, tuple[str, int]] = field(default_factory=dict)
+    files: dict[tuple[str, str], bytes] = field(default_factory=dict)
+    hang: threading.Event | None = None
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(type(self), f"do_{name}")
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self.hang is not None:
+                self.hang.wait(60)
+            trouble = (self.troubles.get(name) or [""]).pop(0)
+            if trouble == "refused":
+                raise MlflowException("a value is too long", INVALID_PARAMETER_VALUE)
+            if trouble == "away":
+                raise MlflowException("API request to http://me:open-sesame@host/api failed with exception: refused")
+            answer = method(self, *args, **kwargs)
+            if trouble == "lost":
+                raise MlflowException("API request failed with exception: connection reset by peer")
+            return answer
+
+        return call
+
+    def do_create_run(self, experiment: str, at: int, tags: dict[str, str], name: str) -> Bag:
+        id = f"run-{len(self.runs)}"
+        self.runs[id] = Bag(
+            info=Bag(run_id=id, run_name=name, start_time=at, artifact_uri=f"store:/{id}"),
+            data=Bag(tags=tags),
+            experiment=experiment,
+        )
+        return self.runs[id]
+
+    def do_get_run(self, id: str) -> Bag:
+        return self.runs[id]
+
+    def do_search_runs(self, _experiments: list[str], query: str, page_token: str | None) -> Page:
+        assert page_token is None
+        return Page(run for run in self.runs.values() if run.data.tags.get("mlflow.parentRunId", "?") in query)
+
+    def do_delete_run(self, id: str) -> None:
+        del self.runs[id]
+
+    def do_log_batch(self, id: str, **what: Any) -> None:
+        assert what["synchronous"]
+        self.numbers.append((id, what))
+
+    def do_log_dict(self, id: str, content: dict[str, Any], name: str) -> None:
+        self.files[id, name] = str(content).encode()
+
+    def do_log_artifact(self, id: str, path: str, under: str | None) -> None:
+        self.files[id, f"{under or '.'}/{Path(path).name}"] = Path(path).read_bytes()
+
+    def do_set_tag(self, id: str, key: str, value: str, synchronous: bool) -> None:
+        assert synchronous
+        self.tags[id, key] = value
+
+    def do_set_terminated(self, id: str, status: str, end_time: int) -> None:
+        self.ended[id] = (status, end_time)
+
+    def do_create_registered_model(self, name: str) -> None:
+        if any(version.name == name for version in self.versions):
+            raise MlflowException("there", RESOURCE_ALREADY_EXISTS)
+
+    def do_create_model_version(self, name: str, source: str, run_id: str) -> Bag:
+        self.versions.append(Bag(name=name, source=source, run_id=run_id, version=len(self.versions) + 1))
+        return self.versions[-1]
+
+    def do_search_model_versions(self, query: str) -> list[Bag]:
+        return [version for version in self.versions if f"'{version.run_id}'" in query]
+
+    def do_set_registered_model_alias(self, *_: Any) -> None: ...
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Recipe:
+    path = tmp_path / "recipe.yaml"
+    tracking = {"uri": "http://me:open-sesame@host:5000", "patience": 600}
+    path.write_text(yaml.safe_dump(dict(recipe(Made())) | {"tracking": tracking, "storage": "results"}))
+    return load_recipe(path)
+
+
+@pytest.fixture
+def server() -> Server:
+    return Server()
+
+
+@pytest.fixture
+def told(server: Server, settings: Recipe, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tracker]:
+    monkeypatch.setattr(outbox, "FIRST_PAUSE", 0.0)
+    tracker = Tracker(server, "experiment", PARENT, settings)
+    yield tracker
+    tracker.outbox.close()
+
+
+def children(server: Server) -> list[str]:
+    return sorted(run.info.run_name for run in server.runs.values())
+
+
+def sweep_that_raises(error: BaseException, settings: Recipe) -> None:
+    with tracked(settings, print) as tracker:
+        tracker.log_trial(ROW, {})
+        raise error
+
+
+def settled(answer: Future[Any]) -> Any:
+    return answer.result(60)
+
+
+@pytest.mark.parametrize("trouble", [["away"], ["lost"], ["away", "away"], ["lost", "away"]])
+def test_a_run_is_made_once_whatever_becomes_of_request_and_answer(server: Server, told: Tracker, trouble: list[str]) -> None:
+    server.troubles = {"create_run": [*trouble], "search_runs": ["away"], "log_batch": ["lost"], "set_terminated": ["lost"]}
+    settled(told.log_trial(ROW, {}))
+    settled(told.log_trial(OTHER, {}))
+    told.finish()
+    assert children(server) == sorted([ROW.label, OTHER.label])
+    assert {server.ended[id][0] for id in server.runs} == {"FINISHED"}
+    assert {id for id, _ in server.numbers} == set(server.runs)
+    assert told.refused == ()
+
+
+def test_numbers_that_are_sent_again_are_the_same_and_of_the_same_time(
+    server: Server, told: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.hang = threading.Event()
+    server.troubles = {"log_batch": ["lost"]}
+    monkeypatch.setattr(module, "_now", lambda: 1000)
+    child = told.log_trial(ROW, {})
+    monkeypatch.setattr(module, "_now", lambda: 9000)
+    server.hang.set()
+    id = settled(child)
+    told.finish()
+    first, second = (what for run, what in server.numbers if run == id)
+    assert {metric.timestamp for metric in first["metrics"]} == {1000}
+    assert [vars(metric) for metric in first["metrics"]] == [vars(metric) for metric in second["metrics"]]
+    assert server.runs[id].info.start_time == server.ended[id][1] == 1000
+    assert server.ended[PARENT] == ("FINISHED", 9000)
+
+
+def test_a_run_that_a_slow_server_makes_after_all_is_removed(server: Server, told: Tracker) -> None:
+    server.troubles = {"create_run": ["away"]}
+    ours = settled(told.log_trial(ROW, {}))
+    server.do_create_run("experiment", 1, {"mlflow.parentRunId": PARENT, "variant": "abc"}, ROW.label)
+    theirs = server.do_create_run("experiment", 1, {"mlflow.parentRunId": PARENT}, "somebody's own").info.run_id
+    told.finish()
+    assert set(server.runs) == {ours, theirs}
+
+
+def test_runs_are_not_looked_at_where_nothing_was_tried_again(server: Server, told: Tracker) -> None:
+    server.troubles = {"search_runs": ["refused"]}
+    settled(told.log_trial(ROW, {}))
+    told.finish()
+    assert told.refused == ()
+
+
+@pytest.mark.parametrize("trouble", ["away", "lost"])
+def test_a_model_version_is_made_once(server: Server, told: Tracker, tmp_path: Path, trouble: str) -> None:
+    folder = RunFolder(tmp_path / "run")
+    for place in (folder.checkpoint / "inner", folder.delta):
+        place.mkdir(parents=True)
+        (place / "weights").write_bytes(b"weights")
+    server.troubles = {"create_model_version": [trouble], "set_registered_model_alias": ["lost"], "log_artifact": ["away", "lost"]}
+    child = told.log_trial(ROW, {})
+    version = told.log_winner(child, ROW, folder)
+    told.finish()
+    assert version.result() == "made/1"
+    assert [(v.source, v.run_id) for v in server.versions] == [(f"store:/{child.result()}/checkpoint", child.result())]
+    assert {name for _, name in server.files} == {"variant.json", "delta/weights", "checkpoint/inner/weights"}
+
+
+def test_a_figure_is_sent_as_it_was(server: Server, told: Tracker, tmp_path: Path) -> None:
+    figure, folder = Figure(), RunFolder(tmp_path)
+    figure.savefig(tmp_path / "as it was.png")
+    server.hang = threading.Event()
+    told.log_summary(folder, {}, {"curve": figure}, None)
+    figure.add_subplot().plot([1, 2])
+    server.hang.set()
+    told.drain()
+    assert server.files[PARENT, "figures/curve.png"] == (tmp_path / "as it was.png").read_bytes()
+
+
+def test_a_server_that_is_away_at_the_end_is_an_error_that_says_what_next(server: Server, told: Tracker) -> None:
+    server.troubles = {name: ["away"] * 100_000 for name in ("create_run", "search_runs", "set_terminated")}
+    told.recipe = told.recipe.model_copy(update={"tracking": told.recipe.tracking.model_copy(update={"patience": 0})})
+    told.log_trial(ROW, {})
+    with pytest.raises(TrackingError) as caught:
+        told.finish()
+    words = str(caught.value)
+    assert "could not send 5 entries" in words
+    assert "All results are in results/made." in words
+    assert "start the server and run the same recipe again" in words
+    assert "http://host:5000" in words
+    assert "sesame" not in words
+
+
+def test_what_was_refused_is_said_of_the_run(server: Server, told: Tracker) -> None:
+    server.troubles = {"log_batch": ["refused"]}
+    child = told.log_trial(ROW, {})
+    told.finish()
+    assert told.refused == (f"the numbers of trial {ROW.label}: a value is too long",)
+    assert server.tags[PARENT, "incomplete"] == f"refused: 1 entry, the first: {told.refused[0]}"
+    assert {id: status for id, (status, _) in server.ended.items()} == {child.result(): "FINISHED", PARENT: "FINISHED"}
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(KeyboardInterrupt(), "KILLED"), (SystemExit(15), "KILLED"), (RuntimeError(), "FAILED")]
+)
+def test_the_run_ends_as_its_block_does(
+    server: Server, told: Tracker, settings: Recipe, monkeypatch: pytest.MonkeyPatch, error: BaseException, status: str
+) -> None:
+    monkeypatch.setattr(Tracker, "start", lambda *_: told)
+    with pytest.raises(type(error)):
+        sweep_that_raises(error, settings)
+    assert server.ended[PARENT][0] == status
+    assert children(server) == [ROW.label]
+
+
+def test_a_server_that_hangs_keeps_nobody_who_has_pressed_ctrl_c(
+    server: Server, told: Tracker, settings: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.hang = threading.Event()
+    monkeypatch.setattr(Tracker, "start", lambda *_: told)
+    monkeypatch.setattr(module, "FAREWELL_SECONDS", 0.01)
+    with pytest.raises(KeyboardInterrupt):
+        sweep_that_raises(KeyboardInterrupt(), settings)
+    assert not server.hang.is_set(), "it hung to the end"
+    server.hang.set()
+    while PARENT not in server.ended:
+        time.sleep(0.01)
+    assert server.runs.keys() <= {"run-0"}, "what waited is dropped"
+    assert not server.numbers
