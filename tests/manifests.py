@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import botocore.session
+import click
 import jsonschema
 import kubernetes_validate
 import yaml
@@ -60,7 +61,7 @@ def check_ray_up(config: dict[str, Any]) -> None:
 def _check_flags(words: str) -> None:
     try:
         start.make_context("ray start", shlex.split(words))
-    except Exception as error:
+    except click.ClickException as error:
         raise Invalid(str(error)) from error
 
 

@@ -1,4 +1,7 @@
-"""What the files under cluster/ and deploy/ promise: pinned versions, nobody is root, no secret, no listener wider than needed."""
+"""What the files under cluster/ and deploy/ promise: pinned versions, nobody is root, no secret, no listener wider than needed.
+
+A check raises `Invalid`; a test that only makes one promises that it does not.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The files under cluster/ and deploy/ are what the tools they are for accept; and every validator refuses a broken copy."""
+"""The files under cluster/ and deploy/ are what the tools they are for accept; and every validator refuses a broken copy.
+
+A check raises `Invalid`; a test that only makes one promises that it does not.
+"""
 
 from __future__ import annotations
 
