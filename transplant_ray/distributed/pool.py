@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -18,6 +17,7 @@ from ray.actor import ActorHandle
 
 from transplant_ray.distributed.actors import Evaluator, Workload
 from transplant_ray.distributed.cluster import Capacity
+from transplant_ray.distributed.overseer import Overseer
 from transplant_ray.distributed.probing import released
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.engine import VARIANTS_PER_PACK
@@ -72,6 +72,10 @@ class _Task:
     stream: Any
     answered: set[str] = field(default_factory=set)
 
+    @property
+    def left(self) -> tuple[str, ...]:
+        return tuple(variant.id for variant in self.work.variants if variant.id not in self.answered)
+
 
 class _Waiting:
     """Work in its order; what was handed back comes first."""
@@ -94,6 +98,7 @@ class Pool:
     evaluators: tuple[ActorHandle, ...]
     rows: int
     """Rows in flight on each evaluator, at most."""
+    overseer: Overseer = field(default_factory=Overseer)
 
     def run(self, work: Iterable[Work], on_result: OnResult) -> None:
         """Hand out the work in order, as it is taken; `on_result` is called here for every variant and shard, as they come.
@@ -153,15 +158,18 @@ class Pool:
             (ready,), _ = ray.wait([*(task.stream for task in running), *restarting], num_returns=1)
             if ready in restarting:
                 idle.append(restarting.pop(ready))
+                self.overseer.joined(idle[-1])
                 continue
             task = next(task for task in running if task.stream is ready)
             try:
                 ref = next(task.stream, None)
                 if ref is not None:
                     task.answered.update(take(ray.get(ref)))
+                    self.overseer.came(task.evaluator, len(task.left))
                     continue
                 idle.append(task.evaluator)
             except ray.exceptions.RayActorError:
+                self.overseer.died(task.evaluator, task.left)
                 restarting[task.evaluator.ping.options(max_task_retries=-1).remote()] = task.evaluator
                 again, lost = task.work.after_a_death(task.answered)
                 waiting.first.extendleft(reversed(again))
@@ -171,6 +179,7 @@ class Pool:
 
     def _start(self, call: str, evaluator: ActorHandle, work: Work) -> _Task:
         """Without retries by Ray, which would evaluate all of it again, and for ever."""
+        self.overseer.handed_out(evaluator, len(work.variants))
         method = getattr(evaluator, call).options(num_returns="streaming", max_task_retries=0)
         return _Task(evaluator, work, method.remote(work.variants, work.examples, work.rules, self.rows))
 
@@ -185,6 +194,7 @@ def evaluator_pool(
     examples: Sequence[Rendered],
     rules: Rules,
     rows: int | None,
+    overseer: Overseer,
 ) -> Iterator[Pool]:
     """`size` evaluators that hold the target and, of the source, the modules in `names`.
 
@@ -196,20 +206,6 @@ def evaluator_pool(
         if rows is None:
             most = VARIANTS_PER_PACK * len(examples)
             rows = int(ray.get(evaluators[0].measure_rows.remote(examples, rules, most)))
-        yield Pool(evaluators, rows)
-
-
-@contextmanager
-def working(work: Callable[[], None], on_failure: Callable[[str], None]) -> Iterator[None]:
-    """`work` is done in a thread while the block runs; after the block it is finished, or its error is raised.
-
-    `on_failure` is told at once, so that whoever waits for outcomes in the block does not wait for ever.
-    """
-    executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="evaluator-pool")
-    future = executor.submit(work)
-    future.add_done_callback(lambda done: on_failure(repr(error)) if (error := done.exception()) else None)
-    try:
-        yield
-        future.result()
-    finally:
-        executor.shutdown(wait=False, cancel_futures=True)
+        for evaluator in evaluators:
+            overseer.joined(evaluator)
+        yield Pool(evaluators, rows, overseer)

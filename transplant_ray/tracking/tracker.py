@@ -165,7 +165,7 @@ def tracked(recipe: Recipe) -> Iterator[Tracker]:
     try:
         yield tracker
         status = "FINISHED"
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # the latter is what Ray makes of SIGTERM while it starts
         status = "KILLED"
         raise
     finally:
