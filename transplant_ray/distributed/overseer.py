@@ -27,6 +27,7 @@ class Overseer:
         self.evaluators: dict[ActorHandle, int] = {}
         """How many variants each has in hand."""
         self.dead: set[ActorHandle] = set()
+        self.at_work = AtWork(0, 0, 0.0)
         self.stopped = False
 
     def joined(self, evaluator: ActorHandle) -> None:
@@ -62,14 +63,12 @@ class Overseer:
             raise Stopped
 
     def _is_busy(self, evaluator: ActorHandle, num_variants: int) -> None:
-        before = self._at_work()
         self.evaluators[evaluator] = num_variants
-        if self._at_work() != before:
-            self.tell(self._at_work())
-
-    def _at_work(self) -> AtWork:
         busy = sum(num > 0 for num in self.evaluators.values())
-        return AtWork(busy, len(self.evaluators) - len(self.dead), busy * self.gpus_each)
+        now = AtWork(busy, len(self.evaluators) - len(self.dead), busy * self.gpus_each)
+        if now != self.at_work:
+            self.at_work = now
+            self.tell(now)
 
 
 def name_of(evaluator: ActorHandle) -> str:

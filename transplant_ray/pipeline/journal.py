@@ -104,7 +104,7 @@ class Journal:
         facts = asdict(fact)
         if isinstance(fact, VariantsPlanned):
             facts = {"variants": len(fact.labels)}
-        if (label := self.labels.get(facts.get("variant", ""))) is not None:
+        if "trial" not in facts and (label := self.labels.get(facts.get("variant", ""))) is not None:
             facts = {"label": label, **facts}
         return {**self.ids, **{name: _plain(value) for name, value in facts.items() if value not in (None, "")}}
 

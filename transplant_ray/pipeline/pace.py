@@ -64,7 +64,7 @@ class Pace:
         """Everything but the count of the stage itself; under 80 columns."""
         speed, left = self.tokens_per_second, self.seconds_left
         parts = [
-            f"{self.variants_done:,} of {self.asked:,} variants" if self.asked > 0 and self.variants_done <= self.asked else "",
+            f"{self.variants_done:,}/{self.asked:,} variants" if self.asked > 0 and self.variants_done <= self.asked else "",
             "" if speed is None else f"{speed:,.0f} tokens/s",
             self._workers(),
             "" if left is None else f"{shown_seconds(left)} left",
@@ -80,7 +80,7 @@ class Pace:
         busy, gpus = self.at_work.evaluators, self.at_work.gpus
         if not busy:
             return ""
-        return f"{busy} evaluator{'s' if busy > 1 else ''}" + (f" on {gpus:g} GPU{'s' if gpus > 1 else ''}" if gpus else "")
+        return f"{busy} evaluator{'s' if busy > 1 else ''}" + (f", {gpus:g} GPU{'s' if gpus > 1 else ''}" if gpus else "")
 
 
 def shown_seconds(seconds: float) -> str:
