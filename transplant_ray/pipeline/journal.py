@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from transplant_ray.distributed.facts import Fact, StageEnds, SweepBegins, SweepEnds, VariantsPlanned
-from transplant_ray.errors import RunError, Terminated
+from transplant_ray.errors import RunError, Terminated, TransplantError
 from transplant_ray.recipe import Recipe, redact
 from transplant_ray.storage import RunFolder
 
 LOGGER = logging.getLogger("transplant_ray")
+MOST_REASON = 2000
+"""Characters of an error that nobody foresaw: Ray puts tracebacks into them."""
 
 
 class JsonLines(logging.Formatter):
@@ -83,7 +85,7 @@ class Journal:
         start = time.perf_counter()
         with suppress(RunError):
             _fetch(folder)
-        with _written(folder.log):
+        with _written(folder.log, self.ids["attempt"]):
             self.folder, waiting, self.waiting = folder, self.waiting or [], None
             for record in waiting:
                 if LOGGER.isEnabledFor(record.levelno):
@@ -93,7 +95,7 @@ class Journal:
             try:
                 yield
             except BaseException as error:
-                self.exit, reason = _exit_code(error), f"{type(error).__name__}: {error}".removesuffix(": ")
+                self.exit, reason = _exit_code(error), f"{type(error).__name__}: {error}".removesuffix(": ")[:MOST_REASON]
                 raise
             finally:
                 self.hear(SweepEnds(self.exit, round(time.perf_counter() - start, 3), reason))
@@ -110,12 +112,13 @@ class Journal:
 
 
 @contextmanager
-def _written(path: Path) -> Iterator[None]:
+def _written(path: Path, attempt: str) -> Iterator[None]:
     """The logger writes to a file, and passes on what a log is made of, whatever the program has told other loggers."""
     try:
         handler: logging.Handler = QuietFile(path)
     except OSError:  # whoever writes results next says what is wrong with the place
         handler = logging.NullHandler()
+    handler.addFilter(lambda record: getattr(record, "facts", {}).get("attempt") == attempt)  # another sweep may run in a thread
     level, disabled = LOGGER.level, LOGGER.disabled
     LOGGER.addHandler(handler)
     LOGGER.disabled = False
@@ -152,4 +155,6 @@ def _exit_code(error: BaseException) -> int:
     """What the command line makes of it."""
     if isinstance(error, Terminated):
         return Terminated.EXIT
-    return 130 if isinstance(error, KeyboardInterrupt) else 2
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return 2 if isinstance(error, TransplantError) else 1

@@ -36,6 +36,8 @@ class Pace:
                 self.recalled += fact.examples
             case ShardDone():
                 self.tokens.append((self.clock(), fact.tokens))
+                while self.clock() - self.tokens[0][0] > WINDOW_SECONDS:
+                    self.tokens.popleft()
             case VariantsAsked():
                 self.asked, self.variants_done = fact.variants, 0
             case VariantDone():
@@ -45,12 +47,11 @@ class Pace:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """None before the first answer."""
+        """None where there was no answer lately."""
         now = self.clock()
-        while self.tokens and now - self.tokens[0][0] > WINDOW_SECONDS:
-            self.tokens.popleft()
+        recent = [number for when, number in list(self.tokens) if now - when <= WINDOW_SECONDS]  # a copy: others append meanwhile
         elapsed = min(now - self.began, WINDOW_SECONDS)
-        return sum(number for _, number in self.tokens) / elapsed if self.tokens and elapsed > 0 else None
+        return sum(recent) / elapsed if recent and elapsed > 0 else None
 
     @property
     def seconds_left(self) -> float | None:
@@ -64,7 +65,7 @@ class Pace:
         """Everything but the count of the stage itself; under 80 columns."""
         speed, left = self.tokens_per_second, self.seconds_left
         parts = [
-            f"{self.variants_done:,}/{self.asked:,} variants" if self.asked > 0 and self.variants_done <= self.asked else "",
+            f"{self.variants_done:,}/{self.asked:,} variants" if self.variants_done < self.asked else "",
             "" if speed is None else f"{speed:,.0f} tokens/s",
             self._workers(),
             "" if left is None else f"{shown_seconds(left)} left",

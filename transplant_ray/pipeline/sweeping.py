@@ -41,7 +41,7 @@ def demo(pair: str = zoo.PAIRS[0], overrides: Sequence[str] = (), watch: Watch |
 def rank(recipe: Recipe, watch: Watch | None = None) -> list[Ranking]:
     """Rank the modules of a pair and write rankings.parquet; nothing is grafted."""
     run = begin(recipe, watch)
-    with plain_errors(), terminable(), connect(recipe.resources) as capacity, run.claimed("rank"), terminable():
+    with terminable(), connect(recipe.resources) as capacity, run.claimed("rank"), plain_errors(), terminable():
         return _probe(run, capacity, baselines=(), searches={}).rankings
 
 
@@ -49,7 +49,7 @@ def sweep(recipe: Recipe, watch: Watch | None = None) -> SweepResult:
     """The main job, end to end. Raises before anything is started where the recipe cannot work; variants that fail are rows."""
     run = begin(recipe, watch)
     with (
-        plain_errors(), terminable(), tracked(recipe) as tracker, connect(recipe.resources) as capacity, run.claimed("sweep"),
+        terminable(), tracked(recipe) as tracker, connect(recipe.resources) as capacity, run.claimed("sweep"), plain_errors(),
         terminable(),
     ):  # fmt: skip
         run = remember(run)

@@ -94,6 +94,7 @@ def test_a_recalled_shard_and_who_is_at_work_are_told_to_those_alone_who_ask(fol
     ("error", "told"),
     [
         (RunError("no room"), {"exit": 2, "error": "RunError: no room"}),
+        (ValueError("x" * 9999), {"exit": 1, "error": "ValueError: " + "x" * 1988}),
         (KeyboardInterrupt(), {"exit": 130, "error": "KeyboardInterrupt"}),
         (Terminated(), {"exit": 143, "error": "Terminated"}),
     ],
@@ -159,6 +160,18 @@ def test_a_handler_of_the_users_own_gets_the_same(folder: RunFolder) -> None:
     finally:
         LOGGER.removeHandler(handler)
     assert heard == [(line.pop("event"), {k: v for k, v in line.items() if k not in ("time", "level")}) for line in lines(folder)]
+
+
+def test_two_sweeps_of_one_program_keep_their_logs_apart(tmp_path: Path) -> None:
+    folders = [RunFolder(tmp_path / name) for name in ("one", "other")]
+    journals = [Journal(RECIPE), Journal(RECIPE)]
+    for folder in folders:
+        folder.path.mkdir()
+    with journals[0].kept(folders[0], "sweep"), journals[1].kept(folders[1], "sweep"):
+        for journal in journals:
+            journal.hear(Note("hello"))
+    for journal, folder in zip(journals, folders, strict=True):
+        assert [line["attempt"] for line in lines(folder)] == [journal.ids["attempt"]] * 3
 
 
 def test_a_log_that_cannot_be_written_ends_nothing(folder: RunFolder) -> None:
