@@ -14,7 +14,8 @@ import ray
 import requests
 from integration.helpers import SPLIT, Swept
 
-from transplant_ray.distributed.meters import count_in_evaluator
+from transplant_ray.distributed.facts import AtWork, SweepBegins, SweepEnds
+from transplant_ray.distributed.meters import Meters, count_in_evaluator
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.outcome import Outcome
 
@@ -105,9 +106,21 @@ def test_prometheus_is_offered_what_was_counted(swept: Swept, log: list[dict[str
         assert total(found, name, **tags) >= value > 0, name
     done = len(of(log, "variant done"))
     assert total(found, "ray_transplant_ray_variants_done_total", run="tiny") >= done
-    assert total(found, "ray_transplant_ray_variants_planned", run="tiny") > 0
-    assert any(name.startswith("ray_transplant_ray_stage{") and 'stage="evaluate"' in name for name in found)
-    assert any(name.startswith("ray_transplant_ray_evaluators_at_work{") for name in found)
+
+
+def test_a_gauge_is_offered_for_as_long_as_the_sweep_goes_on(cluster: None) -> None:  # noqa: ARG001
+    """Ray would forget it after 20 seconds."""
+    running, tags = Meters("running"), {"run": "running"}
+    running.hear(SweepBegins("sweep", "runs/running"))
+    running.hear(AtWork(2, 3, 1.0))
+    time.sleep(30)
+    deadline = time.monotonic() + PATIENCE
+    while not total(metrics(), "ray_transplant_ray_evaluators_at_work", **tags) and time.monotonic() < deadline:
+        time.sleep(2)
+    found = metrics()
+    running.hear(SweepEnds(0, 30.0))
+    names = ("evaluators_at_work", "evaluators", "gpus_at_work")
+    assert [total(found, f"ray_transplant_ray_{name}", **tags) for name in names] == [2, 3, 1]
 
 
 @ray.remote(num_cpus=0)

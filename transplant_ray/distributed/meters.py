@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
+from threading import Event, Thread
 from typing import Any
 
 import ray
@@ -21,11 +22,15 @@ from transplant_ray.distributed.facts import (
     ShardRecalled,
     StageBegins,
     StageEnds,
+    SweepBegins,
+    SweepEnds,
     VariantDone,
     VariantsPlanned,
 )
 from transplant_ray.evaluate.answers import VariantShard
 
+REFRESH_SECONDS = 5
+"""Ray forgets a gauge that has not been set for twenty seconds."""
 SECONDS = [0.01, 0.1, 1.0, 10.0, 100.0, 1000.0]
 ASKED = ("run", "task", "split")
 
@@ -73,11 +78,23 @@ class Meters:
 
     def __init__(self, run: str, alive: Callable[[], bool] = ray.is_initialized) -> None:
         self.run, self.alive = run, alive
+        self.gauges: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+        self.ended = Event()
 
     def hear(self, fact: Fact) -> None:
         with suppress(Exception):
+            if isinstance(fact, SweepBegins):
+                Thread(target=self._refresh, name="meters", daemon=True).start()
+            if isinstance(fact, SweepEnds):
+                self.ended.set()
             if self.alive():
                 self._hear(fact)
+
+    def _refresh(self) -> None:
+        while not self.ended.wait(REFRESH_SECONDS):
+            with suppress(Exception):
+                for (name, tags), value in list(self.gauges.items()) if self.alive() else ():
+                    _meter(name).set(value, dict(tags))
 
     def _hear(self, fact: Fact) -> None:
         match fact:
@@ -107,7 +124,9 @@ class Meters:
         _meter("shard_seconds").observe(shard.seconds, tags)
 
     def _set(self, name: str, value: float, **tags: str) -> None:
-        _meter(name).set(value, {"run": self.run, **tags})
+        tags = {"run": self.run, **tags}
+        self.gauges[name, tuple(tags.items())] = value
+        _meter(name).set(value, tags)
 
 
 def count_in_evaluator(run: str, shard: VariantShard) -> None:

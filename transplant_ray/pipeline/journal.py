@@ -9,7 +9,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -80,8 +80,12 @@ class Journal:
                 self.folder.send(self.folder.log)
 
     @contextmanager
-    def kept(self, folder: RunFolder, verb: str) -> Iterator[None]:
-        """Write the log while the block runs, behind what earlier attempts wrote, and how the block ended."""
+    def kept(self, folder: RunFolder, verb: str, tell: Callable[[Fact], None] | None = None) -> Iterator[None]:
+        """Write the log while the block runs, behind what earlier attempts wrote, and how the block ended.
+
+        `tell` lets others hear of beginning and end too, and this one with them.
+        """
+        tell = tell or self.hear
         start = time.perf_counter()
         with suppress(RunError):
             _fetch(folder)
@@ -90,7 +94,7 @@ class Journal:
             for record in waiting:
                 if LOGGER.isEnabledFor(record.levelno):
                     LOGGER.handle(record)
-            self.hear(SweepBegins(verb, folder.public_address or str(folder.path)))
+            tell(SweepBegins(verb, folder.public_address or str(folder.path)))
             reason = None
             try:
                 yield
@@ -98,7 +102,7 @@ class Journal:
                 self.exit, reason = _exit_code(error), f"{type(error).__name__}: {error}".removesuffix(": ")[:MOST_REASON]
                 raise
             finally:
-                self.hear(SweepEnds(self.exit, round(time.perf_counter() - start, 3), reason))
+                tell(SweepEnds(self.exit, round(time.perf_counter() - start, 3), reason))
                 self.send()
 
     def _line(self, fact: Fact) -> dict[str, Any]:

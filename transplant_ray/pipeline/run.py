@@ -116,7 +116,7 @@ class Run:
         """The run folder is this recipe's; the log in it is kept for the block."""
         recipe = self.job.recipe
         self.folder.claim(recipe.identity(), recipe.to_yaml())
-        with self.journal.kept(self.folder, verb):
+        with self.journal.kept(self.folder, verb, self.tell):
             yield
 
     def row(self, entry: Planned, split: Split, tally: Tally) -> Result:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from transplant_ray.distributed.facts import (
     Fact,
     StageBegins,
     StageEnds,
+    SweepBegins,
+    SweepEnds,
     VariantDone,
     VariantsPlanned,
     of_shard,
@@ -84,6 +87,20 @@ def test_an_evaluator_counts_what_it_did(noted: Noted) -> None:
     assert noted == [
         ("inc", "evaluator_examples", 3, tags), ("inc", "evaluator_tokens", 21, tags), ("inc", "evaluator_failures", 1, tags),
     ]  # fmt: skip
+
+
+def test_a_gauge_is_told_again_while_the_sweep_goes_on(noted: Noted, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray forgets it otherwise."""
+    monkeypatch.setattr(meters, "REFRESH_SECONDS", 0.01)
+    running = Meters("r", alive=lambda: True)
+    running.hear(SweepBegins("sweep", "runs/r"))
+    running.hear(StageBegins("evaluate", 3, "examples"))
+    deadline = time.monotonic() + 60
+    while len(noted) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    running.hear(SweepEnds(0, 1.0))
+    assert set(map(str, noted)) == {str(("set", "stage", 1, {"run": "r", "stage": "evaluate"}))}
+    assert len(noted) >= 3
 
 
 def test_nothing_is_counted_where_there_is_no_ray(noted: Noted) -> None:
