@@ -90,5 +90,5 @@ def test_a_measurement_of_a_killer_is_nothing(cluster: None, tmp_path: Path) -> 
 
 def test_an_error_of_an_evaluator_is_no_death(cluster: None, tmp_path: Path) -> None:  # noqa: ARG001
     pool = make_pool(tmp_path)
-    with pytest.raises(ray.exceptions.RayTaskError, match="not iterable"):
-        pool.run([Work(None, EXAMPLES, RULES)], lambda _: None)  # type: ignore[arg-type]
+    with pytest.raises(ray.exceptions.RayTaskError, match="has no attribute 'id'"):
+        pool.run([Work((None,), EXAMPLES, RULES)], lambda _: None)  # type: ignore[arg-type]
