@@ -58,15 +58,17 @@ class TerminalWatch:
         self.progress = _Bars(*columns, console=console, disable=not self.live)
         self.task: TaskID | None = None
         self.pace = Pace()
-        self.beat, self.ended, self.spoken = beat, Event(), time.monotonic()
+        self.beat, self.spoken = beat, time.monotonic()
+        self.teller, self.ended = Thread(target=self._live_on, name="progress", daemon=True), Event()
 
     def __enter__(self) -> TerminalWatch:
         self.progress.start()
-        Thread(target=self._live_on, name="progress", daemon=True).start()
+        self.teller.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.ended.set()
+        self.teller.join()
         self.progress.facts = ""
         if not any(exc):  # a bar that was left is not full
             self._end_stage()
