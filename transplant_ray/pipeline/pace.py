@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from transplant_ray.distributed.facts import AtWork, Fact, ShardDone, ShardRecalled, VariantDone, VariantsAsked
+from transplant_ray.distributed.facts import AtWork, Fact, ShardDone, ShardRecalled, StageEnds, VariantDone, VariantsAsked
 
 WINDOW_SECONDS = 60
 """Tokens a second are those of the last minute."""
@@ -34,7 +34,7 @@ class Pace:
         match fact:
             case ShardRecalled():
                 self.recalled += fact.examples
-            case ShardDone():
+            case ShardDone() if fact.evaluator:  # a model that answers by itself tells all of it at once
                 self.tokens.append((self.clock(), fact.tokens))
                 while self.clock() - self.tokens[0][0] > WINDOW_SECONDS:
                     self.tokens.popleft()
@@ -44,6 +44,8 @@ class Pace:
                 self.variants_done += 1
             case AtWork():
                 self.at_work = fact
+            case StageEnds():  # what comes before the next, such as loading models, may take long too
+                self.begin(f"after {fact.stage}", 0, "")
 
     @property
     def tokens_per_second(self) -> float | None:

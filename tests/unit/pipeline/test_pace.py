@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from transplant_ray.distributed.facts import AtWork, Fact, VariantDone, VariantsAsked, of_shard
+from transplant_ray.distributed.facts import AtWork, Fact, StageEnds, VariantDone, VariantsAsked, of_shard
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.outcome import Outcome
 from transplant_ray.pipeline.pace import WINDOW_SECONDS, Pace, shown_seconds
@@ -17,9 +17,9 @@ class Clock:
         return self.now
 
 
-def shard(num: int, tokens: int, *, recalled: bool = False) -> Fact:
+def shard(num: int, tokens: int, *, recalled: bool = False, evaluator: str = "e") -> Fact:
     said = tuple(Outcome("v", f"e{i}", "x", True, tokens, True) for i in range(num))
-    return of_shard("task", "select", VariantShard("v", said, 1.0, recalled=recalled))
+    return of_shard("task", "select", VariantShard("v", said, 1.0, recalled=recalled, evaluator=evaluator))
 
 
 def test_a_line_has_examples_variants_tokens_evaluators_and_the_time_left() -> None:
@@ -66,6 +66,16 @@ def test_a_stage_of_unknown_length_tells_for_how_long_it_goes_on() -> None:
     pace.begin("export", 0, "examples")
     clock.now += 600
     assert pace.line() == "export: for 10 min"
+
+
+def test_between_stages_it_says_after_which() -> None:
+    clock = Clock()
+    pace = Pace(clock)
+    pace.begin("probe and rank", 10, "examples")
+    pace.hear(StageEnds("probe and rank", 1.0))
+    clock.now += 30
+    pace.hear(shard(10, tokens=50, evaluator=""))
+    assert pace.line() == "after probe and rank: for 30 s"
 
 
 def test_a_new_stage_begins_at_nothing() -> None:

@@ -25,7 +25,8 @@ class Kept(Silent):
 
 
 def shard(num: int) -> Fact:
-    return of_shard("task", "select", VariantShard("v", tuple(Outcome("v", f"e{i}", "x", True, 7, True) for i in range(num)), 1.0))
+    said = tuple(Outcome("v", f"e{i}", "x", True, 7, True) for i in range(num))
+    return of_shard("task", "select", VariantShard("v", said, 1.0, evaluator="e"))
 
 
 def test_all_who_listen_hear_stages_notes_and_facts() -> None:
