@@ -1,6 +1,6 @@
 """The command line: parse, call one function, print.
 
-Exit codes: 0 well, 1 some variants failed or MLflow refused something, 2 nothing could be done.
+Exit codes: 0 well, 1 some variants failed or MLflow refused something, 2 nothing could be done, 130 Ctrl-C, 143 SIGTERM.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from transplant_ray import zoo
-from transplant_ray.errors import TransplantError
+from transplant_ray.errors import Terminated, TransplantError
 from transplant_ray.named_tasks import NAMED_TASKS
 
 app = typer.Typer(
@@ -27,6 +27,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+INTERRUPTED = 130
+"""What shells make of SIGINT."""
 console = Console(emoji=False)  # `:a:` in a path or a pattern is no picture
 complaints = Console(stderr=True, emoji=False)
 
@@ -80,7 +82,7 @@ def rank(recipe: RecipePath, overrides: Overrides = None) -> None:
     from transplant_ray.console import TerminalWatch, ranking_table
     from transplant_ray.pipeline.sweeping import rank as run_rank
 
-    with TerminalWatch(console) as watch:
+    with _resumable("ranking starts over"), TerminalWatch(console) as watch:
         rankings = run_rank(_load(recipe, overrides), watch)
     for ranking in rankings:
         console.print(ranking_table(ranking))
@@ -241,7 +243,7 @@ def logs(
     address: Address = None,
 ) -> None:
     """Print what a submitted job has said."""
-    from transplant_ray.distributed.submission import INTERRUPTED, Jobs, Told, exit_code
+    from transplant_ray.distributed.submission import Jobs, Told, exit_code
 
     jobs = Jobs.at(address)
     if not follow:
@@ -276,7 +278,8 @@ def _sweep(path: Path, overrides: list[str] | None) -> None:
     from transplant_ray.pipeline.sweeping import sweep as run_sweep
 
     recipe = _load(path, overrides)
-    with TerminalWatch(console) as watch:
+    again = "goes on where it stopped" if recipe.ledger else "starts over, for `ledger: false` keeps nothing"
+    with _resumable(f"the same command {again}"), TerminalWatch(console) as watch:
         result = run_sweep(recipe, watch)
     _print_results(result.results, result.summary, every=False)
     folder = result.folder
@@ -300,11 +303,11 @@ def _load(path: Path, overrides: list[str] | None):  # type: ignore[no-untyped-d
 
 
 def _print_results(results, summary, *, every: bool) -> None:  # type: ignore[no-untyped-def]
-    from transplant_ray.console import results_table, summary_lines
+    from transplant_ray.console import results_table, summary_lines, time_line
 
     for split in ("select", "test") if every else ("select",):
         console.print(results_table(results, split, top=None if every else 8))
-    for line in summary_lines(summary):
+    for line in [*summary_lines(summary), *time_line(summary)]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -354,6 +357,17 @@ def _times(job) -> tuple[str, str]:  # type: ignore[no-untyped-def]
     start = datetime.fromtimestamp(job.start_time / 1000, UTC)
     end = datetime.fromtimestamp(job.end_time / 1000, UTC) if job.end_time else datetime.now(UTC)
     return f"{start:%Y-%m-%d %H:%M} UTC", str(end - start).partition(".")[0]
+
+
+@contextmanager
+def _resumable(what_next: str) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end in a line, and in the exit code that a shell gives them."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        terminated = isinstance(stop, Terminated)
+        _tell(f"stopped by {'SIGTERM' if terminated else 'Ctrl-C'}; {what_next}")
+        raise typer.Exit(Terminated.EXIT if terminated else INTERRUPTED) from None
 
 
 @contextmanager

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
+from threading import Event, Thread
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -15,51 +17,92 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
+from transplant_ray.distributed.facts import Fact
 from transplant_ray.evaluate.results import Result
+from transplant_ray.pipeline.pace import Pace, shown_seconds
 from transplant_ray.pipeline.planning import Calibration, Memory, PlanReport
 from transplant_ray.probe.rankers import Ranking
 
 BASELINE_ROLES = ("target", "source", "all")
 SHOWN_EXCLUSIONS = 5
+SHOWN_STAGES = 4
+BEAT_SECONDS = 30
+"""So often a line tells of a stage, where there is no bar."""
+
+
+class _Bars(Progress):
+    """A bar per stage, and under them what there is to say of the one that is going on."""
+
+    facts = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.facts:
+            yield Text(f"  {self.facts}", style="dim", no_wrap=True, overflow="ellipsis")
 
 
 class TerminalWatch:
-    """A bar per stage on a terminal; a line per stage where the output is a file or a job's log."""
+    """A bar per stage on a terminal; where the output is a file or a job's log, a line per stage, and one more now and then."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, beat: float = BEAT_SECONDS) -> None:
         self.console = console
         self.live = console.is_terminal
         columns = (
-            SpinnerColumn(), TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            SpinnerColumn(), TextColumn("{task.description:<22}"), BarColumn(bar_width=None), MofNCompleteColumn(),
+            TimeElapsedColumn(),
         )  # fmt: skip
-        self.progress = Progress(*columns, console=console, disable=not self.live)
+        self.progress = _Bars(*columns, console=console, disable=not self.live)
         self.task: TaskID | None = None
+        self.pace = Pace()
+        self.beat, self.spoken = beat, time.monotonic()
+        self.teller, self.ended = Thread(target=self._live_on, name="progress", daemon=True), Event()
 
     def __enter__(self) -> TerminalWatch:
         self.progress.start()
+        self.teller.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._end_stage()
+        self.ended.set()
+        self.teller.join()
+        self.progress.facts = ""
+        if not any(exc):  # a bar that was left is not full
+            self._end_stage()
         self.progress.stop()
 
-    def stage(self, name: str, total: int) -> None:
+    def stage(self, name: str, total: int, unit: str = "examples") -> None:
         self._end_stage()
+        self.pace.begin(name, total, unit)
         if not self.live:
-            self.console.print(f"{name} ({total} examples)" if total else name)
+            self._say(f"{name} ({total:,} {unit})" if total else name)
         self.task = self.progress.add_task(name, total=total or None)
 
     def advance(self, amount: int) -> None:
+        self.pace.advance(amount)
         if self.task is not None:
             self.progress.advance(self.task, amount)
 
     def note(self, text: str) -> None:
         self.console.print(text, style="yellow", markup=False)
+
+    def hear(self, fact: Fact) -> None:
+        self.pace.hear(fact)
+
+    def _live_on(self) -> None:
+        """In a thread: a stage may be silent for long, and whoever follows it should see that it lives."""
+        while not self.ended.wait(1 if self.live else min(1, self.beat)):
+            if self.live:
+                self.progress.facts = self.pace.facts()
+            elif self.task is not None and time.monotonic() - self.spoken >= self.beat:
+                self._say(self.pace.line())
+
+    def _say(self, text: str) -> None:
+        self.spoken = time.monotonic()
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _end_stage(self) -> None:
         if self.task is not None:
@@ -155,6 +198,16 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
     if winner["best_control"] is not None:
         lines.append(f"best control on select: {winner['best_control']['label']}, {_interval(winner['best_control'])}")
     return lines
+
+
+def time_line(summary: dict[str, Any]) -> list[str]:
+    """Where the time went: the longest stages, and the rest."""
+    seconds = sorted(summary.get("seconds", {}).items(), key=lambda item: -item[1])
+    if not seconds:
+        return []
+    named, rest = seconds[:SHOWN_STAGES], sum(value for _, value in seconds[SHOWN_STAGES:])
+    parts = [f"{stage} {shown_seconds(value)}" for stage, value in named] + ([f"the rest {shown_seconds(rest)}"] if rest else [])
+    return [f"time: {shown_seconds(sum(value for _, value in seconds))}, of which {', '.join(parts)}"]
 
 
 def _no_winner(summary: dict[str, Any]) -> str:

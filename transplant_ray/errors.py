@@ -59,3 +59,10 @@ class TrackingError(TransplantError):
 
 class RunError(TransplantError):
     """A run folder is missing, incomplete, or belongs to another recipe."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a verb as Ctrl-C does; no error of ours."""
+
+    EXIT = 143
+    """What shells make of it."""

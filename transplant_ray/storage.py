@@ -186,6 +186,10 @@ class RunFolder:
         return self.path / "summary.json"
 
     @property
+    def log(self) -> Path:
+        return self.path / "log.jsonl"
+
+    @property
     def guards(self) -> Path:
         return self.path / "guards.parquet"
 

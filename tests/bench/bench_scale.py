@@ -23,6 +23,7 @@ import ray
 
 from transplant_ray.distributed import trials as trials_module
 from transplant_ray.distributed.fleet import fleet
+from transplant_ray.distributed.overseer import Overseer
 from transplant_ray.distributed.pool import Pool, Work
 from transplant_ray.distributed.trials import Trials
 from transplant_ray.evaluate.results import Result
@@ -79,7 +80,7 @@ def shards(evaluators: int, number: int, seconds: float) -> None:
         if len(came) % max(1, number // 10) == 0:
             memory.append(rss())
 
-    with fleet(Sleeper.remote, lambda: evaluators, print) as gathered:  # type: ignore[attr-defined]
+    with fleet(Sleeper.remote, lambda: evaluators, Overseer(), print) as gathered:  # type: ignore[attr-defined]
         while gathered.joining:
             gathered.welcome(ray.wait(list(gathered.joining), num_returns=1)[0][0])
         pool = Pool(gathered, rows=1)

@@ -13,6 +13,7 @@ from chaos.machines import Machines, machines
 
 from transplant_ray.distributed.cluster import Capacity, wait_for_room
 from transplant_ray.distributed.fleet import fleet
+from transplant_ray.distributed.overseer import Overseer
 from transplant_ray.distributed.pool import Pool, Work, packed
 from transplant_ray.distributed.preflight import COMPARED, Needs, preflight
 from transplant_ray.errors import ResourceError
@@ -92,7 +93,7 @@ def test_the_fleet_grows_with_the_cluster_and_shrinks_with_it_and_loses_nothing(
         if came and len(nodes.nodes) == 2 and places.count(came[0]) == 20:
             nodes.kill("source")
 
-    with fleet(lambda: capacity.start(Sleeper, "evaluator"), capacity.evaluators, print) as gathered:
+    with fleet(lambda: capacity.start(Sleeper, "evaluator"), capacity.evaluators, Overseer(), print) as gathered:
         Pool(gathered, rows=8).run([Work(pack, EXAMPLES, RULES) for pack in packed(VARIANTS)], take)
         assert Counter(shard.variant for shard in shards) == dict.fromkeys((variant.id for variant in VARIANTS), 1)
         assert not [shard for shard in shards if shard.error]

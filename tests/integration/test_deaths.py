@@ -14,6 +14,7 @@ import pytest
 import ray
 
 from transplant_ray.distributed.fleet import fleet
+from transplant_ray.distributed.overseer import Overseer
 from transplant_ray.distributed.pool import MOST_DEATHS, Pool, Work, packed
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.example import Rendered
@@ -59,7 +60,7 @@ class Mortal:
 @contextmanager
 def make_pool(folder: Path, *, always: Sequence[Variant] = (), once: Sequence[Variant] = (), size: int = 2) -> Iterator[Pool]:
     dying = [frozenset(variant.id for variant in some) for some in (always, once)]
-    with fleet(lambda: Mortal.remote(folder, *dying), lambda: size, print) as gathered:  # type: ignore[attr-defined]
+    with fleet(lambda: Mortal.remote(folder, *dying), lambda: size, Overseer(), print) as gathered:  # type: ignore[attr-defined]
         yield Pool(gathered, rows=8)
 
 
@@ -96,5 +97,5 @@ def test_a_measurement_of_a_killer_is_nothing(cluster: None, tmp_path: Path) -> 
 
 
 def test_an_error_of_an_evaluator_is_no_death(cluster: None, tmp_path: Path) -> None:  # noqa: ARG001
-    with make_pool(tmp_path) as pool, pytest.raises(ray.exceptions.RayTaskError, match="not iterable"):
-        pool.run([Work(None, EXAMPLES, RULES)], lambda _: None)  # type: ignore[arg-type]
+    with make_pool(tmp_path) as pool, pytest.raises(ray.exceptions.RayTaskError, match="has no attribute 'id'"):
+        pool.run([Work((None,), EXAMPLES, RULES)], lambda _: None)  # type: ignore[arg-type]

@@ -20,6 +20,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from integration.helpers import SPLIT, Finished, Head, Place, Swept, free_port, read_results, run_main
+from mlflow import MlflowClient
 
 from transplant_ray.recipe import load_recipe
 
@@ -152,6 +153,21 @@ def test_stop_ends_a_job_by_its_id(sender: Sender, waiting: str) -> None:
     followed = sender("logs", waiting, "--follow")
     assert followed.code == 143
     assert "waiting" in followed.out
+
+
+def test_a_sweep_that_is_stopped_ends_as_by_ctrl_c(sender: Sender, workplace: Path) -> None:
+    log = workplace / "halted" / "halted" / "log.jsonl"
+    changes = ["name=halted", f"storage={workplace / 'halted'}", "resources.batch_size=4", "resources.shard_size=5"]
+    sent = sender("submit", sender.recipe, *changes, "--no-wait", "--python", sys.executable, "--submission-id", "halted")
+    assert sent.code == 0, sent.err
+    end = time.monotonic() + 240
+    while not (log.exists() and '"variants asked"' in log.read_text()) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert "STOPPED" in sender("stop", "halted").err
+    assert {"event": "sweep ends", "exit": 143}.items() <= json.loads(log.read_text().splitlines()[-1]).items()
+    assert "stopped by SIGTERM; the same command goes on where it stopped" in sender("logs", "halted").out
+    (run,) = MlflowClient(load_recipe(sender.recipe).tracking.uri).search_runs(["1"], "attributes.run_name = 'halted'")
+    assert run.info.status == "KILLED"
 
 
 def read_until(words: str, stream: Callable[[], bytes]) -> bytes:

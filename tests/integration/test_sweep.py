@@ -38,7 +38,7 @@ def select_rows(swept: Swept) -> pd.DataFrame:
 def test_a_sweep_writes_the_files_of_the_recipe(swept: Swept) -> None:
     assert {path.name for path in swept.folder.iterdir() if not path.name.startswith(".")} == {
         "recipe.yaml", "rankings.parquet", "results.parquet", "summary.json", "outcomes", "checkpoint", "delta", "report.html",
-        "variants.csv", "variants.tex", "variants.parquet", "examples.parquet", "guards.parquet", "modules.parquet",
+        "variants.csv", "variants.tex", "variants.parquet", "examples.parquet", "guards.parquet", "modules.parquet", "log.jsonl",
     }  # fmt: skip
     assert list(swept.results.columns) == RESULT_COLUMNS
 

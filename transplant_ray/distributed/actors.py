@@ -13,6 +13,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from transplant_ray.distributed.meters import count_in_evaluator
 from transplant_ray.errors import TransplantError
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.engine import Engine
@@ -42,6 +43,8 @@ class Workload:
     dtype: str
     num_gpus: float
     num_threads: int
+    run: str = ""
+    """Its name, for metrics."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,9 @@ class Evaluator:
     ) -> Iterator[VariantShard]:
         """One result per variant. A variant that fails is a result with its reason; the others go on."""
         for shard in self._engine(rules, rows).answer(variants, examples):
-            yield replace(shard, notes=self._new_notes())
+            count_in_evaluator(self.workload.run, shard)
+            evaluator, node = _who()
+            yield replace(shard, notes=self._new_notes(), evaluator=evaluator, node=node)
 
     def losses(
         self, variants: Sequence[Variant], examples: Sequence[Rendered], rules: Rules, rows: int
@@ -201,3 +206,9 @@ def _where(device: str) -> dict[str, Any]:
         "gpus": context.get_accelerator_ids().get("GPU", []),
         "pid": os.getpid(),
     }
+
+
+def _who() -> tuple[str, str]:
+    """This actor and its node, by the beginnings of Ray's ids."""
+    context = ray.get_runtime_context()
+    return context.get_actor_id()[:12], context.get_node_id()[:12]

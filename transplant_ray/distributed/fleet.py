@@ -12,6 +12,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
+from transplant_ray.distributed.overseer import Overseer
 from transplant_ray.errors import TransplantError
 
 RESIZE_SECONDS = 5.0
@@ -29,9 +30,11 @@ class Member:
 class Fleet:
     """As many evaluators as there should be; those that die come back by themselves, and join again."""
 
-    def __init__(self, start: Callable[[], ActorHandle], size: Callable[[], int], note: Callable[[str], None]) -> None:
+    def __init__(
+        self, start: Callable[[], ActorHandle], size: Callable[[], int], overseer: Overseer, note: Callable[[str], None]
+    ) -> None:
         """`start` makes an evaluator, `size` says how many there should be now, `note` is told of those that cannot be used."""
-        self.start, self.size, self.note = start, size, note
+        self.start, self.size, self.overseer, self.note = start, size, overseer, note
         self.joining: dict[Any, ActorHandle] = {}
         self.idle: deque[Member] = deque()
         self.at_work: list[Member] = []
@@ -45,6 +48,7 @@ class Fleet:
 
     def resize(self) -> None:
         """Start those that are missing; of those that wait for room which is gone, let go. Who works is never disturbed."""
+        self.overseer.go_on()
         if time.monotonic() - self.resized_at < RESIZE_SECONDS:
             return
         self.resized_at = time.monotonic()
@@ -66,16 +70,19 @@ class Fleet:
         self.at_work.remove(member)
         self.idle.append(member)
 
-    def died(self, member: Member) -> None:
-        """Its actor starts again where there is room, and joins again."""
+    def died(self, member: Member, variants: tuple[str, ...]) -> None:
+        """Over these variants. Its actor starts again where there is room, and joins again."""
+        self.overseer.died(member.actor, variants)
         self.at_work.remove(member)
         self._join(member.actor)
 
     def welcome(self, ref: Any) -> None:
         """One of `joining` has answered. Raises what kept it from loading where there is nobody else."""
+        self.overseer.go_on()
         actor = self.joining.pop(ref)
         try:
             self.idle.append(Member(actor, ray.get(ref)))
+            self.overseer.joined(actor)
         except ray.exceptions.RayTaskError as error:
             if not len(self) or not isinstance(error.cause, TransplantError | RuntimeError | OSError):
                 raise
@@ -106,9 +113,11 @@ def nodes_alive() -> Collection[str]:
 
 
 @contextmanager
-def fleet(start: Callable[[], ActorHandle], size: Callable[[], int], note: Callable[[str], None]) -> Iterator[Fleet]:
+def fleet(
+    start: Callable[[], ActorHandle], size: Callable[[], int], overseer: Overseer, note: Callable[[str], None]
+) -> Iterator[Fleet]:
     """A fleet that is dissolved when the block ends."""
-    gathered = Fleet(start, size, note)
+    gathered = Fleet(start, size, overseer, note)
     try:
         yield gathered
     finally:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -19,6 +18,7 @@ from ray.actor import ActorHandle
 from transplant_ray.distributed.actors import Evaluator, Workload
 from transplant_ray.distributed.cluster import Capacity
 from transplant_ray.distributed.fleet import RESIZE_SECONDS, Fleet, Member, fleet, nodes_alive
+from transplant_ray.distributed.overseer import Overseer
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.engine import VARIANTS_PER_PACK
 from transplant_ray.evaluate.example import Rendered
@@ -72,6 +72,10 @@ class _Task:
     work: Work
     stream: Any
     answered: set[str] = field(default_factory=set)
+
+    @property
+    def left(self) -> tuple[str, ...]:
+        return tuple(variant.id for variant in self.work.variants if variant.id not in self.answered)
 
 
 class _Waiting:
@@ -161,10 +165,11 @@ class Pool:
                     ref = next(stream, None)
                     if ref is not None:
                         task.answered.update(take(ray.get(ref)))
+                        fleet.overseer.came(task.member.actor, len(task.left))
                         continue
                     fleet.give_back(task.member)
                 except ray.exceptions.RayActorError:
-                    fleet.died(task.member)
+                    fleet.died(task.member, task.left)
                     again, lost = task.work.after_a_death(task.answered, task.member.node, nodes_alive())
                     waiting.first.extendleft(reversed(again))
                     if lost is not None:
@@ -173,6 +178,7 @@ class Pool:
 
     def _start(self, call: str, member: Member, work: Work) -> _Task:
         """Without retries by Ray, which would evaluate all of it again, and for ever."""
+        self.fleet.overseer.handed_out(member.actor, len(work.variants))
         method = getattr(member.actor, call).options(num_returns="streaming", max_task_retries=0)
         return _Task(member, work, method.remote(work.variants, work.examples, work.rules, self.rows))
 
@@ -186,6 +192,7 @@ def evaluator_pool(
     examples: Sequence[Rendered],
     rules: Rules,
     rows: int | None,
+    overseer: Overseer,
     note: Callable[[str], None],
 ) -> Iterator[Pool]:
     """Evaluators that hold the target and, of the source, the modules in `names`.
@@ -196,24 +203,8 @@ def evaluator_pool(
     def start() -> ActorHandle:
         return capacity.start(Evaluator, "evaluator", comparison, names, workload)
 
-    with fleet(start, capacity.evaluators, note) as gathered:
+    with fleet(start, capacity.evaluators, overseer, note) as gathered:
         if rows is None:
             most = VARIANTS_PER_PACK * len(examples)
             rows = int(ray.get(gathered.first().actor.measure_rows.remote(examples, rules, most)))
         yield Pool(gathered, rows)
-
-
-@contextmanager
-def working(work: Callable[[], None], on_failure: Callable[[str], None]) -> Iterator[None]:
-    """`work` is done in a thread while the block runs; after the block it is finished, or its error is raised.
-
-    `on_failure` is told at once, so that whoever waits for outcomes in the block does not wait for ever.
-    """
-    executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="evaluator-pool")
-    future = executor.submit(work)
-    future.add_done_callback(lambda done: on_failure(repr(error)) if (error := done.exception()) else None)
-    try:
-        yield
-        future.result()
-    finally:
-        executor.shutdown(wait=False, cancel_futures=True)

@@ -22,6 +22,11 @@ class VariantShard:
     error: str | None = None
     notes: tuple[str, ...] = ()
     """What a user should know of how it went."""
+    recalled: bool = False
+    """Whether it was known, and nothing was computed."""
+    evaluator: str = ""
+    node: str = ""
+    """The beginnings of Ray's ids of who answered, and where; of a model that answers by itself nothing is said."""
 
 
 @dataclass

@@ -94,7 +94,7 @@ class Ledger:
         known = [(example, page[variant, mark]) for example in examples if (variant, mark := self._mark(key, example)) in page]
         self.num_recalled += len(known)
         outcomes = tuple(replace(outcome, example=example.id) for example, (outcome, _) in known)
-        return VariantShard(variant, outcomes, sum(seconds for _, (_, seconds) in known))
+        return VariantShard(variant, outcomes, sum(seconds for _, (_, seconds) in known), recalled=True)
 
     def keep(self, key: str | None, shard: VariantShard, examples: Sequence[Rendered]) -> None:
         """Remember a shard, and write it with the next part. What failed is not kept: it is tried again."""

@@ -9,7 +9,9 @@ from functools import partial
 from statistics import mean
 
 from transplant_ray.distributed.cluster import Capacity
-from transplant_ray.distributed.pool import Divergences, Pool, evaluator_pool, working
+from transplant_ray.distributed.facts import TrialReported, VariantDone, VariantsAsked, Winner
+from transplant_ray.distributed.overseer import Overseer, working
+from transplant_ray.distributed.pool import Divergences, Pool, evaluator_pool
 from transplant_ray.distributed.trials import Trials
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.arms import Arms
@@ -46,24 +48,28 @@ def evaluate(run: Run, plan: SweepPlan, norms: Norms, capacity: Capacity, tracke
         job.examples["select"][: resources.shard_size],
         job.rules,
         rows,
+        Overseer(run.tell, resources.gpus_per_model),
         run.stopwatch.watch.note,
     ) as pool:
         evaluation.rows_per_step = pool.rows
         trials = Trials(plan.trials)
         stage = _Stage(evaluation, trials, pool)
         if job.recipe.sweep.screen is not None:
-            with run.stopwatch.stage("screen by loss", len(plan.variants)):
+            with run.stopwatch.stage("screen by loss", len(plan.variants), "variants"):
                 stage.screen()
         elif job.reads_references:
-            with run.stopwatch.stage("read references", len(plan.variants)):
+            with run.stopwatch.stage("read references", len(plan.variants), "variants"):
                 stage.read_references(plan.variants)
         if job.passages:
-            with run.stopwatch.stage("compare on general text", stage.num_live):
+            with run.stopwatch.stage("compare on general text", stage.num_live, "variants"):
                 stage.compare_on_text()
-        with run.stopwatch.stage("evaluate", stage.num_answers()), working(stage.answer, on_failure=trials.fail):
+        run.tell(VariantsAsked(stage.num_live))
+        answering = working(stage.answer, on_failure=trials.fail, stop=pool.fleet.overseer.stop)
+        with run.stopwatch.stage("evaluate", stage.num_answers()), answering:
             trials.run(run.folder.path / ".tune", lambda result: stage.report(result, tracker))
         evaluation.choose()
         if evaluation.winner is not None:
+            run.tell(Winner(evaluation.winner.label, evaluation.winner.variant, evaluation.winner.score))
             stage.match_winner()
             evaluation.test_opened = run.folder.open_tests(
                 {name: [example.id for example in task.examples["test"]] for name, task in job.tasks.items()},
@@ -182,6 +188,7 @@ class _Stage:
         self.sweep = self.run.job.recipe.sweep
         self.examples = self.run.job.examples["select"]
         self.unposted = list(self.plan.trials)
+        self.done: set[str] = set()
 
     @property
     def num_live(self) -> int:
@@ -260,6 +267,8 @@ class _Stage:
 
     def report(self, result: Result, tracker: Tracker) -> None:
         """A trial has ended in Tune: it becomes a run in MLflow."""
+        facts = (result.label, result.variant, result.n, result.score, result.stopped, result.error)
+        self.run.tell(TrialReported(*facts))
         description = describe_variant(self.run.job.comparison, self.plan.trial(result.label).variant)
         self.evaluation.reported[result.label] = Trial(result, tracker.log_trial(result, description))
 
@@ -269,12 +278,21 @@ class _Stage:
 
     def _take(self, task: str, shard: VariantShard) -> None:
         self.run.take(task, "select", shard)
+        if self.run.is_complete(shard.variant):
+            self._has_done(shard.variant)
         if self.run.is_complete(ORIGIN.id):
             self._post(lambda entry: self.run.is_complete(entry.id))
 
     def _stop(self, variants: Collection[str], why: Stopped) -> None:
         self.evaluation.stopped |= dict.fromkeys(sorted(variants), why)
+        for variant in sorted(variants):
+            self._has_done(variant, why)
         self._post(lambda entry: entry.id in variants)
+
+    def _has_done(self, variant: str, stopped: Stopped | None = None) -> None:
+        if variant not in self.done:
+            self.done.add(variant)
+            self.run.tell(VariantDone(variant, stopped))
 
     def _post(self, ready: Callable[[Planned], bool]) -> None:
         """Give these trials their last row."""

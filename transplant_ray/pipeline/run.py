@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from transplant_ray.distributed.actors import Workload
 from transplant_ray.distributed.cluster import Capacity, refuse_vanishing_paths
+from transplant_ray.distributed.facts import Fact, VariantFailed, of_shard
+from transplant_ray.distributed.meters import Meters
 from transplant_ray.distributed.preflight import COMPARED, Needs, preflight
 from transplant_ray.distributed.probing import Asked
 from transplant_ray.evaluate.answers import Answers, VariantShard
@@ -21,7 +24,8 @@ from transplant_ray.graft.variant import ORIGIN
 from transplant_ray.models.catalogue import Module
 from transplant_ray.models.fingerprint import fingerprint
 from transplant_ray.pipeline.job import Job, prepare
-from transplant_ray.pipeline.watch import Silent, Stopwatch, Watch
+from transplant_ray.pipeline.journal import Journal
+from transplant_ray.pipeline.watch import Silent, Stopwatch, Watch, Watches
 from transplant_ray.recipe import MAIN, Recipe
 from transplant_ray.storage import RunFolder
 from transplant_ray.versions import versions
@@ -52,6 +56,7 @@ class Run:
     stopwatch: Stopwatch
     answered: Mapping[str, Answers]
     """What came of every task: the task itself and its guards."""
+    journal: Journal
     memory: Memory | None = None
     """What was evaluated before; None where the recipe wants everything measured afresh."""
 
@@ -73,6 +78,7 @@ class Run:
             dtype=recipe.resources.dtype,
             num_gpus=recipe.resources.gpus_per_model,
             num_threads=threads,
+            run=recipe.name,
         )
 
     def is_complete(self, variant: str) -> bool:
@@ -90,12 +96,30 @@ class Run:
         """On each example, in their order, whether it is right, or minus its loss; None where it failed or has not answered all."""
         return self.answered[task].scores(split, variant, [example.id for example in self.job.tasks[task].examples[split]])
 
-    def take(self, task: str, split: Split, shard: VariantShard) -> None:
-        """Keep what an evaluator found."""
+    def add(self, task: str, split: Split, shard: VariantShard) -> None:
+        """Keep what was found or recalled."""
         self.answered[task].add(split, shard)
+        self.tell(of_shard(task, split, shard))
+        if shard.error is not None:
+            self.tell(VariantFailed(shard.variant, shard.error))
+
+    def take(self, task: str, split: Split, shard: VariantShard) -> None:
+        """The same, as a part of the stage that is going on."""
+        self.add(task, split, shard)
         self.stopwatch.watch.advance(len(shard.outcomes))
         for note in shard.notes:
             self.stopwatch.watch.note(note)
+
+    def tell(self, fact: Fact) -> None:
+        self.stopwatch.watch.hear(fact)
+
+    @contextmanager
+    def claimed(self, verb: str) -> Iterator[None]:
+        """The run folder is this recipe's; the log in it is kept for the block."""
+        recipe = self.job.recipe
+        self.folder.claim(recipe.identity(), recipe.to_yaml())
+        with self.journal.kept(self.folder, verb, self.tell):
+            yield
 
     def row(self, entry: Planned, split: Split, tally: Tally) -> Result:
         """The results row of a planned variant, against the baselines on the examples that it has answered."""
@@ -112,14 +136,15 @@ class Run:
 def begin(recipe: Recipe, watch: Watch | None) -> Run:
     """Refuse what can be refused before anything starts; nothing is written yet."""
     refuse_vanishing_paths(recipe)
-    stopwatch = Stopwatch(watch or Silent())
+    journal = Journal(recipe)
+    stopwatch = Stopwatch(Watches(watch or Silent(), (journal, Meters(recipe.name))))
     with stopwatch.stage("prepare"):
         job = prepare(recipe)
         folder = RunFolder.of(recipe.storage, recipe.name)
         folder.check_owner(recipe.identity())
     for warning in job.comparison.warnings:
         stopwatch.watch.note(f"warning: {warning}")
-    return Run(job, folder, stopwatch, {name: Answers() for name in job.tasks})
+    return Run(job, folder, stopwatch, {name: Answers() for name in job.tasks}, journal)
 
 
 def check_nodes(run: Run, capacity: Capacity) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from transplant_ray import zoo
 from transplant_ray.distributed.cluster import Capacity, connect, plain_errors
+from transplant_ray.distributed.facts import Exported, VariantsPlanned
 from transplant_ray.distributed.probing import Asked, ProbePlan, ProbeResult, num_probe_steps, run_probe
 from transplant_ray.evaluate.example import Split
 from transplant_ray.evaluate.results import Result
@@ -14,6 +15,7 @@ from transplant_ray.graft.norms import write_norms
 from transplant_ray.graft.plan import SweepPlan, check_orders, plan_sweep
 from transplant_ray.models.checkpoint import open_checkpoint
 from transplant_ray.pipeline.asking import ask_alone, keep_alone, recall_alone
+from transplant_ray.pipeline.ending import terminable
 from transplant_ray.pipeline.evaluating import Evaluation, evaluate
 from transplant_ray.pipeline.exporting import export_winner
 from transplant_ray.pipeline.judging import EXPORTED
@@ -39,8 +41,7 @@ def demo(pair: str = zoo.PAIRS[0], overrides: Sequence[str] = (), watch: Watch |
 def rank(recipe: Recipe, watch: Watch | None = None) -> list[Ranking]:
     """Rank the modules of a pair and write rankings.parquet; nothing is grafted."""
     run = begin(recipe, watch)
-    with plain_errors(), connect(recipe.resources) as capacity:
-        run.folder.claim(recipe.identity(), recipe.to_yaml())
+    with terminable(), connect(recipe.resources) as capacity, run.claimed("rank"), plain_errors(), terminable():
         check_nodes(run, capacity)
         return _probe(run, capacity, baselines=(), searches={}).rankings
 
@@ -48,8 +49,14 @@ def rank(recipe: Recipe, watch: Watch | None = None) -> list[Ranking]:
 def sweep(recipe: Recipe, watch: Watch | None = None) -> SweepResult:
     """The main job, end to end. Raises before anything is started where the recipe cannot work; variants that fail are rows."""
     run = begin(recipe, watch)
-    with plain_errors(), tracked(recipe, run.stopwatch.watch.note) as tracker, connect(recipe.resources) as capacity:
-        run.folder.claim(recipe.identity(), recipe.to_yaml())
+    with (
+        terminable(),
+        tracked(recipe, run.stopwatch.watch.note) as tracker,
+        connect(recipe.resources) as capacity,
+        run.claimed("sweep"),
+        plain_errors(),
+        terminable(),
+    ):
         check_nodes(run, capacity)
         run = remember(run)
         probed = _probe_and_ask_the_source(run, capacity)
@@ -57,6 +64,7 @@ def sweep(recipe: Recipe, watch: Watch | None = None) -> SweepResult:
         evaluation.results += evaluate_merges(evaluation, capacity)
         confirmed = _confirm(evaluation, capacity)
         recorded = record(run, evaluation, [*evaluation.results, *confirmed], probed, tracker)
+        run.journal.exit = int(bool(recorded.failed or tracker.refused))
     return replace(recorded, refused=tracker.refused)
 
 
@@ -68,7 +76,7 @@ def _probe_and_ask_the_source(run: Run, capacity: Capacity) -> ProbeResult:
     probed = _probe(run, capacity, unknown, {} if search is None else search.wanted)
     keep_alone(run, weights, probed.source)
     for asked, shard in [*said, *probed.source]:
-        run.answered[asked.task].add(asked.split, shard)
+        run.add(asked.task, asked.split, shard)
     return probed
 
 
@@ -109,7 +117,14 @@ def _plan(run: Run, probed: ProbeResult) -> SweepPlan:
     plan = plan_sweep(modules, orders, run.job.recipe.sweep, channels, planned_searches(run.job.recipe, probed.found))
     for note in plan.notes:
         run.stopwatch.watch.note(note)
+    run.tell(VariantsPlanned(_labels(plan)))
     return plan
+
+
+def _labels(plan: SweepPlan) -> dict[str, str]:
+    """Variant id → how a plan calls it first, before arms do."""
+    entries = [*plan.entries, *(entry for arm in plan.arms for entry in arm)]
+    return {entry.id: entry.label for entry in reversed(entries)}
 
 
 def _confirm(evaluation: Evaluation, capacity: Capacity) -> list[Result]:
@@ -123,6 +138,7 @@ def _confirm(evaluation: Evaluation, capacity: Capacity) -> list[Result]:
     planned = plan.trial(winner.label)
     with run.stopwatch.stage("export"):
         export_winner(run.job.recipe, run.job.comparison, planned.variant, [winner], run.folder)
+    run.tell(Exported(winner.variant, str(run.folder.checkpoint)))
     exported = open_checkpoint(str(run.folder.checkpoint), accept=run.job.recipe.accept)
     asked = [one for one in run.asked(MEASURED) if one.split == "test" or one.task == MAIN]
     with run.stopwatch.stage("confirm", sum(len(one.examples) for one in asked)):
