@@ -21,6 +21,8 @@ from filelock import FileLock
 from transplant_ray.errors import RunError
 from transplant_ray.files import whole_file, writable_folder, write_json, write_text
 
+UNREADABLE = (pa.ArrowException, OSError, ValueError, ArithmeticError, LookupError)
+"""What pyarrow raises where a Parquet file is damaged, or holds what Python cannot: no UTF-8, a time zone that is none, the year 400,000."""
 LEDGER = ".ledger"
 """No run can have this name."""
 
@@ -330,6 +332,6 @@ def read_rows(path: Path, filters: Sequence[tuple[str, str, Any]] | None = None)
     """Rows of a Parquet file, or those that pass all of pyarrow's `filters`; RunError where it cannot be read."""
     try:
         rows: list[dict[str, Any]] = pq.read_table(path, filters=None if filters is None else list(filters)).to_pylist()
-    except (pa.ArrowException, OSError) as error:
+    except UNREADABLE as error:
         raise RunError(f"{path}: not a readable Parquet file ({error}). Run the sweep again.") from error
     return rows

@@ -197,8 +197,9 @@ def _read_index(path: Path) -> dict[str, str]:
         index = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a shard index ({brief(error)}). Download it again.") from error
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    return _checked_weight_map(str(path), weight_map)
+    if not isinstance(index, dict) or not isinstance(index.get("metadata"), dict):  # transformers reads no index without it
+        raise CheckpointError(f"{path}: no `metadata`. Expected the index of a sharded safetensors checkpoint.")
+    return _checked_weight_map(str(path), index.get("weight_map"))
 
 
 def _checked_weight_map(place: str, weight_map: Any) -> dict[str, str]:
