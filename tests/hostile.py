@@ -65,9 +65,15 @@ class Hand:
         for _ in range(self.random.randint(1, 4)):
             start = self.random.randint(0, len(spoilt))
             end = min(len(spoilt), start + self.random.choice((1, 1, 2, 8, 64)))
-            junk = bytes(self.random.choices((0, 1, 10, 34, 44, 91, 123, 125, 127, 128, 255, self.random.randrange(256)), k=max(1, end - start)))
+            junk = bytes(
+                self.random.choices(
+                    (0, 1, 10, 34, 44, 91, 123, 125, 127, 128, 255, self.random.randrange(256)), k=max(1, end - start)
+                )
+            )
             piece = bytes(spoilt[start:end])
-            spoilt[start:end] = self.random.choice((junk, b"", piece * 2, junk + piece, bytes(byte ^ (1 << self.random.randrange(8)) for byte in piece)))
+            spoilt[start:end] = self.random.choice(
+                (junk, b"", piece * 2, junk + piece, bytes(byte ^ (1 << self.random.randrange(8)) for byte in piece))
+            )
             if self.random.random() < 0.1:
                 del spoilt[self.random.randint(0, len(spoilt)) :]
         return bytes(spoilt)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -80,7 +81,7 @@ def read_data(data: str | HubData) -> list[Row]:
 
 def _read_file(data: str) -> list[Row]:
     path = Path(zoo.resolve(data))
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file, False for a name that no file can have
         raise DataError(f"{data}: no such file. Give a .jsonl or .parquet file, or a hub dataset {{path, split}}.")
     reader = _READERS.get(path.suffix)
     if reader is None:

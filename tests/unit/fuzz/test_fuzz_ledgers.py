@@ -85,7 +85,9 @@ def test_a_spoilt_part_is_recalled_or_set_aside_and_redone(tmp_path: Path, seed:
     content, name = spoilt_part(seed)
     path = put(tmp_path, content, name)
     notes = check_recalled_or_redone(tmp_path)
-    assert notes == ([] if path.exists() else [f"ledger: {PAGE}/{path.name} is damaged and set aside; what it held is evaluated again"])
+    assert notes == (
+        [] if path.exists() else [f"ledger: {PAGE}/{path.name} is damaged and set aside; what it held is evaluated again"]
+    )
     assert path.exists() or path.with_name(f"{path.name}.damaged").read_bytes() == content
     assert path.exists() or name is None or content != part(ROWS)
 

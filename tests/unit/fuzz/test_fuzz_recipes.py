@@ -71,7 +71,10 @@ def test_some_are_read_and_some_are_refused(tmp_path: Path) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(key=st.sampled_from(["name", "task.split", "sweep.k", "guards.tasks.x.data", "nothing", "task.", "a..b"]) | st.text(), text=st.text())
+@given(
+    key=st.sampled_from(["name", "task.split", "sweep.k", "guards.tasks.x.data", "nothing", "task.", "a..b"]) | st.text(),
+    text=st.text(),
+)
 def test_any_override_is_taken_or_refused(tmp_path_factory: pytest.TempPathFactory, key: str, text: str) -> None:
     path = tmp_path_factory.getbasetemp() / "overridden.yaml"
     path.write_text(yaml.safe_dump(RICH))
@@ -114,7 +117,9 @@ def test_aliases_that_stand_for_little_are_welcome(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["x" * 2_000_000, "a: [" + "1, " * 700_000 + "]", "".join(f"k{n}: 1\n" for n in range(200_000))], ids=["text", "list", "keys"]
+    "text",
+    ["x" * 2_000_000, "a: [" + "1, " * 700_000 + "]", "".join(f"k{n}: 1\n" for n in range(200_000))],
+    ids=["text", "list", "keys"],
 )
 def test_a_file_that_is_too_long_for_a_recipe_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(RecipeError, match="more than 1000000 characters"):

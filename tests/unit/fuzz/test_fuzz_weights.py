@@ -86,7 +86,15 @@ def spoilt_weights(content: bytes, seed: int) -> bytes:
 
 
 def spoilt_index(index: dict[str, Any], seed: int) -> bytes:
-    shards = [SINGLE, "../whole/model.safetensors", ".safetensors", "/dev/zero.safetensors", "config.json", "a\x00.safetensors", "x" * 300 + ".safetensors"]
+    shards = [
+        SINGLE,
+        "../whole/model.safetensors",
+        ".safetensors",
+        "/dev/zero.safetensors",
+        "config.json",
+        "a\x00.safetensors",
+        "x" * 300 + ".safetensors",
+    ]
     hand = Hand(f"index {seed}", values=(*shards, "model.norm.weight"))
     match seed % 3:
         case 0:
