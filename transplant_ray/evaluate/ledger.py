@@ -125,13 +125,13 @@ class Ledger:
 
     def write(self) -> None:
         """Everything that is not written yet. RunError where there is no room."""
-        for key, rows in self.unwritten.items():
-            if rows:
+        for key in list(self.unwritten):
+            if rows := self.unwritten[key]:
                 sink = pa.BufferOutputStream()
                 pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMA), sink, compression="zstd")
                 content = sink.getvalue().to_pybytes()
                 self.shelf.write(f"{key}/{hashlib.sha256(content).hexdigest()}.parquet", content)
-        self.unwritten.clear()
+            del self.unwritten[key]  # now: where the next page finds no room, this one is not written again
         self.written_at = time.monotonic()
 
     def _mark(self, key: str, example: Rendered) -> str:
