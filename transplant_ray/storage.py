@@ -22,7 +22,7 @@ from transplant_ray.errors import RunError
 from transplant_ray.files import whole_file, writable_folder, write_json, write_text
 
 UNREADABLE = (pa.ArrowException, OSError, ValueError, ArithmeticError, LookupError)
-"""What pyarrow raises where a Parquet file is damaged, or holds what Python cannot: no UTF-8, a time zone that is none, the year 400,000."""
+"""What pyarrow raises where a Parquet file is damaged, or holds what Python cannot: no UTF-8, an unknown time zone."""
 LEDGER = ".ledger"
 """No run can have this name."""
 

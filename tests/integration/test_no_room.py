@@ -1,4 +1,4 @@
-"""A disk that is full or cannot be written: what is said, what is left behind, and that the same again does it once there is room."""
+"""A disk that is full or cannot be written: what is said, what is left behind, and that the same again works when there is room."""
 
 from __future__ import annotations
 
@@ -348,6 +348,7 @@ def small(tmp_path: Path) -> Iterator[Disk]:
     yield from mounted(tmp_path / "small", "24m")
 
 
+@pytest.mark.slow
 def test_a_sweep_without_room_for_the_checkpoint_goes_on_from_the_ledger(place: Place, small: Disk, cluster: None) -> None:  # noqa: ARG001
     (place.path / "target" / "notes.txt").write_bytes(
         bytes(30 * 2**20)

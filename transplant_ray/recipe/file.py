@@ -105,9 +105,11 @@ def _length(node: yaml.Node, known: dict[int, float]) -> float:
     """Characters of a value with its aliases written out, about; infinite where it holds itself."""
     if id(node) not in known:
         known[id(node)] = inf  # what an alias inside of it finds
-        parts = chain(*node.value) if isinstance(node, yaml.MappingNode) else node.value
-        inside = len(parts) if isinstance(node, yaml.ScalarNode) else sum(_length(part, known) for part in parts)
-        known[id(node)] = 1 + inside
+        if isinstance(node, yaml.ScalarNode):
+            known[id(node)] = 1 + len(node.value)
+        else:
+            parts = chain(*node.value) if isinstance(node, yaml.MappingNode) else node.value
+            known[id(node)] = 1 + sum(_length(part, known) for part in parts)
     return known[id(node)]
 
 

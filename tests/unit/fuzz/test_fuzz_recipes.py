@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,14 @@ RICH: dict[str, Any] = {
     "target": {"model": "org/target", "revision": "main"},
     "base": {"model": "org/base"},
     "task": {**TASK, "scorer": {"regex": r"answer: (\d+)"}, "stop": ["\n"], "shots": {"num": 2}, "split": SPLIT},
-    "guards": {"tasks": {"facts": TASK, "loss": {**TASK, "scorer": "exact", "margin": 0.1}}, "held_out": "loss", "text": {"tokens": 64}},
+    "guards": {
+        "tasks": {"facts": TASK, "loss": {**TASK, "scorer": "exact", "margin": 0.1}},
+        "held_out": "loss", "text": {"tokens": 64},
+    },
     "rank": {"by": ["lae", "attribution", "reverse:depth"], "steps": 8},
     "sweep": {
-        "k": [1, 2, 4], "kind": ["attn", "down_proj"], "alpha": [0.5, 1.0], "channels": [0.1], "objective": {"price": 0.5, "veto": True},
+        "k": [1, 2, 4], "kind": ["attn", "down_proj"], "alpha": [0.5, 1.0], "channels": [0.1],
+        "objective": {"price": 0.5, "veto": True},
         "race": {"rungs": [10, 20]}, "screen": {"keep": 0.5}, "arms": 19,
         "controls": {"random": 3, "merges": ["ties"], "scales": [0.5], "density": 0.4},
     },
@@ -59,18 +64,21 @@ def read(path: Path) -> None:
     assert load_recipe(again).identity() == recipe.identity()
 
 
-@pytest.mark.parametrize("seed", range(260))
+@pytest.mark.parametrize("seed", range(220))
 def test_a_spoilt_recipe_is_read_or_refused(tmp_path: Path, seed: int) -> None:
     ends_well(lambda: read(write_spoilt(tmp_path / "recipe.yaml", seed)))
 
 
 def test_some_are_read_and_some_are_refused(tmp_path: Path) -> None:
-    ends = {ends_well(lambda seed=seed: read(write_spoilt(tmp_path / "recipe.yaml", seed))) for seed in range(40)}  # type: ignore[misc]
+    ends = set()
+    for seed in range(30):
+        path = write_spoilt(tmp_path / "recipe.yaml", seed)
+        ends.add(ends_well(partial(read, path)))
     assert ends == {True, False}
     assert ends_well(lambda: read(write(tmp_path, yaml.safe_dump(RICH))))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     key=st.sampled_from(["name", "task.split", "sweep.k", "guards.tasks.x.data", "nothing", "task.", "a..b"]) | st.text(),
     text=st.text(),

@@ -6,6 +6,7 @@ import json
 import os
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,13 +122,13 @@ def use(folder: Path, whole: Whole, out: Path) -> None:
     load_resident_pair(back, "float32")
 
 
-@pytest.mark.parametrize("seed", range(220))
+@pytest.mark.parametrize("seed", range(200))
 def test_a_spoilt_header_is_read_or_refused(single: Whole, tmp_path: Path, seed: int) -> None:
     content = spoilt_weights((single.folder / SINGLE).read_bytes(), seed)
     ends_well(lambda: use(single.copy(tmp_path / "spoilt", SINGLE, content), single, tmp_path / "out"))
 
 
-@pytest.mark.parametrize("seed", range(220))
+@pytest.mark.parametrize("seed", range(200))
 def test_a_spoilt_index_is_followed_or_refused(sharded: Whole, tmp_path: Path, seed: int) -> None:
     content = spoilt_index(json.loads((sharded.folder / INDEX).read_text()), seed)
     ends_well(lambda: use(sharded.copy(tmp_path / "spoilt", INDEX, content), sharded, tmp_path / "out"))
@@ -140,16 +141,16 @@ def test_some_are_read_and_some_are_refused(single: Whole, sharded: Whole, tmp_p
         "index": lambda n: sharded.copy(tmp_path / f"index{n}", INDEX, spoilt_index(index, n)),
     }
     for what, make in makers.items():
-        ends = {ends_well(lambda folder=make(n): open_checkpoint(str(folder))) for n in range(60)}  # type: ignore[misc]
-        assert ends == {True, False}, what
+        folders = [str(make(n)) for n in range(60)]
+        assert {ends_well(partial(open_checkpoint, folder)) for folder in folders} == {True, False}, what
 
 
 # What the hand has found.
 
 
-@pytest.mark.parametrize("dimensions", [65, 1_000_000])
+@pytest.mark.parametrize("dimensions", [65, 200_000])
 def test_a_tensor_of_too_many_dimensions_is_refused(tmp_path: Path, dimensions: int) -> None:
-    """torch reads no more than 64, by a RuntimeError; and the product of a million sizes takes minutes."""
+    """torch reads no more than 64, by a RuntimeError; and the product of so many sizes takes minutes."""
     shape = [1] * 65 if dimensions == 65 else [2**62] * dimensions
     (tmp_path / SINGLE).write_bytes(pack(json.dumps({"a": {"dtype": "U8", "shape": shape, "data_offsets": [0, 1]}}), b"x"))
     with pytest.raises(CheckpointError, match=f"{SINGLE}: the safetensors header is corrupt .a tensor of {dimensions} dimensions"):
