@@ -186,7 +186,7 @@ def test_asking_for_the_owner_makes_no_folder(tmp_path: Path) -> None:
 
 
 def test_a_storage_that_cannot_be_looked_at_is_named() -> None:
-    with pytest.raises(RunError, match=r"x: cannot be read \(File name too long\)\. Choose another `storage`"):
+    with pytest.raises(RunError, match=r"x/name: cannot be read \(File name too long\)\. Choose another `storage`"):
         RunFolder.of("x" * 300, "name").check_owner("identity")
 
 
