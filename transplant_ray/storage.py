@@ -22,6 +22,8 @@ from filelock import FileLock
 from transplant_ray.errors import RunError
 from transplant_ray.files import whole_file, writable_folder, write_json, write_text
 
+UNREADABLE = (pa.ArrowException, OSError, ValueError, ArithmeticError, LookupError)
+"""What pyarrow raises where a Parquet file is damaged, or holds what Python cannot: no UTF-8, an unknown time zone."""
 LEDGER = ".ledger"
 """No run can have this name."""
 
@@ -239,7 +241,7 @@ class RunFolder:
         """
         splits = {task: hashlib.sha256("\n".join(sorted(ids)).encode()).hexdigest()[:16] for task, ids in examples.items()}
         now = {"run": self.path.name, "recipe": recipe, "at": datetime.now(UTC).isoformat(timespec="seconds")}
-        with FileLock(f"{self.openings}.lock"):
+        with _lock(self.openings):
             if self.address is not None:
                 self._mirror_openings()
             opened = _read_json(self.openings, "record of test splits") if self.openings.exists() else {}
@@ -265,7 +267,11 @@ class RunFolder:
         mark = self.path / ".identity"
         if self.address is not None:
             _mirror_claim(self, mark)
-        if self.recipe.exists() and (not mark.exists() or mark.read_text() != identity):
+        try:
+            others = self.recipe.exists() and (not mark.exists() or mark.read_text() != identity)
+        except OSError as error:  # no right to look, or a name that no folder can have
+            raise RunError(f"{self.path}: cannot be read ({error.strerror}). Choose another `storage`.") from error
+        if others:
             raise RunError(
                 f"{self.path}: holds the results of another recipe of this name. Give this one another `name` or `storage`, "
                 "or move the folder away."
@@ -324,6 +330,22 @@ def _mirror_claim(folder: RunFolder, mark: Path) -> None:
     folder.fetch_present(folder.recipe, mark)
 
 
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """One process at a time; RunError where the lock cannot be made beside the file."""
+    lock = FileLock(f"{path}.lock")
+    try:
+        lock.acquire()
+    except (OSError, NotImplementedError) as error:  # the latter where a file system has no locks
+        raise RunError(
+            f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}). Choose another `storage`."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _beside(root: str, path: Path) -> str:
     """The place of a local file next to a run, at the address of the run."""
     return f"{root.rpartition('/')[0]}/{path.name}"
@@ -350,7 +372,9 @@ def _remote(address: str) -> Iterator[tuple[Any, str]]:
         yield system, root
     except (OSError, pa.ArrowException) as error:
         shown = RunFolder(Path(), address).public_address
-        raise RunError(f"{shown}: the storage cannot be used ({error}). Check address, credentials and bucket.") from error
+        raise RunError(
+            f"{shown}: the storage cannot be used ({error}). Check address, credentials and bucket, and whether there is room."
+        ) from error
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
@@ -363,6 +387,6 @@ def read_rows(path: Path, filters: Sequence[tuple[str, str, Any]] | None = None)
     """Rows of a Parquet file, or those that pass all of pyarrow's `filters`; RunError where it cannot be read."""
     try:
         rows: list[dict[str, Any]] = pq.read_table(path, filters=None if filters is None else list(filters)).to_pylist()
-    except (pa.ArrowException, OSError) as error:
+    except UNREADABLE as error:
         raise RunError(f"{path}: not a readable Parquet file ({error}). Run the sweep again.") from error
     return rows

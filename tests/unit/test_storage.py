@@ -185,6 +185,11 @@ def test_asking_for_the_owner_makes_no_folder(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_storage_that_cannot_be_looked_at_is_named() -> None:
+    with pytest.raises(RunError, match=r"x/name: cannot be read \(File name too long\)\. Choose another `storage`"):
+        RunFolder.of("x" * 300, "name").check_owner("identity")
+
+
 def test_results_without_a_mark_are_another_recipes(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     write_text(folder.recipe, "name: by hand\n")

@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from functools import lru_cache
+from math import isfinite
 from typing import Any
 
 import pyarrow as pa
@@ -27,7 +28,7 @@ from transplant_ray.evaluate.generate import Rules
 from transplant_ray.evaluate.harness_process import HARNESS
 from transplant_ray.evaluate.outcome import Outcome
 from transplant_ray.evaluate.results import OUTCOME_SCHEMA
-from transplant_ray.storage import Shelf
+from transplant_ray.storage import UNREADABLE, Shelf
 from transplant_ray.versions import DECIDING, versions
 
 FORMAT = 1
@@ -35,6 +36,9 @@ PART_OUTCOMES = 4096
 PART_SECONDS = 5.0
 """A part is written when it holds so many outcomes, or so much time has passed since the last: what a killed driver loses."""
 SCHEMA = pa.schema([*OUTCOME_SCHEMA, ("asked", pa.string()), ("seconds", pa.float64())])
+
+OPTIONAL = {"error", "loss"}
+"""Columns that may be empty."""
 
 Page = dict[tuple[str, str], tuple[Outcome, float]]
 """(variant, what it was asked) → its outcome, and the seconds that it took."""
@@ -113,13 +117,13 @@ class Ledger:
 
     def write(self) -> None:
         """Everything that is not written yet. RunError where there is no room."""
-        for key, rows in self.unwritten.items():
-            if rows:
+        for key in list(self.unwritten):
+            if rows := self.unwritten[key]:
                 sink = pa.BufferOutputStream()
                 pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMA), sink, compression="zstd")
                 content = sink.getvalue().to_pybytes()
                 self.shelf.write(f"{key}/{hashlib.sha256(content).hexdigest()}.parquet", content)
-        self.unwritten.clear()
+            del self.unwritten[key]  # now: where the next page finds no room, this one is not written again
         self.written_at = time.monotonic()
 
     def _mark(self, key: str, example: Rendered) -> str:
@@ -155,12 +159,16 @@ def _parse(content: bytes) -> list[dict[str, Any]] | None:
     """None where it is no table of ours."""
     try:
         table = pq.read_table(pa.BufferReader(content))
-    except (pa.ArrowException, OSError):
+        rows: list[dict[str, Any]] = table.to_pylist()
+    except UNREADABLE:
         return None
-    if not table.schema.equals(SCHEMA):
-        return None
-    rows: list[dict[str, Any]] = table.to_pylist()
-    return rows
+    return rows if table.schema.equals(SCHEMA) and all(map(_is_whole, rows)) else None
+
+
+def _is_whole(row: Mapping[str, Any]) -> bool:
+    """Whether all is there that an outcome must have, and its numbers are numbers: a name says nothing of who wrote the bytes."""
+    there = all(row.get(name) is not None for name in SCHEMA.names if name not in OPTIONAL)
+    return there and isfinite(row["seconds"]) and isfinite(row["loss"] or 0)
 
 
 assert {field.name for field in fields(Outcome)} == set(OUTCOME_SCHEMA.names), "an outcome comes back from the ledger as it was"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -22,6 +22,7 @@ from transplant_ray.errors import DataError
 from transplant_ray.evaluate.choices import Choosing, check_choices, settle
 from transplant_ray.evaluate.example import Example, Rendered, Split, encode_example
 from transplant_ray.recipe import HubData, ShotSpec, SplitSpec, TaskSpec, TextSpec
+from transplant_ray.storage import UNREADABLE
 
 Row = Mapping[str, Any]
 
@@ -80,7 +81,7 @@ def read_data(data: str | HubData) -> list[Row]:
 
 def _read_file(data: str) -> list[Row]:
     path = Path(zoo.resolve(data))
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file, False for a name that no file can have
         raise DataError(f"{data}: no such file. Give a .jsonl or .parquet file, or a hub dataset {{path, split}}.")
     reader = _READERS.get(path.suffix)
     if reader is None:
@@ -245,7 +246,12 @@ def _column(row: Row, field: str, where: str) -> str:
         raise DataError(f"{where}: no column {field!r}; columns are {', '.join(map(str, row))}.{hint}")
     if row[field] is None:
         raise DataError(f"{where}: column {field!r} is empty. Fill it or remove the row.")
-    return str(row[field])
+    try:
+        text = str(row[field])
+        text.encode()
+    except (UnicodeEncodeError, RecursionError) as error:  # JSON can name half a character, "\ud800", and nest without an end
+        raise DataError(f"{where}: column {field!r} is no text that can be written ({error}). Mend or remove the row.") from error
+    return text
 
 
 def _read_jsonl(path: Path) -> list[Row]:
@@ -270,7 +276,7 @@ def _read_jsonl(path: Path) -> list[Row]:
 def _read_parquet(path: Path) -> list[Row]:
     try:
         rows: list[Row] = pq.read_table(path).to_pylist()
-    except (pa.ArrowException, OSError) as error:
+    except UNREADABLE as error:
         raise DataError(f"{path}: not a readable Parquet file ({error}).") from error
     return rows
 

@@ -102,7 +102,7 @@ def open_checkpoint(model: str, revision: str | None = None, *, accept: Iterable
     location = zoo.resolve(model)
     remote_code, pickle = "remote_code" in accept, "pickle" in accept
     folder = Path(location)
-    if folder.exists():
+    if os.path.exists(folder):  # unlike Path.exists, False for a name that no folder can have
         if not folder.is_dir():
             raise CheckpointError(f"{model}: not a folder. Expected a folder with config.json and safetensors.")
         if revision is not None:
@@ -216,8 +216,11 @@ def _read_index(path: Path) -> dict[str, str]:
         index = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a shard index ({brief(error)}). Download it again.") from error
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    return _checked_weight_map(str(path), weight_map)
+    index = index if isinstance(index, dict) else {}
+    weight_map = _checked_weight_map(str(path), index.get("weight_map"))
+    if not isinstance(index.get("metadata"), dict):  # transformers reads no index without it
+        raise CheckpointError(f"{path}: no `metadata`. Expected the index of a sharded safetensors checkpoint.")
+    return weight_map
 
 
 def _checked_weight_map(place: str, weight_map: Any) -> dict[str, str]:

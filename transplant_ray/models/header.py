@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -15,6 +16,9 @@ from transplant_ray.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors format."""
+
+MAX_DIMENSIONS = 64
+"""torch has no tensors with more."""
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -36,20 +40,29 @@ class TensorInfo:
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Tensors of one safetensors file. CheckpointError where header and file disagree (truncated, corrupt)."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
-            raise CheckpointError(f"{path}: truncated or not safetensors ({size} bytes, header of {length}). Download it again.")
-        text = file.read(length)
+    text, size = _header_text(path)
+    origin = 8 + len(text)
     try:
         header = json.loads(text)
         header.pop("__metadata__", None)
-        tensors = {name: _tensor_info(path.name, 8 + length, entry) for name, entry in header.items()}
+        tensors = {name: _tensor_info(path.name, origin, entry) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: the safetensors header is corrupt ({brief(error)}). Download it again.") from error
-    _check_extents(path, 8 + length, size, tensors)
+    _check_extents(path, origin, size, tensors)
     return tensors
+
+
+def _header_text(path: Path) -> tuple[bytes, int]:
+    """The header as it is written, and the size of the file."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if length <= MAX_HEADER_BYTES and 8 + length <= size:
+                return file.read(length), size
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}). Check the disk and the rights.") from error
+    raise CheckpointError(f"{path}: truncated or not safetensors ({size} bytes, header of {length}). Download it again.")
 
 
 def _check_extents(path: Path, end: int, size: int, tensors: Mapping[str, TensorInfo]) -> None:
@@ -66,6 +79,8 @@ def _check_extents(path: Path, end: int, size: int, tensors: Mapping[str, Tensor
 def _tensor_info(file: str, origin: int, entry: Mapping[str, Any]) -> TensorInfo:
     start, end = entry["data_offsets"]
     shape, dtype = tuple(entry["shape"]), entry["dtype"]
+    if len(shape) > MAX_DIMENSIONS:
+        raise ValueError(f"a tensor of {len(shape)} dimensions")
     whole = all(type(number) is int and 0 <= number < 2**63 for number in (start, end, *shape))  # bool is an int too
     if not whole or end < start or not isinstance(dtype, str):
         raise ValueError(f"{dtype!r} with offsets {start!r}–{end!r} and shape {shape!r}")

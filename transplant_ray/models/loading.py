@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import is_accelerate_available
 
 from transplant_ray.errors import CheckpointError, NumericsError
-from transplant_ray.models.checkpoint import Checkpoint
+from transplant_ray.models.checkpoint import CONFIG_ERRORS, Checkpoint
 
 LoadTensor = Callable[[str], torch.Tensor]
 
@@ -39,7 +39,7 @@ def load_model(checkpoint: Checkpoint, dtype: str, device_map: str = "cpu") -> P
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (*CONFIG_ERRORS, SafetensorError) as error:
         raise CheckpointError(f"{checkpoint.model}: cannot be loaded: {error}") from error
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(f"{checkpoint.model}: {len(missing)} tensors are missing, e.g. {missing[0]}. Download it again.")

@@ -9,7 +9,10 @@ overrides, `storage` and `tracking.uri` are relative to the working directory, w
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
+from math import inf
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,6 +27,12 @@ Place = Callable[[str, Path, str], str]
 """The text of an input, what a relative path starts from, and the key: where the input is."""
 Carry = Callable[[str, Path], str]
 """The key of an input and its path here: its name elsewhere."""
+LONGEST = 1_000_000
+"""Characters of a recipe, what its aliases stand for written out."""
+LONGEST_SHOWN = 200
+"""Characters of a value that an error shows."""
+MOST_PROBLEMS = 20
+"""Problems of one recipe that an error tells."""
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -69,23 +78,46 @@ def parse_recipe(mapping: dict[str, Any], where: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(mapping)
     except ValidationError as error:
-        problems = [f"{where}: {_explain(problem)}" for problem in error.errors()]
-        raise RecipeError("\n".join(problems)) from None
+        problems = error.errors()
+        told = [f"{where}: {_explain(problem)}" for problem in problems[:MOST_PROBLEMS]]
+        more = [f"{where}: {len(problems) - MOST_PROBLEMS} more of the kind."] if len(problems) > MOST_PROBLEMS else []
+        raise RecipeError("\n".join(told + more)) from None
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML lets the last of two equal keys win in silence; we do not."""
+class _CarefulLoader(yaml.SafeLoader):
+    """YAML lets the last of two equal keys win in silence, and a few aliases stand for billions of values; we do not."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        root: yaml.Node | None = super().get_single_node()
+        if root is not None and _length(root, {}) > LONGEST:
+            found = f"with its aliases written out it has more than {LONGEST} characters, or an alias holds itself"
+            raise yaml.constructor.ConstructorError(None, None, found, root.start_mark)
+        return root
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [str(key.value) for key, _ in node.value]
-        if repeated := sorted({key for key in keys if keys.count(key) > 1}):
+        keys = Counter(str(key.value) for key, _ in node.value)
+        if repeated := sorted(key for key, count in keys.items() if count > 1):
             raise yaml.constructor.ConstructorError(None, None, f"key {repeated[0]!r} is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
+def _length(node: yaml.Node, known: dict[int, float]) -> float:
+    """Characters of a value with its aliases written out, about; infinite where it holds itself."""
+    if id(node) not in known:
+        known[id(node)] = inf  # what an alias inside of it finds
+        if isinstance(node, yaml.ScalarNode):
+            known[id(node)] = 1 + len(node.value)
+        else:
+            parts = chain(*node.value) if isinstance(node, yaml.MappingNode) else node.value
+            known[id(node)] = 1 + sum(_length(part, known) for part in parts)
+    return known[id(node)]
+
+
 def _yaml(text: str) -> Any:
+    if len(text) > LONGEST:
+        raise yaml.YAMLError(f"more than {LONGEST} characters")
     try:
-        return yaml.load(text, Loader=_UniqueKeyLoader)
+        return yaml.load(text, Loader=_CarefulLoader)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         # PyYAML lets these out where a value does not fit its tag (`!!int x`, the date 2024-13-45), or nests too deep
         raise yaml.YAMLError(f"a value cannot be read ({type(error).__name__}: {error})") from error
@@ -93,7 +125,8 @@ def _yaml(text: str) -> Any:
 
 def _read_mapping(path: Path) -> dict[str, Any]:
     try:
-        mapping = _yaml(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            mapping = _yaml(file.read(LONGEST + 1))  # and not all of what may be no recipe at all
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read ({error}). Give the path of a YAML recipe.") from error
     except yaml.YAMLError as error:
@@ -173,7 +206,12 @@ def _explain(problem: Any) -> str:
         return f"`{place}` is missing; it has no default."
     if isinstance(problem["input"], dict) and problem["type"] == "value_error":  # about several keys: the message names them
         return f"{place}: {message}."
-    return f"`{place}` is {problem['input']!r}: {message}."
+    return f"`{place}` is {_shown(problem['input'])}: {message}."
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
 
 
 def _nearest(place: str) -> str:

@@ -1,0 +1,375 @@
+"""A disk that is full or cannot be written: what is said, what is left behind, and that the same again works when there is room."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pytest
+from integration.helpers import Place, folder_bytes, read_results, run_main, weight_bytes
+from runs import Made, write_run
+from tiny import tiny_pair
+
+from transplant_ray.errors import RunError
+from transplant_ray.evaluate.answers import VariantShard
+from transplant_ray.evaluate.example import Rendered
+from transplant_ray.evaluate.ledger import Ledger
+from transplant_ray.evaluate.outcome import Outcome
+from transplant_ray.files import whole_file, write_json
+from transplant_ray.graft.export import apply_delta, export_checkpoint, export_delta
+from transplant_ray.graft.variant import Variant
+from transplant_ray.models.compare import Comparison
+from transplant_ray.pipeline.reporting import report
+from transplant_ray.storage import RunFolder, Shelf, write_rows
+
+PAGE = 4096
+"""What tmpfs hands out."""
+EXAMPLES = tuple(Rendered(f"e{i}", (1, i + 5), (2,), f"a{i}") for i in range(40))
+KEYS = ("0" * 32, "1" * 32)
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A small disk of its own."""
+
+    path: Path
+
+    @property
+    def free(self) -> int:
+        return shutil.disk_usage(self.path).free
+
+    def leave(self, num_bytes: int) -> None:
+        """Fill it up to so many bytes, in whole pages."""
+        with self._filler.open("wb") as filler:
+            filler.write(bytes(max(0, self.free - num_bytes // PAGE * PAGE)))
+
+    def make_room(self) -> None:
+        self.remount("rw")
+        self._filler.unlink(missing_ok=True)
+
+    def remount(self, how: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,{how}", str(self.path)], check=True)
+
+    @property
+    def files(self) -> set[str]:
+        """Names of all files and folders, hidden ones too, but for what fills it."""
+        return {str(path.relative_to(self.path)) for path in self.path.rglob("*")} - {self._filler.name}
+
+    @property
+    def _filler(self) -> Path:
+        return self.path / "filler"
+
+
+def mounted(path: Path, size: str) -> Iterator[Disk]:
+    path.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"a disk cannot be mounted here: {done.stderr.strip()}")
+    try:
+        yield Disk(path)
+    finally:
+        subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    yield from mounted(tmp_path / "disk", "8m")
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+    return tiny_pair(tmp_path_factory.mktemp("pair"), shard="40KB")
+
+
+NEXT = "(Free space|Choose another|Check the disk|whether there is room)"
+FULL, READ_ONLY = f"No space left on device.*{NEXT}", f"Read-only file system.*{NEXT}"
+WORDS = {"full": FULL, "ro": READ_ONLY}
+ROOMS = [0, PAGE, 2 * PAGE, 5 * PAGE, 10 * PAGE]
+"""Bytes that are left when a thing of 20 pages or more is to be written."""
+
+
+def stop(disk: Disk, how: str) -> None:
+    if how == "full":
+        disk.leave(0)
+    else:
+        disk.remount("ro")
+
+
+def check_refused(write: Callable[[], object], place: Path, words: str = FULL) -> None:
+    """A RunError that names the place, says what is wrong and what to do."""
+    with pytest.raises(RunError, match=words) as caught:
+        write()
+    assert str(place) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def noise(seed: object, length: int) -> str:
+    """Text that no compression makes shorter by much."""
+    return "".join(random.Random(str(seed)).choices("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789", k=length))
+
+
+# The ledger.
+
+
+def shard(key: str) -> VariantShard:
+    outcomes = (Outcome("v", example.id, noise((key, example.id), 3000), True, 3, True) for example in EXAMPLES)
+    return VariantShard("v", tuple(outcomes), 1.0)
+
+
+def remember(ledger: Ledger) -> None:
+    for key in KEYS:
+        ledger.keep(key, shard(key), EXAMPLES)
+
+
+def parts(disk: Disk) -> list[str]:
+    return sorted(path.parent.name for path in disk.path.rglob("*.parquet"))
+
+
+def check_all_recalled(place: str) -> None:
+    notes: list[str] = []
+    ledger = Ledger(Shelf(place), notes.append)
+    assert [ledger.recall(key, "v", EXAMPLES).outcomes for key in KEYS] == [shard(key).outcomes for key in KEYS]
+    assert notes == []
+
+
+@pytest.mark.parametrize("room", [*ROOMS, 30 * PAGE])
+def test_a_ledger_without_room_says_so_and_is_written_when_there_is(disk: Disk, room: int) -> None:
+    place = disk.path / "ledger"
+    ledger = Ledger(Shelf(str(place)), pytest.fail)
+    remember(ledger)
+    disk.leave(room)
+    check_refused(ledger.write, place)
+    kept = parts(disk)
+    assert len(kept) < len(KEYS)
+    assert not [name for name in disk.files if name.endswith(".part")]
+    known = Ledger(Shelf(str(place)), pytest.fail)  # whoever reads it now finds whole parts or none
+    assert [key for key in KEYS if known.recall(key, "v", EXAMPLES).outcomes] == kept
+    disk.make_room()
+    more = Rendered("more", (1, 99), (2,), "more")
+    for key in KEYS:
+        ledger.keep(key, VariantShard("v", (Outcome("v", more.id, "more", True, 3, True),), 1.0), [more])
+    ledger.write()
+    asked = [(path.parent.name, mark) for path in place.rglob("*.parquet") for mark in pd.read_parquet(path)["asked"]]
+    assert len(asked) == len(set(asked)) == len(KEYS) * (len(EXAMPLES) + 1)  # each once, also what there was room for
+    check_all_recalled(str(place))
+
+
+def test_a_ledger_that_may_not_be_written_says_so(disk: Disk) -> None:
+    ledger = Ledger(Shelf(str(disk.path / "ledger")), pytest.fail)
+    remember(ledger)
+    disk.remount("ro")
+    check_refused(ledger.write, disk.path, READ_ONLY)
+    disk.make_room()
+    ledger.write()
+    check_all_recalled(str(disk.path / "ledger"))
+
+
+def test_half_a_part_at_an_address_is_found_said_and_redone(disk: Disk) -> None:
+    """A file system under an address shows what was written when room ran out; the hash of its bytes is not its name."""
+    place, notes = f"file://{disk.path}/ledger", []
+    for key in KEYS:
+        (disk.path / "ledger" / key).mkdir(parents=True)
+    ledger = Ledger(Shelf(place), notes.append)
+    remember(ledger)
+    disk.leave(10 * PAGE)
+    check_refused(ledger.write, disk.path)
+    assert parts(disk) == [KEYS[0]]
+    disk.make_room()
+    again = Ledger(Shelf(place), notes.append)
+    assert [again.recall(key, "v", EXAMPLES).outcomes for key in KEYS] == [(), ()]
+    assert len(notes) == 1
+    assert "damaged and set aside" in notes[0]
+    remember(again)
+    again.write()
+    check_all_recalled(place)
+
+
+def test_a_damaged_part_that_cannot_be_set_aside_is_not_trusted(disk: Disk) -> None:
+    (disk.path / KEYS[0]).mkdir()
+    (disk.path / KEYS[0] / f"{'f' * 64}.parquet").write_bytes(b"half a part")
+    disk.remount("ro")
+    check_refused(lambda: Ledger(Shelf(str(disk.path)), pytest.fail).recall(KEYS[0], "v", EXAMPLES), disk.path, READ_ONLY)
+
+
+# Export.
+
+
+def variant(comparison: Comparison) -> Variant:
+    return Variant.uniform(list(comparison.pairs)[:6], 0.5)
+
+
+@pytest.fixture(scope="module")
+def exported(comparison: Comparison, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint and its delta, where there was room."""
+    folder = tmp_path_factory.mktemp("exported")
+    export_checkpoint(comparison, variant(comparison), folder / "checkpoint", "card")
+    export_delta(comparison, variant(comparison), folder / "checkpoint", folder / "delta")
+    return folder
+
+
+def writers(comparison: Comparison, exported: Path, out: Path) -> dict[str, Callable[[], Path]]:
+    made, target = variant(comparison), str(comparison.target.folder)
+    return {
+        "checkpoint": lambda: export_checkpoint(comparison, made, out, "card", replace=True),
+        "delta": lambda: export_delta(comparison, made, exported / "checkpoint", out, replace=True),
+        "apply": lambda: apply_delta(exported / "delta", target, out),
+    }
+
+
+@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("what", ["checkpoint", "delta", "apply"])
+def test_an_export_without_room_leaves_nothing(disk: Disk, comparison: Comparison, exported: Path, what: str, room: int) -> None:
+    out = disk.path / "runs" / "out"
+    out.parent.mkdir()
+    write = writers(comparison, exported, out)[what]
+    disk.leave(room)
+    check_refused(write, out.parent)
+    assert disk.files == {"runs"}
+    disk.make_room()
+    assert write() == out
+    assert weight_bytes(out) == weight_bytes(exported / ("delta" if what == "delta" else "checkpoint"))
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "delta"])
+def test_an_export_without_room_keeps_the_one_before(disk: Disk, comparison: Comparison, exported: Path, what: str) -> None:
+    write = writers(comparison, exported, disk.path / "out")[what]
+    write()
+    before = folder_bytes(disk.path)
+    disk.leave(5 * PAGE)
+    check_refused(write, disk.path)
+    disk.make_room()
+    assert folder_bytes(disk.path) == before
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "delta", "apply"])
+def test_an_export_to_where_nobody_may_write_is_refused(disk: Disk, comparison: Comparison, exported: Path, what: str) -> None:
+    disk.remount("ro")
+    check_refused(writers(comparison, exported, disk.path / "out")[what], disk.path, READ_ONLY)
+
+
+# Tables, report, claims, openings.
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_table_without_room_keeps_the_one_before(disk: Disk, room: int) -> None:
+    path, schema = disk.path / "results.parquet", pa.schema([("text", pa.string())])
+    write_rows(path, [{"text": "before"}], schema)
+    before = path.read_bytes()
+    disk.leave(room)
+    rows = [{"text": noise(n, 3000)} for n in range(50)]
+    check_refused(lambda: write_rows(path, rows, schema), path)
+    assert disk.files == {path.name}
+    assert path.read_bytes() == before
+    disk.make_room()
+    write_rows(path, rows, schema)
+    assert list(pd.read_parquet(path)["text"]) == [row["text"] for row in rows]
+
+
+SMALL = Made(rankers=("lae",), kinds=("all",), ks=(1, 2), num_layers=2, num_examples=20, guards=())
+
+
+@pytest.mark.parametrize("room", [0, PAGE, 4 * PAGE])
+def test_a_report_without_room_is_not_half_there(disk: Disk, room: int) -> None:
+    run = write_run(disk.path / "run", SMALL)
+    report(run.path)
+    whole = {path.name: path.read_bytes() for path in run.reports}
+    run.variants_csv.unlink()
+    run.variants_tex.unlink()
+    disk.leave(room)
+    check_refused(lambda: report(run.path), run.path)
+    there = {path.name: path.read_bytes() for path in run.reports if path.exists()}
+    assert run.report.name in there
+    assert there.items() <= whole.items()
+    assert not [name for name in disk.files if name.endswith(".part")]
+    disk.make_room()
+    report(run.path)
+    assert {path.name: path.read_bytes() for path in run.reports} == whole
+
+
+def test_a_report_of_a_run_that_may_not_be_written_is_refused(disk: Disk) -> None:
+    write_run(disk.path / "run", SMALL)
+    disk.remount("ro")
+    check_refused(lambda: report(disk.path / "run"), disk.path, READ_ONLY)
+
+
+@pytest.mark.parametrize("how", ["full", "ro"])
+def test_a_folder_is_claimed_whole_or_not(disk: Disk, how: str) -> None:
+    folder = RunFolder(disk.path / "run")
+    stop(disk, how)
+    check_refused(lambda: folder.claim("identity", "name: run\n"), disk.path, WORDS[how])
+    assert disk.files <= {"run"}
+    disk.make_room()
+    folder.check_owner("identity")
+    folder.claim("identity", "name: run\n")
+    folder.check_owner("identity")
+    with pytest.raises(RunError, match="another recipe"):
+        folder.check_owner("another")
+
+
+@pytest.mark.parametrize("how", ["full", "ro"])
+def test_an_opened_test_split_is_counted_when_it_can_be_written(disk: Disk, how: str) -> None:
+    folder = RunFolder(disk.path / "run")
+    assert folder.open_tests({"task": ["a"]}, "first") == {"task": 1}
+    before = folder.openings.read_bytes()
+    stop(disk, how)
+    many = {f"guard{n}": [noise(n, 10)] for n in range(100)}
+    check_refused(lambda: folder.open_tests({"task": ["a"], **many}, "second"), disk.path, WORDS[how])
+    assert folder.openings.read_bytes() == before
+    disk.make_room()
+    assert folder.open_tests({"task": ["a"]}, "second") == {"task": 2}
+
+
+def test_a_file_without_room_keeps_the_one_before(disk: Disk) -> None:
+    path = disk.path / "summary.json"
+    write_json(path, {"before": 1})
+    disk.leave(0)
+    check_refused(lambda: write_json(path, {"text": "x" * 10_000}), path)
+
+    def write_by_hand() -> None:
+        with whole_file(path) as temporary, temporary.open("wb") as file:
+            file.write(b"x" * 10_000)
+
+    check_refused(write_by_hand, path)
+    assert disk.files == {path.name}
+    assert path.read_text() == '{\n  "before": 1\n}\n'
+
+
+# A sweep.
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Disk]:
+    yield from mounted(tmp_path / "small", "24m")
+
+
+@pytest.mark.slow
+def test_a_sweep_without_room_for_the_checkpoint_goes_on_from_the_ledger(place: Place, small: Disk, cluster: None) -> None:  # noqa: ARG001
+    (place.path / "target" / "notes.txt").write_bytes(
+        bytes(30 * 2**20)
+    )  # travels with the checkpoint, and is all that does not fit
+    recipe = place.recipe(storage=str(small.path / "runs"), guards={"text": None}, sweep={"k": [2], "kind": ["all"]})
+    run = RunFolder(small.path / "runs" / "tiny")
+    finished = run_main("sweep", recipe)
+    assert finished.code == 2, finished.out + finished.err
+    said = [line for line in finished.err.splitlines() if "Error" in line]
+    assert said == [f"RunError: {run.checkpoint}: cannot be written (No space left on device). Free space or choose another place."]
+    assert "Traceback" not in finished.err
+    assert not [path for path in (run.checkpoint, run.delta, run.results, run.summary, run.report) if path.exists()]
+    assert not [name for name in small.files if name.endswith(".part")]
+    written = sum(len(pd.read_parquet(path)) for path in small.path.rglob("*.parquet") if ".ledger" in path.parts)
+    assert written
+
+    small.remount("rw,size=256m")
+    finished = run_main("sweep", recipe)
+    assert finished.code == 0, finished.err
+    assert "taken from the ledger" in finished.out
+    assert run.read_summary()["recalled"] >= written
+    assert run.read_summary()["test_opened"] == 1
+    assert (run.checkpoint / "notes.txt").stat().st_size == 30 * 2**20
+    assert read_results(run.path)["error"].isna().all()
