@@ -9,8 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import tune
 from ray.tune import Callback
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from transplant_ray.distributed.mailbox import Mailbox, run_trial
 from transplant_ray.evaluate.results import Result
@@ -30,7 +32,8 @@ class Trials:
 
     def __init__(self, planned: Sequence[Planned]) -> None:
         self.planned = planned
-        self.mailbox = Mailbox.remote()  # type: ignore[attr-defined] # what the decorator adds
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # where it dies with us alone
+        self.mailbox = Mailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined] # what the decorator adds
 
     def post(self, result: Result, *, last: bool) -> None:
         self.mailbox.post.remote(result.label, {"result": asdict(result), "n": result.n, "score": result.score, "last": last})
