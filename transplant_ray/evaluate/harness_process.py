@@ -46,6 +46,11 @@ class JudgeSpec:
     def scorer(self) -> str:
         return HARNESS + json.dumps(asdict(self), sort_keys=True)
 
+    @property
+    def is_somebodys(self) -> bool:
+        """Whether its file is not the library's."""
+        return Path(self.path).is_absolute()
+
     @classmethod
     def of(cls, scorer: str) -> JudgeSpec:
         settings = json.loads(scorer.removeprefix(HARNESS))

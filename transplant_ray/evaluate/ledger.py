@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.example import Rendered
 from transplant_ray.evaluate.generate import Rules
-from transplant_ray.evaluate.harness_process import HARNESS
+from transplant_ray.evaluate.harness_process import HARNESS, JudgeSpec
 from transplant_ray.evaluate.outcome import Outcome
 from transplant_ray.evaluate.results import OUTCOME_SCHEMA
 from transplant_ray.storage import UNREADABLE, Shelf
@@ -45,8 +45,11 @@ Page = dict[tuple[str, str], tuple[Outcome, float]]
 
 
 def page_key(weights: Sequence[str], dtype: str, rules: Rules) -> str | None:
-    """The name of a page. None for a task of the harness, whose file may say other things tomorrow under the same name."""
-    if rules.scorer.startswith(HARNESS):
+    """The name of a page. None for a task of the harness in a file of somebody's, which may say other things tomorrow.
+
+    Those that come with the library change with its version.
+    """
+    if rules.scorer.startswith(HARNESS) and JudgeSpec.of(rules.scorer).is_somebodys:
         return None
     generation = rules.generation
     content = [

@@ -15,6 +15,7 @@ from transplant_ray.evaluate import ledger as module
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.example import Rendered
 from transplant_ray.evaluate.generate import GenerationSettings, Rules
+from transplant_ray.evaluate.harness_process import JudgeSpec
 from transplant_ray.evaluate.ledger import Ledger, asked, page_key
 from transplant_ray.evaluate.outcome import Outcome
 from transplant_ray.storage import Shelf
@@ -133,8 +134,13 @@ def test_another_question_is_not_answered_from_the_ledger(tmp_path: Path, change
     assert ledger.recall(page(), "a", [changed]).outcomes == ()
 
 
-def test_tasks_of_the_harness_have_no_page() -> None:
-    assert page(scorer="lm_eval:{}") is None
+def test_a_task_of_the_harness_has_a_page_where_its_file_comes_with_the_library() -> None:
+    def judged(path: str, metric: str = "acc") -> str | None:
+        return page(scorer=JudgeSpec(path, metric, "none", (), 0, 0).scorer)
+
+    assert judged("/home/me/task.yaml") is None, "it may say other things tomorrow"
+    pages = {judged("arc/arc_easy.yaml"), judged("arc/arc_challenge.yaml"), judged("arc/arc_easy.yaml", "acc_norm")}
+    assert len(pages - {None}) == 3
 
 
 # Damage.
