@@ -76,7 +76,7 @@ def record(run: Run, evaluation: Evaluation, results: list[Result], probed: Prob
         folder.publish()
         tracker.log_summary(folder, _headline(results), tracking_figures(folder), verdict)
         version = tracker.log_winner(evaluation.reported[winner[0].label].run, winner[-1], folder) if winner else None
-    summary["seconds"] = run.stopwatch.seconds
+    summary["seconds"] = dict(run.stopwatch.seconds)  # as the report has them: waiting for MLflow comes after it
     write_json(folder.summary, summary)
     try:
         build_report(folder)
