@@ -201,6 +201,7 @@ def test_prompts_and_answers_are_kept_for_those_who_read_completions(guarded: Sw
     }
 
 
+@pytest.mark.slow
 def test_how_often_test_was_opened_is_counted_over_the_runs_of_a_storage(guarded: Swept) -> None:
     assert guarded.summary["test_opened"] == 1
     again = run_main("sweep", guarded.place.path / "recipe.yaml", "name=again", "guards={text: null}", "sweep={k: [2]}")

@@ -9,6 +9,8 @@ import pytest
 from integration.helpers import Head, Job, Place, Swept, run_main
 from mlflow import MlflowClient
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_submitted_sweep_succeeds_and_leaves_its_results_in_absolute_storage(submitted: tuple[Job, Swept]) -> None:
     job, swept = submitted

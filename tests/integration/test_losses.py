@@ -16,6 +16,8 @@ from tiny import EOS, tiny_tokenizer
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
+pytestmark = pytest.mark.slow
+
 TARGET = "44136fa355"
 GUARD_SPLIT = {"probe": 5, "select": 20, "test": 25, "seed": 1}
 

@@ -58,6 +58,7 @@ def by_hand(place: Place, scale: float) -> PreTrainedModel:
     return model
 
 
+@pytest.mark.slow
 def test_a_merge_says_what_its_weights_say(merged: Swept) -> None:
     row = rows_of(merged, "task_arithmetic").loc[0.5]
     assert (row["role"], row["kind"], row["split"], row["n"]) == ("control", "all", "select", SPLIT["select"])
@@ -74,6 +75,7 @@ def test_a_merge_says_what_its_weights_say(merged: Swept) -> None:
     assert differing == 0
 
 
+@pytest.mark.slow
 def test_a_merge_that_fails_is_a_row_with_its_reason(merged: Swept) -> None:
     row = rows_of(merged, "task_arithmetic").loc[TOO_FAR]
     assert row["error"].startswith("NumericsError: ")
@@ -83,6 +85,7 @@ def test_a_merge_that_fails_is_a_row_with_its_reason(merged: Swept) -> None:
     assert {failed["label"] for failed in merged.summary["failed"]} >= {"task_arithmetic all alpha=1e+39"}
 
 
+@pytest.mark.slow
 def test_a_merge_never_wins_and_changes_no_other_row(merged: Swept, swept: Swept) -> None:
     assert merged.summary["winner"]["label"] == "lae all k=2"
     mine, theirs = (s.results[s.results["split"] == "select"] for s in (merged, swept))
@@ -90,6 +93,7 @@ def test_a_merge_never_wins_and_changes_no_other_row(merged: Swept, swept: Swept
         assert mine[mine["role"] == role]["correct"].item() == theirs[theirs["role"] == role]["correct"].item()
 
 
+@pytest.mark.slow
 def test_nothing_of_a_merge_stays_but_its_row_and_recipe(merged: Swept) -> None:
     assert not list(merged.folder.glob(".merge-*"))
     made = {path.name for path in merged.folder.rglob("*.yaml")} - {"recipe.yaml"}
@@ -97,6 +101,7 @@ def test_nothing_of_a_merge_stays_but_its_row_and_recipe(merged: Swept) -> None:
 
 
 @pytest.mark.parametrize("merge", BY_MERGEKIT)
+@pytest.mark.slow
 def test_mergekits_merges_are_rows_too(merged: Swept, merge: str) -> None:
     if find_mergekit() is None:
         pytest.skip("no mergekit-yaml: `make mergekit`")

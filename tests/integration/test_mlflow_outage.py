@@ -195,6 +195,7 @@ def test_a_server_that_is_killed_in_mid_sweep_has_everything_in_the_end(
 
 
 @pytest.mark.usefixtures("cluster")
+@pytest.mark.slow
 def test_a_server_that_stays_away_is_said_and_the_same_recipe_again_has_everything(
     mortal: Server, spot: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

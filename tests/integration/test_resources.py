@@ -24,6 +24,7 @@ def test_source_and_target_are_on_different_gpus_where_there_are_two(swept: Swep
     assert places["source"]["gpus"] != places["target"]["gpus"]
 
 
+@pytest.mark.slow
 def test_on_one_gpu_the_models_take_turns_and_the_results_are_the_same(submitted: tuple[Job, Swept], swept: Swept) -> None:
     _, alone = submitted
     places = alone.summary["places"]
@@ -32,6 +33,7 @@ def test_on_one_gpu_the_models_take_turns_and_the_results_are_the_same(submitted
     pd.testing.assert_frame_equal(timeless(alone.results), timeless(swept.results))  # one evaluator there, two here
 
 
+@pytest.mark.slow
 def test_the_same_recipe_again_gives_the_same_completions(submitted: tuple[Job, Swept], swept: Swept) -> None:
     _, again = submitted
     assert again.summary["recipe"] == swept.summary["recipe"]

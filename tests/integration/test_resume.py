@@ -67,6 +67,7 @@ def in_session(session: int) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_a_killed_driver_goes_on_where_it_was(swept: Swept, place: Place) -> None:
     recipe = place.recipe(name="killed", resources={"batch_size": 64})
     ledger = place.path / "runs" / ".ledger"

@@ -132,6 +132,7 @@ def test_trials_tell_tune_at_every_rung(raced: Raced) -> None:
         assert told[label] == [(n, n == row.n) for n in numbers]
 
 
+@pytest.mark.slow
 def test_another_run_with_other_shards_and_one_evaluator_stops_the_same(raced: Raced, place: Place) -> None:
     finished = run_main("sweep", place.recipe(name="raced", sweep=STOPPING, resources={"evaluators": 1, "shard_size": 40}))
     assert finished.code == 0, finished.err

@@ -76,6 +76,7 @@ def test_every_arm_answers_on_test(armed: Swept) -> None:
     assert set(arms["scores_on_test"]) <= set(counts)
 
 
+@pytest.mark.slow
 def test_a_primary_trial_wins_whatever_the_others_reach(named: Swept) -> None:
     found = summary(named)
     assert found["winner"]["label"] == found["verdict"]["primary"] == "channel all k=2"
@@ -86,6 +87,7 @@ def test_a_primary_trial_wins_whatever_the_others_reach(named: Swept) -> None:
     assert set(winners["ranker"]) == {"channel"}
 
 
+@pytest.mark.slow
 def test_rankings_say_what_they_cost_and_how_far_they_agree(named: Swept) -> None:
     found = summary(named)["rankings"]
     assert set(found["by_ranker"]) == set(RANKERS)

@@ -108,6 +108,7 @@ def test_prometheus_is_offered_what_was_counted(swept: Swept, log: list[dict[str
     assert total(found, "ray_transplant_ray_variants_done_total", run="tiny") >= done
 
 
+@pytest.mark.slow
 def test_a_gauge_is_offered_for_as_long_as_the_sweep_goes_on(cluster: None) -> None:  # noqa: ARG001
     """Ray would forget it after 20 seconds."""
     running, tags = Meters("running"), {"run": "running"}
