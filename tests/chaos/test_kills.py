@@ -101,6 +101,7 @@ def test_the_results_are_those_of_the_calm_run(scene: Scene, tmp_path: Path, see
         assert summary["recalled"] >= sum(known.values())
         known = ledger(folder)
     assert set(known.values()) == {1}, "the ledger has an outcome twice"
+    assert set(shards_done(folder).values()) == {1}, "a shard of a variant came twice in one attempt"
     same(read_results(folder / "runs" / "chaos"), scene.calm)
 
 
@@ -109,6 +110,13 @@ def same(ours: pd.DataFrame, theirs: pd.DataFrame) -> None:
     pd.testing.assert_frame_equal(ours.drop(columns=[*MEASURED_AGAIN]), theirs.drop(columns=[*MEASURED_AGAIN]))
     for name in MEASURED_AGAIN:
         assert ours[name].to_numpy() == pytest.approx(theirs[name].to_numpy(), rel=1e-4, abs=1e-6, nan_ok=True)
+
+
+def shards_done(folder: Path) -> Counter[Any]:
+    """How often evaluators gave the answers of a variant to a shard, in each attempt."""
+    lines = map(json.loads, (folder / "runs" / "chaos" / "log.jsonl").read_text().splitlines())
+    done = [line for line in lines if line["event"] == "shard done" and line.get("evaluator")]
+    return Counter((line["attempt"], line["task"], line["split"], line["variant"], line["shard"]) for line in done)
 
 
 def ledger(folder: Path) -> Counter[Any]:
