@@ -87,7 +87,7 @@ class Sweep:
     def said(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def wait(self, seconds: float = 400) -> int:
+    def wait(self, seconds: float = 800) -> int:
         try:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -114,7 +114,7 @@ def sweep(recipe: Path, *overrides: str) -> Iterator[Sweep]:
             running.kill()
 
 
-def until(ready: Callable[[], Any], running: Sweep, seconds: float = 200) -> Any:
+def until(ready: Callable[[], Any], running: Sweep, seconds: float = 500) -> Any:
     """What `ready` gives once it is something; None where the sweep ends first."""
     end = time.monotonic() + seconds
     while running.process.poll() is None:

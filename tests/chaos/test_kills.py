@@ -76,7 +76,7 @@ def strike_driver(running: Sweep, delay: float, machines: Machines) -> bool:
     return True
 
 
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(2500)
 @pytest.mark.parametrize("seed", [pytest.param(seed, marks=[] if seed < 3 else pytest.mark.slow) for seed in range(SEEDS)])
 def test_the_results_are_those_of_the_calm_run(scene: Scene, tmp_path: Path, seed: int) -> None:
     dice = random.Random(seed)

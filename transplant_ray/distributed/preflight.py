@@ -28,7 +28,7 @@ from transplant_ray.recipe import Place, ResourceSpec, redact
 from transplant_ray.storage import Shelf
 from transplant_ray.versions import DECIDING, versions
 
-ANSWER_SECONDS = 180
+ANSWER_SECONDS = 300
 """A node may have to unpack a runtime environment and to import torch first."""
 REACH_SECONDS = 10
 COMPARED = (*DECIDING, "ray", "safetensors", "numpy")
