@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +70,23 @@ def _read(path: Path) -> dict[str, Any]:
     return settings
 
 
+@cache
+def _metrics() -> frozenset[str]:
+    """Names that the library knows; for any other it looks for a file of that name, and on the hub."""
+    from lm_eval.api import metrics  # noqa: F401  # what fills the registry
+    from lm_eval.api.registry import metric_registry
+
+    return frozenset(metric_registry)
+
+
 def _running(value: Any, key: str = "") -> Iterator[str]:
     """What runs code, in words."""
     if isinstance(value, _Function):
         yield f"`{key}: !function {value}`"
     elif key in _RUNS and value:
         yield f"`{key}` ({_RUNS[key]})"
+    elif key == "metric" and isinstance(value, str) and value not in _metrics():
+        yield f"`metric: {value}`, which is none of the library's, so it would be loaded as a file or from the hub"
     elif isinstance(value, dict):
         for name, inner in value.items():
             yield from _running(inner, str(name))

@@ -97,7 +97,7 @@ def attribution(bench: Bench) -> Measured:
     sample = _sample(engine, bench.examples, names, work)
     by_channel = {name: tuple((channel_O).tolist()) for name, channel_O in channels.items()}
     before, after = bench.losses([ORIGIN, Variant.uniform(names)])
-    cost = Cost(forwards=bench.steps + 2, backwards=bench.steps)
+    cost = Cost(forwards=2 * bench.steps + 2, backwards=bench.steps)  # layers run again on the way back
     return Measured.of(sample, cost, by_channel, tuple(_path_notes(sum(sample.scores.values()), before - after, bench.steps)))
 
 

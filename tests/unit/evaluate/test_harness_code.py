@@ -36,6 +36,8 @@ def test_a_file_of_settings_is_taken(tmp_path: Path) -> None:
         ("unsafe_code: true", r"`unsafe_code` \(code that a model has written\)"),
         ("dataset_kwargs: {trust_remote_code: true}", r"`trust_remote_code` \(the code of a dataset\)"),
         ("metric_list: [{metric: bleu, hf_evaluate: true}]", r"`hf_evaluate` \(the code of a metric"),
+        ("metric_list: [{metric: ./evil.py, aggregation: mean, higher_is_better: true}]", r"`metric: ./evil.py`, which is none of"),
+        ("metric_list: [{metric: somebody/space}]", r"`metric: somebody/space`, which is none of the library's"),
         ("use_prompt: promptsource:x", r"`use_prompt`"),
     ],
 )
