@@ -173,31 +173,34 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
     verdict = [f"{summary['verdict']['conclusion']}: {summary['verdict']['sentence']}"] if summary.get("verdict") else []
     if winner is None:
         return [_no_winner(summary), *verdict]
-    test, target, source = (
-        winner["test"],
-        summary["baselines"]["test"]["target"],
-        summary["baselines"]["test"]["source"],
-    )
     agrees = winner["exported_agrees"]
     chosen = "named beforehand" if verdict and summary["verdict"]["primary"] else "chosen on select"
     lines = [
         *verdict,
         f"winner: {winner['label']} (variant {winner['variant']}, {winner['num_modules']} modules), {chosen}",
-        f"on test, the exported checkpoint reloaded: {_interval(test)}; "
-        f"the target {_interval(target)}, the source {_interval(source)}",
-        f"{_tir(test)}Recovery {_percent(test['recovery'])}{_between(test, 'recovery', _percent)}, "
-        f"of what swapping everything reaches {_percent(test['reachable_recovery'])}",
+        *(_test_lines(summary) if "test" in winner else ["the test split was not opened"]),
         f"exported = resident: the same completion on {agrees['equal']} of {agrees['n']} select examples",
     ]
     lines += _price_lines(summary)
     if winner["same_as"]:
         lines.append(f"the ranking made no difference here: {', '.join(winner['same_as'])} hold the same modules")
-    if matched := winner.get("matched"):
+    if (matched := winner.get("matched")) and matched["test"] is not None:
         told = _interval(matched["test"]) + ("" if matched["p"] is None else f" (p = {matched['p']:.2g})")
         lines.append(f"a merge of all modules that moves as much, {matched['label']}, on test: {told}")
     if winner["best_control"] is not None:
         lines.append(f"best control on select: {winner['best_control']['label']}, {_interval(winner['best_control'])}")
     return lines
+
+
+def _test_lines(summary: dict[str, Any]) -> list[str]:
+    """What the exported checkpoint reached on test, beside the target and the source."""
+    test, baselines = summary["winner"]["test"], summary["baselines"]["test"]
+    return [
+        f"on test, the exported checkpoint reloaded: {_interval(test)}; "
+        f"the target {_interval(baselines['target'])}, the source {_interval(baselines['source'])}",
+        f"{_tir(test)}Recovery {_percent(test['recovery'])}{_between(test, 'recovery', _percent)}, "
+        f"of what swapping everything reaches {_percent(test['reachable_recovery'])}",
+    ]
 
 
 def time_line(summary: dict[str, Any]) -> list[str]:
@@ -217,12 +220,13 @@ def _no_winner(summary: dict[str, Any]) -> str:
 
 
 def _price_lines(summary: dict[str, Any]) -> list[str]:
-    """What the winner costs elsewhere, on test, and how often test was looked at."""
-    moved, swapped = (numbers.get("kl") for numbers in (summary["winner"]["test"], summary["baselines"]["test"]["all"]))
+    """What the winner costs elsewhere, on test where that was opened, and how often it was looked at."""
+    split = "test" if "test" in summary["winner"] else "select"
+    moved, swapped = (numbers.get("kl") for numbers in (summary["winner"][split], summary["baselines"][split]["all"]))
     known = moved is not None and swapped is not None
     prices = [f"KL on general text {moved:.3g} nats a token (all swapped {swapped:.3g})"] if known else []
     for guard in summary.get("guards", ()):
-        if guard["winner"] and guard["split"] == "test" and guard["share"] is not None:
+        if guard["winner"] and guard["split"] == split and guard["share"] is not None:
             held_out = " (held out)" if guard["held_out"] else ""
             kept = f"{_percent(guard['share'])} of the target's accuracy"
             risen = f"perplexity {1 / guard['share']:.3g} × the target's" if guard["share"] else ""

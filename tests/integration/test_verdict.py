@@ -99,3 +99,32 @@ def test_rankings_say_what_they_cost_and_how_far_they_agree(named: Swept) -> Non
     assert len(found["agreement"]) == 6
     ranked = pd.read_parquet(named.folder / "rankings.parquet")
     assert set(ranked["ranker"]) == set(RANKERS)
+
+
+@pytest.fixture(scope="module")
+def shut(cluster: None, template: Place, tmp_path_factory: pytest.TempPathFactory) -> Swept:  # noqa: ARG001
+    """The better model is the target."""
+    place = template.copy(tmp_path_factory.mktemp("shut"))
+    models = {role: {"model": str(place.path / other)} for role, other in (("source", "target"), ("target", "source"))}
+    recipe = place.recipe(name="shut", sweep={"k": [2], "kind": ["all"], "arms": 19}, **models)
+    finished = run_main("sweep", recipe)
+    assert finished.code == 0, finished.err
+    return Swept(place.path / "runs" / "shut", place, finished)
+
+
+def test_without_a_gap_the_test_split_stays_shut(shut: Swept) -> None:
+    found = summary(shut)
+    assert found["verdict"]["conclusion"] == "no gap to close"
+    assert (found["test_opened"], found["verdict"]["arms"], found["baselines"]["test"]) == (0, None, {})
+    assert not (shut.folder.parent / "test-splits.json").exists()
+    assert set(shut.results["split"]) == {"select"}
+    answered = pd.read_parquet(shut.folder / "outcomes" / "test.parquet")
+    assert set(answered["variant"]) == {"source"}  # which answers all at once, while it is there; nobody looks
+    assert "the test split was not opened" in shut.finished.out
+
+
+def test_without_a_gap_what_select_liked_best_is_exported_all_the_same(shut: Swept) -> None:
+    won = summary(shut)["winner"]
+    assert won["exported_agrees"] == {"n": SPLIT["select"], "equal": SPLIT["select"]}
+    assert (shut.folder / "checkpoint" / "model.safetensors").exists()
+    assert "It was not confirmed on test." in (shut.folder / "report.html").read_text()

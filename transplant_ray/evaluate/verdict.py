@@ -7,7 +7,7 @@ chance; and are the guards unharmed. What comes after the first step that fails 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from transplant_ray.evaluate.arms import Arms
@@ -101,7 +101,7 @@ def judge(evidence: Evidence) -> Verdict:
         return closed
     gain = compare(evidence.target, evidence.winner)
     guards = check_guards(evidence.guards, len(evidence.missing))
-    end = _by_gain(gain) or _by_chance(evidence, guards)
+    end = _by_gain(gain) or _with_examples(_by_chance(evidence, guards), gain)
     return Verdict(
         end.conclusion,
         f"the winner {_compare(gain, 'test', gain.p, 'p')}; {end.why}.",
@@ -148,6 +148,14 @@ def _by_chance(evidence: Evidence, guards: Sequence[GuardTest]) -> _End:
         needed = arms_needed(as_good, num_arms)
         return _End("gain, not better than chance", f"{against}; {_more_arms(needed)}", p, arms_needed=needed)
     return _by_guards(guards, evidence.missing, against, p)
+
+
+def _with_examples(end: _End, gain: Test) -> _End:
+    """Where nothing is left to be shown by more arms or more of a guard: how many examples the gain itself takes."""
+    if end.conclusion not in ("confirmed", "gain, chance not testable"):
+        return end
+    needed = examples_needed(gain)
+    return replace(end, why=f"{end.why}; {_examples(needed, 'a gain')}", examples_needed=needed)
 
 
 def _by_guards(guards: Sequence[GuardTest], missing: Sequence[str], against: str, chance: float) -> _End:

@@ -7,7 +7,7 @@ modules, so an evaluator that walks the plan moves few weights.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from math import ceil
@@ -123,20 +123,23 @@ def plan_sweep(
     `orders` gives for every ranker of the recipe all module names in score order, `channels` the scores of every output channel
     where a ranker has them, `found` the trials that a search came upon. RecipeError where a kind matches nothing.
     """
-    kinds = {kind: frozenset(m.name for m in select_kind(modules, kind)) for kind in sweep.kind}
+    kinds = _members(modules, sweep.kind)
     everything = [module.name for module in modules]
     entries = [Planned("target", ORIGIN), Planned("source", ORIGIN), Planned("all", Variant.uniform(everything))]
     for ranker, order in orders.items():
         entries += _top_k("trial", ranker, order, kinds, sweep.k, sweep.alpha, extrapolate=sweep.extrapolate)
         if ranker in channels:
             entries += _by_channel("trial", ranker, order, channels[ranker], kinds, sweep, sweep.alpha)
-    entries += [*found, *_controls(modules, kinds, sweep)]
+    entries += [*found, *_controls(modules, kinds, sweep), *_controls_of(found, modules, sweep)]
     trials = [entry for entry in entries if entry.role == "trial"]
     primary = _primary(trials, kinds, sweep)
     notes = tuple(_notes(kinds, sweep.k))
-    kinds |= {str(entry.kind): frozenset(m.name for m in select_kind(modules, str(entry.kind))) for entry in found}
-    arms = _arms([primary] if primary else trials, kinds, {module.name: module.num_channels for module in modules}, sweep)
+    arms = _arms([primary] if primary else trials, modules, sweep)
     return SweepPlan(tuple(entries), notes, tuple(arms), primary.label if primary else None)
+
+
+def _members(modules: Sequence[Module], kinds: Iterable[str]) -> dict[str, frozenset[str]]:
+    return {kind: frozenset(module.name for module in select_kind(modules, kind)) for kind in kinds}
 
 
 def depth_order(modules: Sequence[Module]) -> list[str]:
@@ -168,6 +171,13 @@ def _controls(modules: Sequence[Module], kinds: Mapping[str, frozenset[str]], sw
         yield Planned("control", Variant.uniform(names, alpha), "uniform", "all", len(names), alpha)
 
 
+def _controls_of(found: Sequence[Planned], modules: Sequence[Module], sweep: SweepSpec) -> Iterator[Planned]:
+    """What a search came upon has no size of the grid: random sets of its own size, kind and share of channels, a seed for each."""
+    for place, point in enumerate(found):
+        for seed in range(place * sweep.controls.random, (place + 1) * sweep.controls.random):
+            yield from _random_sets([point], modules, seed, random.Random(f"control {seed}"))
+
+
 def _primary(trials: Sequence[Planned], kinds: Mapping[str, frozenset[str]], sweep: SweepSpec) -> Planned | None:
     """The trial that the recipe names; its K is clipped as the grid's is."""
     if sweep.primary is None:
@@ -177,16 +187,17 @@ def _primary(trials: Sequence[Planned], kinds: Mapping[str, frozenset[str]], swe
     return next(t for t in trials if (t.ranker, t.kind, t.k) == point and t.channels is None)
 
 
-def _arms(
-    points: Sequence[Planned], kinds: Mapping[str, frozenset[str]], widths: Mapping[str, int], sweep: SweepSpec
-) -> Iterator[tuple[Planned, ...]]:
-    """A random set of its own for every point."""
+def _arms(points: Sequence[Planned], modules: Sequence[Module], sweep: SweepSpec) -> Iterator[tuple[Planned, ...]]:
     for arm in range(sweep.num_arms):
-        rng = random.Random(f"arm {arm}")
-        yield tuple(
-            replace(point, role="control", ranker="random", seed=arm, variant=_random_set(point, kinds, widths, rng))
-            for point in points
-        )
+        yield tuple(_random_sets(points, modules, arm, random.Random(f"arm {arm}")))
+
+
+def _random_sets(points: Sequence[Planned], modules: Sequence[Module], seed: int, rng: random.Random) -> Iterator[Planned]:
+    """A random set of its own for every point."""
+    kinds = _members(modules, {str(point.kind) for point in points})
+    widths = {module.name: module.num_channels for module in modules}
+    for point in points:
+        yield replace(point, role="control", ranker="random", seed=seed, variant=_random_set(point, kinds, widths, rng))
 
 
 def _random_set(point: Planned, kinds: Mapping[str, frozenset[str]], widths: Mapping[str, int], rng: random.Random) -> Variant:

@@ -34,7 +34,10 @@ from transplant_ray.tracking.tracker import Tracker
 
 
 def evaluate(run: Run, plan: SweepPlan, norms: Norms, capacity: Capacity, tracker: Tracker) -> Evaluation:
-    """All variants on select while Tune's trials wait for theirs; the winner; then on test what it is held against."""
+    """All variants on select while Tune's trials wait for theirs; the winner; then on test what it is held against.
+
+    Test stays shut where select shows that there is no gap to close (method.md, "Verdict").
+    """
     job, resources = run.job, run.job.recipe.resources
     evaluation = Evaluation(run, plan, norms)
     sets = [entry.variant for arm in plan.arms for entry in arm]
@@ -71,20 +74,24 @@ def evaluate(run: Run, plan: SweepPlan, norms: Norms, capacity: Capacity, tracke
         if evaluation.winner is not None:
             run.tell(Winner(evaluation.winner.label, evaluation.winner.variant, evaluation.winner.score))
             stage.match_winner()
-            evaluation.test_opened = run.folder.open_tests(
-                {name: [example.id for example in task.examples["test"]] for name, task in job.tasks.items()},
-                job.recipe.identity(),
-            )
-            _answer_on_test(evaluation, pool)
-        if plan.arms and evaluation.winner is not None and not no_gap_on_select(run):
-            evaluation.arms = evaluate_arms(run, plan.arms, pool)
+            gap = _gap_on_select(run)
+            if gap is False:
+                run.stopwatch.watch.note("no gap to close on select: the test split stays shut")
+            else:
+                evaluation.test_opened = run.folder.open_tests(
+                    {name: [example.id for example in task.examples["test"]] for name, task in job.tasks.items()},
+                    job.recipe.identity(),
+                )
+                _answer_on_test(evaluation, pool)
+            if plan.arms and gap:
+                evaluation.arms = evaluate_arms(run, plan.arms, pool)
     return evaluation
 
 
-def no_gap_on_select(run: Run) -> bool:
-    """Whether there is nothing to close, so that no arm need be asked."""
+def _gap_on_select(run: Run) -> bool | None:
+    """Whether there is something to close; None where the target or the source could not answer, so that nobody knows."""
     target, source = (run.scores(MAIN, "select", name) for name in (ORIGIN.id, "source"))
-    return target is None or source is None or no_gap(target, source) is not None
+    return None if target is None or source is None else no_gap(target, source) is None
 
 
 def _answer_on_test(evaluation: Evaluation, pool: Pool) -> None:
@@ -133,7 +140,7 @@ class Evaluation:
     matched: Planned | None = None
     """The uniform merge that moves as much of ‖ΔW‖ as the winner."""
     test_opened: Mapping[str, int] = field(default_factory=dict)
-    """Task or guard → how many recipes under this storage have opened its test split, this one included."""
+    """Task or guard → how many recipes under this storage have opened its test split, this one included; empty while it is shut."""
 
     def row(self, entry: Planned, split: Split = "select", name: str | None = None) -> Result:
         """The row of a planned variant, as far as it has come; `name` is who answered where that is not the variant itself."""

@@ -170,12 +170,12 @@ def _rankings(run: Run, rankings: Sequence[Ranking]) -> dict[str, Any]:
 
 
 def _describe_matched(evaluation: Evaluation) -> dict[str, Any] | None:
-    """The merge that moves as much as the winner, against it on test."""
+    """The merge that moves as much as the winner, against it on test where that was opened."""
     matched, run = evaluation.matched, evaluation.run
     if matched is None:
         return None
     theirs, ours = (run.scores(MAIN, "test", name) for name in (matched.id, EXPORTED))
-    test = _numbers(evaluation.row(matched, "test"))
+    test = _numbers(evaluation.row(matched, "test")) if evaluation.test_opened else None
     return {"label": matched.label, "test": test, "p": None if theirs is None or ours is None else compare(theirs, ours).p}
 
 

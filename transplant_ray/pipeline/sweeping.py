@@ -130,7 +130,7 @@ def _labels(plan: SweepPlan) -> dict[str, str]:
 def _confirm(evaluation: Evaluation, capacity: Capacity) -> list[Result]:
     """Export the winner, reload it, let it answer: what a checkpoint is said to reach is measured on the checkpoint.
 
-    Returns the rows of the test split: the baselines and the winner. None where nothing won.
+    Returns the rows of the test split: the baselines and the winner. None where nothing won, or test stays shut.
     """
     run, plan, winner = evaluation.run, evaluation.plan, evaluation.winner
     if winner is None:
@@ -140,9 +140,11 @@ def _confirm(evaluation: Evaluation, capacity: Capacity) -> list[Result]:
         export_winner(run.job.recipe, run.job.comparison, planned.variant, [winner], run.folder)
     run.tell(Exported(winner.variant, str(run.folder.checkpoint)))
     exported = open_checkpoint(str(run.folder.checkpoint), accept=run.job.recipe.accept)
-    asked = [one for one in run.asked(MEASURED) if one.split == "test" or one.task == MAIN]
+    asked = [one for one in run.asked(MEASURED) if (evaluation.test_opened if one.split == "test" else one.task == MAIN)]
     with run.stopwatch.stage("confirm", sum(len(one.examples) for one in asked)):
         for one, shard in ask_alone(run, exported, EXPORTED, asked, capacity):
             run.take(one.task, one.split, shard)
+    if not evaluation.test_opened:
+        return []
     beside = [evaluation.row(entry, "test") for entry in evaluation.beside_the_winner()]
     return [*beside, replace(evaluation.row(planned, "test", EXPORTED), winner=True)]

@@ -154,8 +154,8 @@ def _draw_trials(axis: Axes, rows: Iterable[Row], styles: Mapping[str, Look], ac
 
 
 def _draw_controls(axis: Axes, rows: Sequence[Row], across: Across) -> None:
-    """Random sets as points with the range of their seeds behind; depth order as a curve."""
-    drawn = [row for row in rows if row.ranker == "random"]
+    """Random sets as points, those of the grid with the range of their seeds behind; depth order as a curve."""
+    drawn = [row for row in rows if row.ranker == "random" and row.k is not None]
     by_size: dict[int, list[Row]] = defaultdict(list)
     for row in drawn:
         by_size[row.size].append(row)

@@ -50,7 +50,7 @@ def curve_plots(sweep: Sweep) -> list[Plot]:
     trials = [row for row in every if row.role == "trial"]
     if not trials:
         return []
-    n, seed, seeds = every[0].n, _seed(sweep), len({row.seed for row in every if row.ranker == "random"})
+    n, seed, seeds = every[0].n, _seed(sweep), len({row.seed for row in every if row.ranker == "random" and row.k is not None})
     star = " The star is the winner, which was chosen on these numbers." if any(row.winner for row in trials) else ""
     measure = measure_of(rows)
     base = f"Select, n = {n}, split seed {seed}. Bands: 95 % {measure.interval} intervals.{star}"

@@ -147,16 +147,21 @@ def _objective(sweep: Sweep) -> str:
 
 
 def _searches(sweep: Sweep) -> str:
-    """What was fitted: so many numbers, and what rounding them cost, on the probe set."""
+    """What was fitted: so many numbers, and what rounding them cost the task and what is kept, on the probe set."""
     found = sweep.told("searches")
     if not isinstance(found, dict) or not found:
         return NOTHING
     told = [(name, result) for name, results in found.items() if isinstance(results, list) for result in results]
     return "; ".join(
-        f"{name} λ = {text(dig(result, 'penalty'))}: {text(dig(result, 'num_coefficients'))} numbers, task loss "
-        f"{number(dig(result, 'task_loss_before_rounding'))} before rounding and {number(dig(result, 'task_loss'))} after"
+        f"{name} λ = {text(dig(result, 'penalty'))}: {text(dig(result, 'num_coefficients'))} numbers, "
+        f"{_rounded(result, 'task_loss')}, {_rounded(result, 'guard_loss')}"
         for name, result in told
     )
+
+
+def _rounded(found: Any, loss: str) -> str:
+    before, after = number(dig(found, f"{loss}_before_rounding")), number(dig(found, loss))
+    return f"{loss.replace('_', ' ')} {before} before rounding and {after} after"
 
 
 def _excluded(excluded: Any) -> str:

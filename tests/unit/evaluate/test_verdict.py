@@ -38,16 +38,17 @@ def test_confirmed() -> None:
     assert judge(EVIDENCE).sentence == (
         "the winner is right on 60.0 % of 100 test examples, the target on 40.0 % (20 gained, 0 lost, p = 1.9e-06); "
         "0 of 19 arms of 24 random sets each did as well (p = 0.05); "
-        "no guard lost more than its margin (reading +0.0 points, at worst -1.3, margin 3.0, p = 0.0064)."
+        "no guard lost more than its margin (reading +0.0 points, at worst -1.3, margin 3.0, p = 0.0064); "
+        "about 37 examples would show a gain of this size."
     )
     assert judge(EVIDENCE).chance == 0.05
-    assert (judge(EVIDENCE).examples_needed, judge(EVIDENCE).arms_needed) == (None, None)
+    assert (judge(EVIDENCE).examples_needed, judge(EVIDENCE).arms_needed) == (37, None)
 
 
 def test_without_guards_the_sentence_says_so() -> None:
     bare = judge(replace(EVIDENCE, guards=()))
     assert bare.conclusion == "confirmed"
-    assert bare.sentence.endswith("(p = 0.05); no guard was measured.")
+    assert bare.sentence.endswith("(p = 0.05); no guard was measured; about 37 examples would show a gain of this size.")
 
 
 def test_a_guard_that_lost_more_than_its_margin() -> None:
@@ -111,7 +112,8 @@ def test_over_half_of_the_modules_chance_cannot_be_tested_and_half_is_not_over()
     verdict = judge(replace(EVIDENCE, size=33))
     assert verdict.conclusion == "gain, chance not testable"
     assert verdict.sentence.endswith(
-        "33 of 64 modules are over half, where random sets are nearly the same set: chance can be tested up to K = 32."
+        "33 of 64 modules are over half, where random sets are nearly the same set: chance can be tested up to K = 32; "
+        "about 37 examples would show a gain of this size."
     )
     assert verdict.chance is None
     assert judge(replace(EVIDENCE, size=32)).conclusion == "confirmed"

@@ -233,6 +233,26 @@ def test_an_arm_is_a_random_set_for_every_trial(drawn: Any, num_arms: int) -> No
     assert armed == plan_sweep(random.Random(1).sample(modules, len(modules)), orders, sweep.model_copy(update={"arms": num_arms}))
 
 
+def test_what_a_search_found_has_random_sets_of_its_own_size() -> None:
+    modules = [module(layer, path) for layer in range(4) for path in PATHS]
+    names = [m.name for m in modules]
+    rows = {m.name: (1.0,) + (0.0,) * (m.num_channels - 1) for m in modules[:3]}
+    found = [
+        Planned("trial", Variant(rows), "gates row", "all", None, 1.0, penalty=0.1),
+        Planned("trial", Variant.uniform([n for n in names if "mlp" in n][:2]), "greedy", "ffn", None, 1.0, penalty=0.1),
+    ]
+    sweep = SweepSpec.model_validate({"k": [2], "kind": ["attn"], "controls": {"random": 4}})
+    plan = plan_sweep(modules, {"lae": names}, sweep, found=found)
+    sets = [entry for entry in plan.entries if entry.ranker == "random" and entry.penalty is not None]
+    assert len({entry.label for entry in sets}) == len(sets) == 8
+    assert len({entry.variant for entry in sets}) > 4
+    for entry, trial in zip(sets, [found[0]] * 4 + [found[1]] * 4, strict=True):
+        assert (entry.role, entry.kind, entry.size) == ("control", trial.kind, pytest.approx(trial.size))
+        assert set(entry.variant.coefficients) <= of_kind(modules, str(entry.kind))
+    labels = [entry.label for entry in plan.entries]
+    assert len(set(labels)) == len(labels)
+
+
 def test_arms_are_not_each_other() -> None:
     modules = [module(layer, path) for layer in range(8) for path in PATHS]
     names = [m.name for m in modules]
