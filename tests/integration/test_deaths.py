@@ -92,7 +92,8 @@ def test_a_variant_that_kills_whoever_has_it_is_given_up(cluster: None, tmp_path
 def test_a_measurement_of_a_killer_is_nothing(cluster: None, tmp_path: Path) -> None:  # noqa: ARG001
     killer = VARIANTS[5]
     with make_pool(tmp_path, always=[killer], once=VARIANTS[20:21]) as pool:
-        losses = pool.losses(VARIANTS, EXAMPLES, RULES, lambda _: None)
+        losses: dict[str, float | None] = {}
+        pool.losses(VARIANTS, EXAMPLES, RULES, losses.update)
     assert losses == {variant.id: None if variant == killer else 1.0 for variant in VARIANTS}
 
 

@@ -26,7 +26,7 @@ from transplant_ray.evaluate.generate import Rules
 from transplant_ray.graft.variant import Variant
 from transplant_ray.models.compare import Comparison
 
-OnDone = Callable[[int], None]
+OnRead = Callable[[Mapping[str, Any]], None]
 OnResult = Callable[[VariantShard], None]
 Losses = dict[str, float | None]
 """Variant id → mean token loss; None where it is not a number."""
@@ -115,30 +115,25 @@ class Pool:
 
         self._work_through(work, "evaluate", take, give_up)
 
-    def losses(self, variants: Sequence[Variant], examples: Sequence[Rendered], rules: Rules, on_done: OnDone) -> Losses:
-        """Mean token loss of every variant."""
-        losses: Losses = self._by_pack("losses", variants, examples, rules, on_done, None)
-        return losses
+    def losses(self, variants: Sequence[Variant], examples: Sequence[Rendered], rules: Rules, on_read: OnRead) -> None:
+        """Mean token loss of every variant: `on_read` is given `Losses` as they come."""
+        self._by_pack("losses", variants, examples, rules, on_read, None)
 
-    def divergences(self, variants: Sequence[Variant], texts: Sequence[Rendered], rules: Rules, on_done: OnDone) -> Divergences:
-        """How far every variant is from the target on these texts."""
-        found: Divergences = self._by_pack("divergences", variants, texts, rules, on_done, (None,) * len(texts))
-        return found
+    def divergences(self, variants: Sequence[Variant], texts: Sequence[Rendered], rules: Rules, on_read: OnRead) -> None:
+        """How far every variant is from the target on these texts: `on_read` is given `Divergences` as they come."""
+        self._by_pack("divergences", variants, texts, rules, on_read, (None,) * len(texts))
 
     def _by_pack(
-        self, call: str, variants: Sequence[Variant], examples: Sequence[Rendered], rules: Rules, on_done: OnDone, nothing: Any
-    ) -> Any:
-        """Variant id → what a call said of it, or `nothing`; `on_done` is told how many variants were read."""
-        found: dict[str, Any] = {}
+        self, call: str, variants: Sequence[Variant], examples: Sequence[Rendered], rules: Rules, on_read: OnRead, nothing: Any
+    ) -> None:
+        """Of a variant that kills whoever reads with it, `nothing` is known."""
 
         def take(read: Mapping[str, Any]) -> Collection[str]:
-            found.update(read)
-            on_done(len(read))
+            on_read(read)
             return read.keys()
 
         work = [Work(pack, tuple(examples), rules) for pack in packed(variants)]
-        self._work_through(work, call, take, lambda variant: found.update({variant.id: nothing}))
-        return found
+        self._work_through(work, call, take, lambda variant: on_read({variant.id: nothing}))
 
     def _work_through(
         self,

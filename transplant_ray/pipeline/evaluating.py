@@ -28,6 +28,7 @@ from transplant_ray.pipeline.arms import evaluate_arms
 from transplant_ray.pipeline.asking import ask, work_off
 from transplant_ray.pipeline.guarding import with_guards
 from transplant_ray.pipeline.planning import count_answers
+from transplant_ray.pipeline.reading import read_divergences, read_losses
 from transplant_ray.pipeline.run import Run
 from transplant_ray.recipe import MAIN
 from transplant_ray.tracking.tracker import Tracker
@@ -105,7 +106,7 @@ def _answer_on_test(evaluation: Evaluation, pool: Pool) -> None:
     assert evaluation.winner is not None
     if run.job.passages:
         variants = [*baselines, plan.trial(evaluation.winner.label).variant]
-        evaluation.divergences["test"] = pool.divergences(variants, run.job.passages["test"], run.job.rules, lambda _: None)
+        evaluation.divergences["test"] = read_divergences(run, pool, variants, "test", lambda _: None)
 
 
 @dataclass(frozen=True)
@@ -208,8 +209,8 @@ class _Stage:
     def compare_on_text(self) -> None:
         """How far every variant is from the target where nothing is asked."""
         live = [variant for variant in self.plan.variants if self._goes_on(variant)]
-        job, advance = self.run.job, self.run.stopwatch.watch.advance
-        self.evaluation.divergences["select"] = self.pool.divergences(live, job.passages["select"], job.rules, advance)
+        advance = self.run.stopwatch.watch.advance
+        self.evaluation.divergences["select"] = read_divergences(self.run, self.pool, live, "select", advance)
 
     def answer(self) -> None:
         """The task, leg by leg, then the guards."""
@@ -231,7 +232,7 @@ class _Stage:
     def read_references(self, variants: Sequence[Variant]) -> None:
         """Their mean token loss on select."""
         advance = self.run.stopwatch.watch.advance
-        self.evaluation.losses |= self.pool.losses(variants, self.examples, self.run.job.rules, advance)
+        self.evaluation.losses |= read_losses(self.run, self.pool, variants, self.examples, advance)
 
     def race(self) -> None:
         """All who are left answer, leg by leg; at every rung the worse of those that may be stopped are."""
@@ -268,7 +269,7 @@ class _Stage:
             if evaluation.losses:
                 self.read_references([matched.variant])
             if job.passages:
-                found = self.pool.divergences([matched.variant], job.passages["select"], job.rules, lambda _: None)
+                found = read_divergences(self.run, self.pool, [matched.variant], "select", lambda _: None)
                 evaluation.divergences["select"] |= found
         evaluation.results.append(evaluation.row(matched))
 
