@@ -25,20 +25,18 @@ from integration.helpers import read_results, timeless
 SEEDS = 21
 MEASURED_AGAIN = ("kl",)
 """Numbers that are read in batches of whoever is there: equal up to rounding."""
-LONGEST_WAIT = 6.0
+LONGEST_WAIT = 3.0
 TRIES = 3
 
 
 def strike(machines: Machines, title: str, role: str | None, running: Sweep, delay: float) -> bool:
-    """Kill one such process, a while after it appeared; false where it was gone by then."""
-    found = until(lambda: machines.workers(title, role), running)
-    if not found:
-        return False
-    time.sleep(delay)
-    with suppress(psutil.NoSuchProcess):
-        for process in machines.workers(title, role)[:1]:
-            process.send_signal(signal.SIGKILL)
-            return True
+    """Kill one such process, a while after it appeared, or the next where it was gone by then; false where there is none."""
+    while until(lambda: machines.workers(title, role), running):
+        time.sleep(delay)
+        with suppress(psutil.NoSuchProcess):
+            for process in machines.workers(title, role)[:1]:
+                process.send_signal(signal.SIGKILL)
+                return True
     return False
 
 
@@ -62,14 +60,14 @@ VICTIMS: dict[str, Victim] = {
     "target actor": lambda machines, running, delay, _: strike(machines, "ModelActor", "target", running, delay),
     "ranking task": lambda machines, running, delay, _: strike(machines, "RankingActor", None, running, delay),
     "node": strike_node,
-    "trial": lambda machines, running, delay, _: strike(machines, "ImplicitFunc", None, running, delay / 6),
+    "trial": lambda machines, running, delay, _: strike(machines, "ImplicitFunc", None, running, delay / 3),
 }
 
 
 def strike_driver(running: Sweep, delay: float, machines: Machines) -> bool:
     if not until(lambda: machines.workers("ModelActor") or machines.workers("Evaluator"), running):
         return False
-    time.sleep(2 * delay)
+    time.sleep(4 * delay)
     if running.process.poll() is not None:
         return False
     running.kill()
