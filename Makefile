@@ -11,8 +11,8 @@ MERGEKIT_STAMP := $(MERGEKIT)/.installed
 demo: setup ## sweep a small trained pair that ships with the package
 	$(BIN)/transplant-ray demo
 
-test: setup ## unit and integration tests
-	$(BIN)/python -m pytest tests/unit --numprocesses auto --dist loadfile
+test: setup ## unit tests, spoilt inputs, integration tests
+	$(BIN)/python -m pytest tests/unit tests/fuzz --numprocesses auto --dist loadfile
 	$(BIN)/python -m pytest tests/integration
 
 chaos: setup ## kill actors, tasks, nodes, trials and drivers, each at a random point
