@@ -12,10 +12,13 @@ from typing import Any
 
 import pytest
 import ray
+from integration.helpers import Place, Swept, run_main
+from mlflow import MlflowClient
 
 from transplant_ray.distributed.fleet import fleet
 from transplant_ray.distributed.overseer import Overseer
 from transplant_ray.distributed.pool import MOST_DEATHS, Pool, Work, packed
+from transplant_ray.distributed.trials import _TrialCallback
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.example import Rendered
 from transplant_ray.evaluate.generate import GenerationSettings, Rules
@@ -100,3 +103,31 @@ def test_a_measurement_of_a_killer_is_nothing(cluster: None, tmp_path: Path) -> 
 def test_an_error_of_an_evaluator_is_no_death(cluster: None, tmp_path: Path) -> None:  # noqa: ARG001
     with make_pool(tmp_path) as pool, pytest.raises(ray.exceptions.RayTaskError, match="has no attribute 'id'"):
         pool.run([Work((None,), EXAMPLES, RULES)], lambda _: None)  # type: ignore[arg-type]
+
+
+def test_a_trial_that_tune_gave_up_has_its_result_all_the_same(
+    cluster: None,  # noqa: ARG001
+    template: Place,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    heard = _TrialCallback.on_trial_complete
+
+    def lose_the_first(self: _TrialCallback, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        if trial.last_result["result"]["k"] != 2:
+            heard(self, iteration, trials, trial, **info)
+
+    monkeypatch.setattr(_TrialCallback, "on_trial_complete", lose_the_first)
+    place = template.copy(tmp_path)
+    finished = run_main("sweep", place.recipe(name="lost", sweep={"k": [2, 6], "kind": ["all"], "controls": {"random": 0}}))
+    assert finished.code == 0, finished.err
+    swept = Swept(place.path / "runs" / "lost", place, finished)
+    trials = swept.results[swept.results["role"] == "trial"].drop_duplicates("k").set_index("k")
+    assert set(trials.index) == {2, 6}
+    assert trials["score"].notna().all()
+    assert trials["error"].isna().all()
+    runs = MlflowClient(tracking_uri=place.uri).search_runs(
+        [MlflowClient(tracking_uri=place.uri).get_run(swept.summary["mlflow_run"]).info.experiment_id],
+        f"tags.`mlflow.parentRunId` = '{swept.summary['mlflow_run']}'",
+    )
+    assert {run.data.params["k"] for run in runs} == {"2", "6"}

@@ -71,6 +71,7 @@ def evaluate(run: Run, plan: SweepPlan, norms: Norms, capacity: Capacity, tracke
         answering = working(stage.answer, on_failure=trials.fail, stop=pool.fleet.overseer.stop)
         with run.stopwatch.stage("evaluate", stage.num_answers()), answering:
             trials.run(run.folder.path / ".tune", lambda result: stage.report(result, tracker))
+        stage.report_lost(tracker)
         evaluation.choose()
         if evaluation.winner is not None:
             run.tell(Winner(evaluation.winner.label, evaluation.winner.variant, evaluation.winner.score))
@@ -279,6 +280,12 @@ class _Stage:
         self.run.tell(TrialReported(*facts))
         description = describe_variant(self.run.job.comparison, self.plan.trial(result.label).variant)
         self.evaluation.reported[result.label] = Trial(result, tracker.log_trial(result, description))
+
+    def report_lost(self, tracker: Tracker) -> None:
+        """A trial whose process died once too often ended in Tune without a word; what it waited for is here all the same."""
+        for entry in self.plan.trials:
+            if entry not in self.unposted and entry.label not in self.evaluation.reported:
+                self.report(self.evaluation.row(entry), tracker)
 
     def _goes_on(self, variant: Variant) -> bool:
         tally = self.run.answers.tallies["select"].get(variant.id)
