@@ -86,7 +86,7 @@ class Sweep:
         points = {}
         for k in ks:
             distance = (rows["alpha"] - k / self.num_modules).abs()
-            if distance.min() > NEAR:
+            if not distance.min() <= NEAR:  # where there are no merges, there is no least distance either
                 raise SystemExit(
                     f"no uniform merge near alpha {k / self.num_modules:.4f} for K = {k}: add it to sweep.controls.alpha"
                 )
@@ -97,7 +97,7 @@ class Sweep:
         """Guard → way → the largest share kept at Recovery ≥ ENOUGH; None where no variant of that way reaches it."""
         ways = {"gates": "ranker.str.startswith('gates', na=False)", "uniform alpha": "ranker == 'uniform'"}
         ways |= {name: f"ranker == '{name}'" for name in ("attribution", "lae", "depth", "random")}
-        enough = {str(name) for name in self.rows["variant"] if self.recovery(str(name))[0] >= ENOUGH}
+        enough = {name for name in self.accuracy if self.recovery(name)[0] >= ENOUGH}
         return {
             str(guard): {way: self._best_share(shares, self.rows.query(chosen), enough) for way, chosen in ways.items()}
             for guard, shares in self.guards.groupby("guard")

@@ -80,9 +80,9 @@ def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, *
     return model
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
+def tiny_tokenizer(characters: str = CHARACTERS) -> PreTrainedTokenizerFast:
     """One token a character; `<s>` is added in front; padding on the left is not the default, as with most checkpoints."""
-    vocabulary = {token: index for index, token in enumerate((*SPECIAL, *CHARACTERS))}
+    vocabulary = {token: index for index, token in enumerate((*SPECIAL, *characters))}
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     raw.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
     raw.decoder = decoders.Fuse()

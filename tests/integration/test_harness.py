@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,30 +47,40 @@ class Pair:
     exported: Path
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """Half of the modules of the zoo's first pair, resident and as a checkpoint."""
-    comparison = compare(*(open_checkpoint(f"zoo:cross-generation/{side}") for side in ("source", "target")))
+def make_pair(source: str, target: str, folder: Path, step: int) -> Pair:
+    """One module of every `step` is the source's, resident and as a checkpoint."""
+    comparison = compare(open_checkpoint(source), open_checkpoint(target))
     resident = load_resident_pair(comparison, "float32")
-    variant = Variant.uniform(list(resident.modules)[::2])
-    exported = export_checkpoint(comparison, variant, tmp_path_factory.mktemp("exported") / "checkpoint", "card")
+    variant = Variant.uniform(list(resident.modules)[::step])
+    exported = export_checkpoint(comparison, variant, folder / "checkpoint", "card")
     return Pair(comparison, resident, variant, exported)
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sums of the zoo, with choices near the answer."""
-    lines = Path(resolve("zoo:cross-generation/tasks/lost.jsonl")).read_text().splitlines()[: NUM_ROWS + 20]
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    sides = [f"zoo:cross-generation/{side}" for side in ("source", "target")]
+    return make_pair(*sides, tmp_path_factory.mktemp("exported"), 2)
+
+
+def write_data(folder: Path, file: str, choices_of: Callable[[str], list[str]]) -> Path:
+    """Rows of the zoo, with choices near the answer, which comes first of them and goes to another place in every row."""
+    lines = Path(resolve(file)).read_text().splitlines()[: NUM_ROWS + 20]
     rows = []
     for number, row in enumerate(map(json.loads, lines)):
-        choices = [str(int(row["answer"]) + more) for more in (0, 1, 2, 10)]
-        place = number % 4
+        choices, place = choices_of(row["answer"]), number % 4
         choices[0], choices[place] = choices[place], choices[0]
         rows.append({**row, "choices": choices, "gold": place, "sentences": [f"{row['prompt']}{choice}" for choice in choices]})
-    folder = tmp_path_factory.mktemp("data")
     for name, part in (("test", rows[:NUM_ROWS]), ("train", rows[NUM_ROWS:])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sums."""
+    folder = tmp_path_factory.mktemp("data")
+    file = "zoo:cross-generation/tasks/lost.jsonl"
+    return write_data(folder, file, lambda answer: [str(int(answer) + more) for more in (0, 1, 2, 10)])
 
 
 def mean_of(*metrics: str) -> list[dict[str, Any]]:
@@ -168,6 +179,7 @@ def theirs(pair: Pair, path: Path, settings: Mapping[str, Any]) -> dict[str, Any
     results: dict[str, Any] = lm_eval.simple_evaluate(
         model, tasks=[str(path)], task_manager=TaskManager(include_defaults=False), num_fewshot=settings.get("num_fewshot"),
         gen_kwargs={"max_gen_toks": limit} if limit else None, bootstrap_iters=0,
+        apply_chat_template=settings.get("chat_template", False), system_instruction=settings.get("system"),
     )  # fmt: skip
     return results
 
@@ -192,6 +204,97 @@ def test_answers_and_scores_are_those_of_lm_eval(pair: Pair, data: Path, tmp_pat
     if settings["output_type"] == "generate_until":
         assert any(not outcome.parsed for outcome in found.values()) or chosen == "none"
         assert any("7" in sample["doc"]["answer"] for sample in samples)  # what ends a completion matters
+
+
+# In a chat: the instruct model of the zoo has a template, and learnt two of its abilities through it.
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ ('' if m.role == 'system' else '<|' + m.role + '|>') + m.content }}"
+    "{{ eos_token if m.role == 'assistant' and not loop.last }}{% endfor %}{{ '<|assistant|>' if add_generation_prompt }}"
+)
+"""Unlike the zoo's own it takes a system message."""
+WORDS = {
+    **WRITTEN,
+    "generation_kwargs": {"until": ["E"], "max_gen_toks": 9},
+    "filter_list": None,
+    "target_delimiter": " ",
+}  # fmt: skip
+PICKED = {**CHOSEN, "target_delimiter": " ", "metric_list": mean_of("acc")}
+CHATS: Mapping[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "written": (WORDS, {}, "zoo's"),
+    "written after shots": (WORDS, {"num_fewshot": 2}, "zoo's"),
+    "written to a system that the template refuses": (WORDS, {"system": "be short"}, "zoo's"),
+    "written to a system": ({**WORDS, "description": "letters"}, {"system": "be short", "num_fewshot": 1}, "with system"),
+    "written from a beginning": ({**WORDS, "gen_prefix": "A"}, {"num_fewshot": 1}, "with system"),
+    "chosen": (PICKED, {}, "zoo's"),
+    "chosen after shots": (PICKED, {"num_fewshot": 1}, "zoo's"),
+    "chosen after a beginning": ({**PICKED, "gen_prefix": "so:"}, {"system": "be short"}, "with system"),
+    "chosen among beginnings": (
+        {**PICKED, "doc_to_text": "{{gold}}", "doc_to_choice": "sentences", "doc_to_target": "."},
+        {},
+        "zoo's",
+    ),
+    "heard": ({**PICKED, "output_type": "loglikelihood", "doc_to_target": "answer"}, {}, "zoo's"),
+}
+
+
+@pytest.fixture(scope="module")
+def chat_pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
+    folder = tmp_path_factory.mktemp("chat")
+    source, target = (resolve(f"zoo:base-instruct/{side}") for side in ("source", "target"))
+    shutil.copytree(target, folder / "target")
+    (folder / "target" / "chat_template.jinja").write_text(TEMPLATE)
+    targets = {"zoo's": target, "with system": str(folder / "target")}
+    return {name: make_pair(source, model, folder / name, 6) for name, model in targets.items()}
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    def near(answer: str) -> list[str]:
+        return [answer, answer[::-1], answer[:-1] + answer[0], answer[1:]]
+
+    return write_data(tmp_path_factory.mktemp("words"), "zoo:base-instruct/tasks/shared.jsonl", near)
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_in_a_chat_requests_and_answers_are_those_of_lm_eval(
+    chat_pairs: dict[str, Pair], words: Path, tmp_path: Path, name: str
+) -> None:
+    settings, given, template = CHATS[name]
+    metric = settings["metric_list"][0]["metric"]
+    pair, given = chat_pairs[template], {"chat_template": True, **given}
+    path = write_task(tmp_path, words, settings)
+    task = prepare(pair, path, **given)
+    found, results = ours(pair, task), theirs(pair, path, given)
+    samples = results["samples"]["sums"]
+    asked = {request[0] for sample in samples for request in sample["arguments"]}
+    assert set(task.texts) == asked
+    assert all("<|assistant|>" in text for text in asked)
+    assert len(found) == len(samples) == NUM_ROWS
+    for sample in samples:
+        outcome = found[sample["doc"]["prompt"]]
+        assert outcome.error is None
+        assert outcome.correct is bool(sample[metric]), sample
+        if settings["output_type"] == "generate_until":
+            assert outcome.completion == sample["resps"][0][0]
+    score = sum(outcome.correct for outcome in found.values()) / NUM_ROWS
+    assert score == pytest.approx(results["results"]["sums"][f"{metric},none"], abs=1e-9)
+    assert 0 < score < 1 or "shots" in name or template != "zoo's"  # the zoo never saw shots, and no system
+    assert len({outcome.completion for outcome in found.values()}) > 5 or name == "chosen among beginnings"
+
+
+@pytest.mark.parametrize("beginning", [None, "so:", "so: "])
+def test_in_a_chat_the_reference_is_the_assistants_turn(
+    chat_pairs: dict[str, Pair], words: Path, tmp_path: Path, beginning: str | None
+) -> None:
+    """A task's delimiter is for plain text; after a beginning of the answer the library writes a space where there is none."""
+    path = write_task(tmp_path, words, {**WORDS, "gen_prefix": beginning})
+    tokenizer = load_tokenizer(chat_pairs["zoo's"].comparison.target)
+    for example in everything(prepare(chat_pairs["zoo's"], path, chat_template=True)):
+        assert example.doc is not None
+        said = example.doc["answer"] if beginning is None else f"so: {example.doc['answer']}"
+        turns = [{"role": "user", "content": example.doc["prompt"]}, {"role": "assistant", "content": said}]
+        assert tokenizer.decode(example.prompt_ids + example.answer_ids) == tokenizer.apply_chat_template(turns, tokenize=False)
 
 
 @pytest.fixture

@@ -1,4 +1,7 @@
-"""Every recipe under jobs/recipes is planned: the zoo's as they are, the paper's against header-only full-size models."""
+"""Every recipe under jobs/recipes is planned: the zoo's as they are, the paper's against header-only full-size models.
+
+What the paper's ask, with and without a chat template, is in `unit/pipeline/test_paper_recipes.py`.
+"""
 
 from __future__ import annotations
 
@@ -93,22 +96,3 @@ def test_a_paper_recipe_is_planned_against_full_size_headers(paper: tuple[str, P
     assert 1.6 * probe.weights < evaluator.weights < 2 * probe.weights  # the source's modules too, its embeddings not
     assert probe.cache == evaluator.cache == 64 * longest * cached * 2
     assert report.variants["control"] > report.variants["trial"] > 0
-
-
-@pytest.mark.parametrize("name", PAPER)
-def test_a_paper_recipe_takes_a_chat_template(name: str) -> None:
-    """The instruction is the system's message, or the user's where the template knows no system (Gemma)."""
-    overrides = ["task.chat_template=true", *(["task.system=null"] if "gemma" in name else [])]
-    task = load_recipe(RECIPES / f"{name}.yaml", overrides).task
-    assert (task.system is None) == ("gemma" in name)
-    assert "boxed" in (task.prompt if task.system is None else task.system)
-
-
-def test_a_paper_recipe_names_the_papers_direction_and_budget() -> None:
-    phi, gemma = (load_recipe(RECIPES / f"{name}.yaml") for name in PAPER)
-    assert (phi.source.model, phi.target.model) == ("microsoft/Phi-3.5-mini-instruct", "microsoft/Phi-3-mini-4k-instruct")
-    assert (gemma.source.model, gemma.target.model) == ("google/gemma-2-2b", "google/gemma-2-2b-it")
-    assert phi.task.max_new_tokens == gemma.task.max_new_tokens == 32
-    assert phi.task.scorer == gemma.task.scorer == "strict_boxed"
-    assert phi.task.answer == "\\boxed{{{answer}}}"
-    assert phi.sweep.k == gemma.sweep.k == (8, 16, 32, 64, 128)

@@ -58,7 +58,7 @@ def load_harness_task(spec: TaskSpec, name: str, tokenizer: PreTrainedTokenizerB
         _check_task(task, name, accept)
         _set_shots(task, spec)
         by_document = _requests(task, spec, encoder, name)
-    documents = [_Document(task, requests, encoder) for requests in by_document]
+    documents = [_Document(task, requests, encoder, spec.chat_template) for requests in by_document]
     known = {document.id: document for document in reversed(documents)}  # of equal rows, the first stays
     drawn = split_examples([Example(document, "", "") for document in known], spec.split, name)
     examples = {split: tuple(known[example.id].rendered() for example in drawn[split]) for split in SPLITS}
@@ -166,8 +166,8 @@ def _requests(task: Any, spec: TaskSpec, encoder: Any, name: str) -> list[list[A
 class _Document:
     """A row of a task with its requests."""
 
-    def __init__(self, task: Any, requests: Sequence[Any], encoder: Any) -> None:
-        self.task, self.requests, self.encoder = task, requests, encoder
+    def __init__(self, task: Any, requests: Sequence[Any], encoder: Any, chat: bool) -> None:
+        self.task, self.requests, self.encoder, self.chat = task, requests, encoder, chat
         self.doc: dict[str, Any] = dict(requests[0].doc)
         text = json.dumps(self.doc, sort_keys=True, ensure_ascii=False, default=str)
         self.id = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -179,12 +179,20 @@ class _Document:
         """The reference follows the prompt as it follows the questions of shots."""
         (context, _), answer = self.requests[0].args, self._target()
         prompt = self.encoder.prompt(context)
-        delimiter = "" if self.task.config.gen_prefix else self.task.config.target_delimiter
-        reference = self.encoder.encode(context + delimiter + answer, self.encoder.tokenizer.bos_token)[len(prompt) :]
+        text = context + self._delimiter(answer) + answer
+        reference = self.encoder.encode(text, self.encoder.tokenizer.bos_token)[len(prompt) :]
         end = [] if self.encoder.tokenizer.eos_token_id is None else [self.encoder.eot_token_id]
         if not prompt:
             raise DataError(f"example {self.id}: the prompt is empty after tokenization.")
         return Rendered(self.id, tuple(prompt), (*reference, *end), answer, doc=self.doc)
+
+    def _delimiter(self, answer: str) -> str:
+        """What stands before the answer: after a beginning of it a space where there is none, and in a chat nothing."""
+        from lm_eval.api.utils import requires_delimiter
+
+        if beginning := self.task.doc_to_prefix(self.doc):
+            return " " if answer and requires_delimiter(beginning, answer) else ""
+        return "" if self.chat else str(self.task.config.target_delimiter)
 
     def _read(self) -> Rendered:
         """Every request is a choice; of a task without choices there is one."""

@@ -233,8 +233,11 @@ def prompt_writer(spec: TaskSpec, tokenizer: PreTrainedTokenizerBase, shots: Seq
         messages = [*system, *turns, {"role": "user", "content": prompt}]
         try:
             return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-        except TemplateError as error:  # e.g. a template that knows no system message
-            raise DataError(f"`task.chat_template: true`: the target's chat template refuses the messages ({error}).") from error
+        except TemplateError as error:
+            hint = "Set it to false." if spec.system is None else "If it knows no system message, say `task.system=null`."
+            raise DataError(
+                f"`task.chat_template: true`: the target's chat template refuses the messages ({error}). {hint}"
+            ) from error
 
     return write
 

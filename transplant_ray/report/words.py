@@ -190,8 +190,16 @@ def _of_failures(sweep: Sweep) -> list[str]:
     return [f"{len(failed)} of {len(sweep.rows)} rows failed; their reasons are in the table of variants. The first: {reason}"]
 
 
+def _of_the_unjudged(sweep: Sweep) -> list[str]:
+    counts = {split: sweep.told("unjudged", split) for split in ("select", "test")}
+    told = [f"{count} on {split}" for split, count in counts.items() if isinstance(count, int) and count]
+    if not told:
+        return []
+    return [f"Answers that no scorer could judge count as wrong: {' and '.join(told)}. The outcomes say which, and why."]
+
+
 def _of_warnings(sweep: Sweep) -> list[str]:
     return sweep.listed("warnings")
 
 
-CHECKS = (_of_the_winner, _of_the_test, _of_the_guards, _of_the_export, _of_failures, _of_warnings)
+CHECKS = (_of_the_winner, _of_the_test, _of_the_guards, _of_the_export, _of_the_unjudged, _of_failures, _of_warnings)

@@ -300,12 +300,19 @@ def test_a_chat_template_that_is_not_there_is_refused() -> None:
         tokenize(examples(1), spec("-", chat_template=True), tiny_tokenizer())
 
 
-@pytest.mark.parametrize("template", [STRICT + CHAT, "{% broken", "{{ messages.nothing.at_all }}"])
-def test_a_chat_template_that_refuses_the_messages_is_told(template: str) -> None:
+@pytest.mark.parametrize(
+    ("template", "system", "hint"),
+    [
+        (STRICT + CHAT, "be short", "say `task.system=null`"),
+        ("{% broken", "be short", "say `task.system=null`"),
+        ("{{ messages.nothing.at_all }}", None, "Set it to false"),
+    ],
+)
+def test_a_chat_template_that_refuses_the_messages_is_told(template: str, system: str | None, hint: str) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
-    with pytest.raises(DataError, match="the target's chat template refuses the messages"):
-        tokenize(examples(1), spec("-", chat_template=True, system="be short"), tokenizer)
+    with pytest.raises(DataError, match=rf"the target's chat template refuses the messages .*\. .*{hint}"):
+        tokenize(examples(1), spec("-", chat_template=True, system=system), tokenizer)
 
 
 def test_a_prompt_of_no_tokens_is_refused() -> None:

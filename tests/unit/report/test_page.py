@@ -186,6 +186,21 @@ def test_a_test_split_that_was_opened_again_is_said_first_and_in_the_method(tmp_
 
 
 @pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize(
+    ("unjudged", "told"),
+    [
+        ({"select": 0, "test": 0}, None),
+        ({"select": 3, "test": 0}, "3 on select."),
+        ({"select": 3, "test": 2}, "3 on select and 2 on test."),
+    ],
+)
+def test_answers_that_could_not_be_judged_are_counted(tmp_path: Path, unjudged: dict[str, int], told: str | None) -> None:
+    page, words = build(tmp_path / "run", unjudged=unjudged), "Answers that no scorer could judge count as wrong: "
+    assert (words in page.text) is (told is not None)
+    assert f"{words}{told or ''}" in page.text or told is None
+
+
+@pytest.mark.usefixtures("no_figures")
 def test_flips_are_counted_and_the_first_are_shown(tmp_path: Path) -> None:
     page = build(tmp_path / "run", dataclasses.replace(SMALL, num_examples=90))
     gained = [i for i in range(90) if i % 3 == 0 and i % 10 != 1]
