@@ -119,7 +119,7 @@ def test_a_trial_that_tune_gave_up_has_its_result_all_the_same(
 
     monkeypatch.setattr(_TrialCallback, "on_trial_complete", lose_the_first)
     place = template.copy(tmp_path)
-    finished = run_main("sweep", place.recipe(name="lost", sweep={"k": [2, 6], "kind": ["all"], "controls": {"random": 0}}))
+    finished = run_main("sweep", place.recipe(name="lost", sweep={"k": [2, 6], "kind": ["all"]}))
     assert finished.code == 0, finished.err
     swept = Swept(place.path / "runs" / "lost", place, finished)
     trials = swept.results[swept.results["role"] == "trial"].drop_duplicates("k").set_index("k")
