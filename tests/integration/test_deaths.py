@@ -122,6 +122,8 @@ def test_a_trial_that_tune_gave_up_has_its_result_all_the_same(
     finished = run_main("sweep", place.recipe(name="lost", sweep={"k": [2, 6], "kind": ["all"]}))
     assert finished.code == 0, finished.err
     swept = Swept(place.path / "runs" / "lost", place, finished)
+    notes = " ".join(f"{finished.out} {finished.err}".split())
+    assert "trials that Ray Tune gave up, for their processes died: 1; their results are known" in notes
     trials = swept.results[swept.results["role"] == "trial"].drop_duplicates("k").set_index("k")
     assert set(trials.index) == {2, 6}
     assert trials["score"].notna().all()

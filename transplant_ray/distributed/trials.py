@@ -47,7 +47,7 @@ class Trials:
         os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # MLflow has the metrics
         os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends the sweep, not only the trials
         os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new output ignores verbose=0
-        logging.getLogger("ray.tune").setLevel(logging.ERROR)
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a traceback for each process that dies; we say what became of it
         tuner = tune.Tuner(
             tune.with_resources(tune.with_parameters(run_trial, mailbox=self.mailbox), TRIAL_RESOURCES),
             param_space={"point": tune.grid_search([_point(planned) for planned in self.planned])},

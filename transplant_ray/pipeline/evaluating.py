@@ -283,9 +283,13 @@ class _Stage:
 
     def report_lost(self, tracker: Tracker) -> None:
         """A trial whose process died once too often ended in Tune without a word; what it waited for is here all the same."""
-        for entry in self.plan.trials:
-            if entry not in self.unposted and entry.label not in self.evaluation.reported:
-                self.report(self.evaluation.row(entry), tracker)
+        reported = self.evaluation.reported
+        lost = [entry for entry in self.plan.trials if entry not in self.unposted and entry.label not in reported]
+        for entry in lost:
+            self.report(self.evaluation.row(entry), tracker)
+        if lost:
+            died = f"trials that Ray Tune gave up, for their processes died: {len(lost)}; their results are known"
+            self.run.stopwatch.watch.note(died)
 
     def _goes_on(self, variant: Variant) -> bool:
         tally = self.run.answers.tallies["select"].get(variant.id)
