@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from integration.helpers import read_results, timeless
 SEEDS = 21
 MEASURED_AGAIN = ("kl",)
 """Numbers that are read in batches of whoever is there: equal up to rounding."""
-LONGEST_WAIT = 3.0
 TRIES = 3
 
 
@@ -52,22 +52,28 @@ def strike_node(machines: Machines, running: Sweep, delay: float, dice: random.R
     return True
 
 
-Victim = Callable[[Machines, Sweep, float, random.Random], bool]
-VICTIMS: dict[str, Victim] = {
-    "source actor": lambda machines, running, delay, _: strike(machines, "ModelActor", "source", running, delay),
-    "evaluator": lambda machines, running, delay, _: strike(machines, "Evaluator", None, running, delay),
-    "driver": lambda machines, running, delay, _: strike_driver(running, delay, machines),
-    "target actor": lambda machines, running, delay, _: strike(machines, "ModelActor", "target", running, delay),
-    "ranking task": lambda machines, running, delay, _: strike(machines, "RankingActor", None, running, delay),
-    "node": strike_node,
-    "trial": lambda machines, running, delay, _: strike(machines, "ImplicitFunc", None, running, delay / 3),
+@dataclass(frozen=True)
+class Victim:
+    kill: Callable[[Machines, Sweep, float, random.Random], bool]
+    longest: float
+    """Seconds that it lives, about: it is killed at a random one of them."""
+
+
+VICTIMS = {
+    "source actor": Victim(lambda machines, running, delay, _: strike(machines, "ModelActor", "source", running, delay), 0.8),
+    "evaluator": Victim(lambda machines, running, delay, _: strike(machines, "Evaluator", None, running, delay), 15),
+    "driver": Victim(lambda machines, running, delay, _: strike_driver(running, delay, machines), 25),
+    "target actor": Victim(lambda machines, running, delay, _: strike(machines, "ModelActor", "target", running, delay), 0.8),
+    "ranking task": Victim(lambda machines, running, delay, _: strike(machines, "RankingActor", None, running, delay), 5),
+    "node": Victim(strike_node, 15),
+    "trial": Victim(lambda machines, running, delay, _: strike(machines, "ImplicitFunc", None, running, delay), 1),
 }
 
 
 def strike_driver(running: Sweep, delay: float, machines: Machines) -> bool:
     if not until(lambda: machines.workers("ModelActor") or machines.workers("Evaluator"), running):
         return False
-    time.sleep(4 * delay)
+    time.sleep(delay)
     if running.process.poll() is not None:
         return False
     running.kill()
@@ -84,7 +90,7 @@ def test_the_results_are_those_of_the_calm_run(scene: Scene, tmp_path: Path, see
         folder.mkdir()
         recipe = recipe_for(scene.place(folder), scene.machines.address)
         with sweep(recipe) as running:
-            struck = victim(scene.machines, running, dice.uniform(0, LONGEST_WAIT) / (number + 1), dice)
+            struck = victim.kill(scene.machines, running, dice.uniform(0, victim.longest) / (number + 1), dice)
             if name != "driver":
                 assert running.wait() == 0, running.said
         if struck:
