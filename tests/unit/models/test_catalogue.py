@@ -127,7 +127,7 @@ def test_a_checkpoint_saved_from_the_base_class_differs_in_disk_names_alone(save
 
 
 def test_every_listed_family_is_held_by_these_tests() -> None:
-    assert set(FAMILIES) - {"gemma"} == set(CONFIGS) - {"opt"}  # Gemma-1 is read as Llama, and held below
+    assert set(FAMILIES) - {"gemma", "gpt_oss"} == set(CONFIGS) - {"opt"}  # Gemma-1 is read as Llama; both are held below
 
 
 @pytest.mark.parametrize("kind", UNLISTED)
