@@ -21,10 +21,10 @@ NUM_LAYERS = 6
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {},
-    "qwen2": {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 4},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 3},
     "qwen3": {},
     "phi3": {"sliding_window": 16},
-    "gemma": {"head_dim": 8},
+    "gemma": {},
     "gemma2": {},
     "gemma3_text": {"sliding_window_pattern": 3},
     "gpt2": {},

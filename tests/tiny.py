@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
+    GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
     GptOssConfig,
@@ -62,6 +63,7 @@ CONFIGS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
 """Family → config class and shape. `opt` stands for a family that the package does not list."""
 
 MORE_CONFIGS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
+    "gemma": (GemmaConfig, {**_LLAMA_SHAPE, "head_dim": 8}),
     "gpt_oss": (
         GptOssConfig,
         {
@@ -70,7 +72,7 @@ MORE_CONFIGS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
         },
     ),
 }  # fmt: skip
-"""Families whose layers hold more than linear maps."""
+"""Families whose layers are moved whole: one that is read as Llama, and one with experts in them."""
 
 DEEP_FAMILIES = ("llama", "phi3", "gemma2", "gpt2")
 """Families that every floor is tested on."""

@@ -38,7 +38,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 GENERATION = "generation_config.json"
 CONFIG_ERRORS = (
-    OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, ImportError, StrictDataclassError,
+    OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, ImportError, AssertionError,
+    StrictDataclassError,
 )  # fmt: skip
 """What transformers raises where a config is not what it expects (RecursionError is a RuntimeError)."""
 
