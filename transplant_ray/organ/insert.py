@@ -140,25 +140,23 @@ def _write_config(insertion: Insertion, source: Path, folder: Path) -> None:
 
 def _write_index(insertion: Insertion, record: Record, files: Mapping[str, list[Part]], folder: Path) -> None:
     said: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    known = {name: record.new_name(name) for name in said["weight_map"]}
-    put = {part.name: file for file, parts in files.items() for part in parts if part.origin is not None}
-    weight_map = {new: said["weight_map"][name] for name, new in known.items() if new} | put
-    size, count = _growth(insertion, files)
+    kept = {new_name: file for name, file in said["weight_map"].items() if (new_name := record.new_name(name))}
+    put = {part.name: (file, part.info) for file, parts in files.items() for part in parts if part.origin is not None}
+    gone = [info for name, info in insertion.recipient.tensors.items() if record.new_name(name) is None]
     metadata = dict(said["metadata"])
-    for key, growth in (("total_size", size), ("total_parameters", count)):
+    for key, size in (("total_size", _num_bytes), ("total_parameters", _num_parameters)):
         if type(metadata.get(key)) is int:
-            metadata[key] += growth
-    _rewrite(folder / INDEX, said, {**said, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+            metadata[key] += sum(size(info) for _, info in put.values()) - sum(map(size, gone))
+    weight_map = dict(sorted({**kept, **{name: file for name, (file, _) in put.items()}}.items()))
+    _rewrite(folder / INDEX, said, {**said, "metadata": metadata, "weight_map": weight_map})
 
 
-def _growth(insertion: Insertion, files: Mapping[str, list[Part]]) -> tuple[int, int]:
-    """Bytes and numbers that the new model has more than the recipient."""
-    before = insertion.recipient.tensors.values()
-    after = [part.info for parts in files.values() for part in parts]
-    return (
-        sum(info.num_bytes for info in after) - sum(info.num_bytes for info in before),
-        sum(prod(info.shape) for info in after) - sum(prod(info.shape) for info in before),
-    )
+def _num_bytes(info: TensorInfo) -> int:
+    return info.num_bytes
+
+
+def _num_parameters(info: TensorInfo) -> int:
+    return prod(info.shape)
 
 
 def _rewrite(path: Path, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
