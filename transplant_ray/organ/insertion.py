@@ -28,6 +28,11 @@ from transplant_ray.organ.vocabulary import VocabularyChoice, compare_vocabulari
 
 Mode = Literal["insert", "replace"]
 MODES: tuple[Mode, ...] = ("insert", "replace")
+APART: Mapping[Mode, str] = {
+    "insert": "Which of two comes first? Put one in, and then the other into what comes out.",
+    "replace": "Choose stretches apart.",
+}
+"""What to do where two organs are to have one place."""
 
 
 @dataclass(frozen=True)
@@ -162,14 +167,7 @@ def _check_position(placement: Placement, num_layers: int, mode: Mode, free: int
             f"position {at}: the recipient has {num_layers} layers, counted from 0, and the organ {length}; to {mode} it, {reach}."
         )
     if at < free:
-        raise OrganError(
-            f"position {at}: another organ is there already. "
-            + (
-                "Which of two comes first? Put one in, and then the other into what comes out."
-                if mode == "insert"
-                else "Choose stretches apart."
-            )
-        )
+        raise OrganError(f"position {at}: another organ is there already. {APART[mode]}")
 
 
 def _check_indices(insertion: Insertion) -> None:

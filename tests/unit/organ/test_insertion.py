@@ -79,7 +79,7 @@ def test_an_organ_longer_than_the_recipient_replaces_nothing(llama: Pair, tmp_pa
     ("family", "changes", "fields"),
     [
         ("llama", {"hidden_size": 64, "head_dim": 8}, ["hidden_size"]),
-        ("llama", {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}, ["num_attention_heads", "num_key_value_"]),
+        ("llama", {"num_attention_heads": 8, "num_key_value_heads": 4}, ["head_dim", "num_attention_heads", "num_key_value_heads"]),
         ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, ["rope_parameters.rope_theta"]),
         (
             "llama",
