@@ -37,6 +37,8 @@ from transplant_ray.storage import copy_here
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 GENERATION = "generation_config.json"
+CARD = "README.md"
+"""It names the licence."""
 CONFIG_ERRORS = (
     OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, ImportError, AssertionError,
     StrictDataclassError,
@@ -71,7 +73,7 @@ class Checkpoint:
         if self.folder is not None:
             return self.folder
         code = ("*.py",) if self.remote_code else ()
-        folder = _download(self.model, self.revision, (*COMPANIONS, *code, *(files or ("*.safetensors",))))
+        folder = _download(self.model, self.revision, (*COMPANIONS, CARD, *code, *(files or ("*.safetensors",))))
         if lost := [file for file in files or self.weight_files() if not (folder / file).is_file()]:
             # where the hub does not answer, its client hands over whatever is in its cache
             raise CheckpointError(f"{self.model}: the hub did not give {lost[0]}. Try again, or download it by hand.")

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from transplant_ray.errors import OrganError
-from transplant_ray.models.checkpoint import Checkpoint
+from transplant_ray.models.checkpoint import CARD, Checkpoint
 from transplant_ray.models.loading import load_tensors
 from transplant_ray.organ.folder import write_organ
 from transplant_ray.organ.manifest import Source
@@ -71,7 +71,7 @@ def _load(checkpoint: Checkpoint, name: str) -> torch.Tensor:
 def _said_licence(folder: Path) -> str | None:
     """The licence in the front matter of a model card, None where there is none."""
     try:
-        found = re.match(r"---\n(.*?)\n---", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+        found = re.match(r"---\n(.*?)\n---", (folder / CARD).read_text(encoding="utf-8"), re.DOTALL)
         said = yaml.safe_load(found[1]) if found else None
     except (OSError, ValueError, yaml.YAMLError, RecursionError):  # a card is for people: whatever it holds is no error
         return None

@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from transplant_ray.errors import CheckpointError, OrganError
 from transplant_ray.files import sha256_file, whole_folder, write_json, write_text
-from transplant_ray.models.checkpoint import CONFIG_ERRORS, Checkpoint
+from transplant_ray.models.checkpoint import CARD, CONFIG_ERRORS, Checkpoint
 from transplant_ray.models.families import FAMILIES
 from transplant_ray.models.header import TensorInfo, brief, read_header
 from transplant_ray.models.writing import MakeTensor, write_safetensors
@@ -95,7 +95,7 @@ def write_organ(
             licence=licence,
         )
         write_json(folder / MANIFEST, manifest.to_json())
-        write_text(folder / "README.md", organ_card(manifest))
+        write_text(folder / CARD, organ_card(manifest))
         if licences is not None:
             _copy_licences(licences, folder)
     return out

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from transplant_ray.files import whole_folder, write_json, write_text
-from transplant_ray.models.checkpoint import INDEX, SINGLE, Checkpoint
+from transplant_ray.models.checkpoint import CARD, INDEX, SINGLE, Checkpoint
 from transplant_ray.models.header import DTYPES, TensorInfo, header_text, read_header
 from transplant_ray.models.loading import load_tensors
 from transplant_ray.models.writing import copy_companions, make_header, stored_pieces, tensor_bytes, write_parts
 from transplant_ray.organ.card import insertion_card
 from transplant_ray.organ.insertion import Insertion
-from transplant_ray.organ.record import CARD, RECORD, REPLACED, UNDO, Record, make_record
+from transplant_ray.organ.record import RECORD, REPLACED, UNDO, Record, make_record
 from transplant_ray.organ.settings import COUNT
 
 CONFIG = "config.json"
@@ -76,7 +76,7 @@ def _keep_changed_files(source: Path, undo: Path) -> None:
     for name in (CONFIG, INDEX, CARD, RECORD):
         if (source / name).is_file():
             shutil.copyfile(source / name, undo / name)
-    if (source / RECORD).is_file():
+    if (source / RECORD).is_file() and (source / UNDO).is_dir():
         shutil.copytree(source / UNDO, undo / UNDO)
 
 

@@ -10,14 +10,14 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from transplant_ray.errors import OrganError
 from transplant_ray.files import sha256_file
-from transplant_ray.models.checkpoint import Checkpoint
+from transplant_ray.models.checkpoint import CARD, Checkpoint
 from transplant_ray.models.convert import COMPANIONS
 from transplant_ray.models.header import brief
 from transplant_ray.organ.insertion import Insertion, Mode
 from transplant_ray.organ.stack import split_name
 
 FORMAT: Literal[1] = 1
-RECORD, UNDO, CARD, REPLACED = "insertion.json", "undo", "README.md", "layers.safetensors"
+RECORD, UNDO, REPLACED = "insertion.json", "undo", "layers.safetensors"
 
 
 class _Part(BaseModel):

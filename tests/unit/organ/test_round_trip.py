@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from hub import local_hub
 from stacks import Origin, Pair, contents, greedy, load, logits, make_pair, restacked, save_model, types_of
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from transplant_ray.models.checkpoint import open_checkpoint
 from transplant_ray.models.header import read_header
+from transplant_ray.models.loading import load_tensors
 from transplant_ray.organ.extract import extract_organ
 from transplant_ray.organ.folder import open_organ
 from transplant_ray.organ.insert import write_insertion
-from transplant_ray.organ.insertion import Insertion, Placement, plan_insertion
+from transplant_ray.organ.insertion import Insertion, Layer, Mode, Placement, plan_insertion
 from transplant_ray.organ.remove import remove_organs
 
 
@@ -28,7 +32,7 @@ def cut(pair: Pair) -> list[Origin]:
     return [(pair.source, layer) for layer in (1, 2, 3)]
 
 
-def put(pair: Pair, out: Path, *positions: int, mode: str = "insert") -> Insertion:
+def put(pair: Pair, out: Path, *positions: int, mode: Mode = "insert") -> Insertion:
     insertion = plan_insertion(pair.recipient, [Placement(pair.organ, at) for at in positions], mode)
     write_insertion(insertion, out)
     return insertion
@@ -73,7 +77,7 @@ def test_positions_count_the_recipients_own_layers(llama: Pair, tmp_path: Path) 
 
 @pytest.mark.parametrize(("mode", "first", "second"), [("insert", 1, 4), ("replace", 0, 3)])
 def test_the_order_in_which_organs_are_given_does_not_matter(
-    llama: Pair, tmp_path: Path, mode: str, first: int, second: int
+    llama: Pair, tmp_path: Path, mode: Mode, first: int, second: int
 ) -> None:
     other = open_organ(extract_organ(llama.recipient, "0-2", tmp_path / "other"))
     placements = [Placement(llama.organ, first), Placement(other, second)]
@@ -88,21 +92,35 @@ def test_the_order_in_which_organs_are_given_does_not_matter(
 
 
 @pytest.mark.parametrize("mode", ["insert", "replace"])
-def test_taken_out_again_the_recipient_is_what_it_was(pair: Pair, tmp_path: Path, mode: str) -> None:
+def test_taken_out_again_the_recipient_is_what_it_was(pair: Pair, tmp_path: Path, mode: Mode) -> None:
     put(pair, tmp_path / "out", 0, 3, mode=mode)
     remove_organs(tmp_path / "out", tmp_path / "back")
     assert contents(tmp_path / "back") == contents(pair.recipient.folder)
 
 
-def test_the_plan_holds_every_tensor_of_every_layer(pair: Pair, tmp_path: Path) -> None:
-    """Whoever has no use for files makes the same model of it."""
-    insertion = put(pair, tmp_path / "out", 2)
-    stored = {name for name in open_checkpoint(str(tmp_path / "out")).tensors if name.startswith(f"{pair.layers}.")}
-    assert {name for name, _, _ in insertion.tensors()} == stored
-    with torch.device("meta"):
-        built = AutoModelForCausalLM.from_config(insertion.config)
-    assert {name for name in built.state_dict() if name.startswith(f"{pair.layers}.")} == stored
-    assert insertion.config.num_hidden_layers == len(insertion.layers) == 9
+def in_memory(insertion: Insertion, pair: Pair) -> PreTrainedModel:
+    """What an insertion says, without a file being written: its config and its tensors, and all else of the recipient."""
+    model = AutoModelForCausalLM.from_config(insertion.config).eval()
+    rest = {
+        name: value for name, value in load(pair.recipient.folder).state_dict().items() if not name.startswith(f"{pair.layers}.")
+    }
+    layers = {name: load_tensors(origin, [stored])[stored] for name, origin, stored in insertion.tensors()}
+    model.load_state_dict({**rest, **layers}, strict=True)
+    return model
+
+
+@pytest.mark.parametrize("mode", ["insert", "replace"])
+def test_a_model_can_be_made_of_the_plan_alone(pair: Pair, tmp_path: Path, mode: Mode) -> None:
+    insertion = put(pair, tmp_path / "out", 2, mode=mode)
+    assert torch.equal(logits(in_memory(insertion, pair)), logits(load(tmp_path / "out")))
+
+
+def test_an_organ_alone_stands_between_embedding_and_head(pair: Pair) -> None:
+    """As it is trained."""
+    insertion = plan_insertion(pair.recipient, [Placement(pair.organ, 0)])
+    alone = replace(insertion, layers=tuple(Layer(0, index) for index in range(3)))
+    origins = cut(pair)
+    assert torch.equal(logits(in_memory(alone, pair)), logits(restacked(pair, origins, types_of(origins))))
 
 
 # -- layouts --------------------------------------------------------------------------------------------------------------
@@ -110,7 +128,7 @@ def test_the_plan_holds_every_tensor_of_every_layer(pair: Pair, tmp_path: Path) 
 
 @pytest.mark.parametrize("mode", ["insert", "replace"])
 @pytest.mark.parametrize("shard", ["20KB", "60KB"])
-def test_shards_keep_their_names_and_come_back(tmp_path: Path, mode: str, shard: str) -> None:
+def test_shards_keep_their_names_and_come_back(tmp_path: Path, mode: Mode, shard: str) -> None:
     pair = make_pair(tmp_path, shard=shard)
     put(pair, tmp_path / "out", 2, mode=mode)
     check_as_in_memory(pair, tmp_path / "out", [*own(pair, 0, 1), *cut(pair), *own(pair, *range(2 if mode == "insert" else 5, 6))])
@@ -146,9 +164,10 @@ def test_a_gpt2_saved_from_its_base_class_has_other_names_on_disk_and_works(tmp_
     assert contents(tmp_path / "back") == contents(recipient.folder)
 
 
-def test_an_organ_takes_the_dtype_of_its_recipient_and_that_is_said(llama: Pair, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["insert", "replace"])
+def test_an_organ_takes_the_dtype_of_its_recipient_and_that_is_said(llama: Pair, tmp_path: Path, mode: Mode) -> None:
     recipient = open_checkpoint(str(save_model(tmp_path / "half", seed=2, dtype=torch.bfloat16)))
-    insertion = plan_insertion(recipient, [Placement(llama.organ, 2)])
+    insertion = plan_insertion(recipient, [Placement(llama.organ, 2)], mode)
     write_insertion(insertion, tmp_path / "out")
     assert insertion.warnings == ("the organ is stored as F32 and takes the recipient's BF16",)
     out = load(tmp_path / "out")
@@ -172,3 +191,27 @@ def test_organs_are_put_into_what_has_some_and_come_out_one_after_the_other(llam
         assert contents(tmp_path / f"back-{after}") == contents(tmp_path / after)
     remove_organs(tmp_path / "back-one", tmp_path / "back")
     assert contents(tmp_path / "back") == contents(llama.recipient.folder)
+
+
+def test_a_recipient_on_the_hub_is_fetched_and_comes_back(llama: Pair, tmp_path: Path) -> None:
+    with local_hub({"org/recipient": Path(llama.recipient.model)}, tmp_path / "cache"):
+        remote = Pair("llama", llama.source, open_checkpoint("org/recipient"), llama.organ)
+        put(remote, tmp_path / "remote", 2)
+    put(llama, tmp_path / "local", 2)
+    told = {"insertion.json", "README.md"}
+    remote_files, local_files = (
+        {n: c for n, c in contents(tmp_path / place).items() if n not in told} for place in ("remote", "local")
+    )
+    assert remote_files == local_files
+    remove_organs(tmp_path / "remote", tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(Path(llama.recipient.model))
+
+
+def test_a_record_that_lost_what_undoes_it_is_no_hindrance(llama: Pair, tmp_path: Path) -> None:
+    """As where a variant was grafted onto a model with organs: its record is copied, and what it kept is not."""
+    put(llama, tmp_path / "one", 1)
+    shutil.rmtree(tmp_path / "one" / "undo")
+    before = contents(tmp_path / "one")
+    put(Pair("llama", llama.source, open_checkpoint(str(tmp_path / "one")), llama.organ), tmp_path / "two", 1)
+    remove_organs(tmp_path / "two", tmp_path / "back")
+    assert contents(tmp_path / "back") == before
