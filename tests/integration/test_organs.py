@@ -11,6 +11,7 @@ import torch
 from integration.helpers import folder_bytes, run_main
 from stacks import load, logits, save_model
 
+import transplant_ray
 from transplant_ray import cli_organ
 
 
@@ -150,3 +151,14 @@ def test_organ_commands_import_neither_ray_nor_mlflow(models: Path) -> None:
     )
     finished = subprocess.run([sys.executable, "-c", code, str(models / "organ")], check=False, stdout=subprocess.DEVNULL)
     assert finished.returncode == 0
+
+
+def test_from_python_it_is_the_same(models: Path, tmp_path: Path) -> None:
+    organ = transplant_ray.extract(str(models / "source"), "1-3", tmp_path / "organ", licence="mit")
+    assert folder_bytes(tmp_path / "organ") == folder_bytes(models / "organ")
+    insertion = transplant_ray.insert(str(models / "recipient"), [(tmp_path / "organ", 2)], tmp_path / "out", mode="replace")
+    assert insertion.placements[0].organ.manifest == organ.manifest
+    assert transplant_ray.remove(tmp_path / "out", tmp_path / "back") == tmp_path / "back"
+    assert folder_bytes(tmp_path / "back") == folder_bytes(models / "recipient")
+    with pytest.raises(transplant_ray.TransplantError, match="no organ: give at least one"):
+        transplant_ray.insert(str(models / "recipient"), [], tmp_path / "none")

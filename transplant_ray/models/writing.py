@@ -97,6 +97,10 @@ def stored_pieces(path: Path, info: TensorInfo) -> Iterator[bytes]:
         with path.open("rb") as file:
             file.seek(info.start)
             for start in range(0, info.num_bytes, PIECE_BYTES):
-                yield file.read(min(PIECE_BYTES, info.num_bytes - start))
+                length = min(PIECE_BYTES, info.num_bytes - start)
+                piece = file.read(length)
+                if len(piece) != length:
+                    raise CheckpointError(f"{path}: became shorter while it was read. Leave it alone and try again.")
+                yield piece
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}). Check the disk and the rights.") from error

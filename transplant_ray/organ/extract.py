@@ -50,7 +50,8 @@ def extract_organ(checkpoint: Checkpoint, layers: str, out: Path, licence: str |
         for place, layer in enumerate(chosen)
         for path in stack.layers[layer]
     }
-    here = replace(checkpoint, folder=checkpoint.fetch({checkpoint.tensors[name].file for name in names.values()}))
+    folder = checkpoint.fetch({checkpoint.tensors[name].file for name in names.values()})
+    here = replace(checkpoint, folder=folder)
     types = layer_types(checkpoint.config)
     return write_organ(
         out,
@@ -59,8 +60,8 @@ def extract_organ(checkpoint: Checkpoint, layers: str, out: Path, licence: str |
         config=with_layers(checkpoint.config, [types[layer] for layer in chosen]),
         source=Source(model=checkpoint.model, revision=checkpoint.revision, first=chosen.start, num_layers=len(types)),
         vocabulary=read_vocabulary(checkpoint),
-        licence=licence or _said_licence(here.fetch()),
-        licences=here.folder,
+        licence=licence or _said_licence(folder),
+        licences=folder,
     )
 
 

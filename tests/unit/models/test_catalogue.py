@@ -149,6 +149,15 @@ def test_gemma_1_is_known(tmp_path: Path) -> None:
     assert (catalogue.guessed, len(catalogue.modules), catalogue.excluded) == (False, 21, ())
 
 
+def test_gpt_oss_is_known_and_its_experts_are_no_linear_maps(tmp_path: Path) -> None:
+    catalogue = read_catalogue(open_checkpoint(str(save_tiny(tmp_path, "gpt_oss"))))
+    assert (catalogue.guessed, len(catalogue.modules)) == (False, 12)
+    assert {module.path for module in catalogue.modules.values()} == set(_SPLIT[0].split())
+    assert {e.name.rpartition("mlp.")[2] for e in catalogue.excluded} == {
+        "router.weight", "experts.gate_up_proj", "experts.gate_up_proj_bias", "experts.down_proj", "experts.down_proj_bias",
+    }  # fmt: skip
+
+
 def test_biases_travel_with_their_weight(tmp_path: Path) -> None:
     modules = read_catalogue(open_checkpoint(str(save_tiny(tmp_path, "llama", attention_bias=True)))).modules
     biased = {name: module.disk_bias for name, module in modules.items() if module.disk_bias}
