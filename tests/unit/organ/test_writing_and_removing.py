@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hostile import Hand, ends_well
 from safetensors.torch import load_file, save_file
 from stacks import Pair, contents, make_pair
 
@@ -221,3 +222,16 @@ def test_a_recipient_whose_shards_hold_more_than_its_index_comes_back(tmp_path: 
     write_insertion(plan_insertion(recipient, [Placement(pair.organ, 2)]), tmp_path / "out")
     remove_organs(tmp_path / "out", tmp_path / "back")
     assert contents(tmp_path / "back") == contents(Path(pair.recipient.model))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_spoilt_record_is_followed_or_refused_and_writes_nowhere_else(inserted: Path, tmp_path: Path, seed: int) -> None:
+    hand = Hand(f"record {seed}", values=("../out", "undo", "undo/config.json", "model.safetensors", "a/../../b"))
+    model = Path(shutil.copytree(inserted, tmp_path / "model"))
+    kept = model / "undo" / "model.safetensors.json"
+    spoilt = model / "insertion.json" if seed % 3 else kept
+    spoilt.write_text(hand.json(json.loads(spoilt.read_text())))
+    before = contents(model)
+    ended_well = ends_well(lambda: remove_organs(model, tmp_path / "back"))
+    assert {path.name for path in tmp_path.iterdir()} == ({"model", "back"} if ended_well else {"model"})
+    assert contents(model) == before
