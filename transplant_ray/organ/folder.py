@@ -121,6 +121,7 @@ def _config(folder: Path, manifest: Manifest) -> PretrainedConfig:
         config = CONFIG_MAPPING[manifest.family].from_dict(manifest.config)
     except CONFIG_ERRORS as error:
         raise OrganError(f"{folder}: its config cannot be read ({brief(error)}). Copy the organ again.") from error
-    if config.num_hidden_layers != manifest.num_layers:
-        raise OrganError(f"{folder}: {manifest.num_layers} layers, its config says {config.num_hidden_layers}. Make it again.")
+    found, said = (config.model_type, config.num_hidden_layers), (manifest.family, manifest.num_layers)
+    if found != said:
+        raise OrganError(f"{folder}: family and number of layers are {said}, its config says {found}. Make it again.")
     return config

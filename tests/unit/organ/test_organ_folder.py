@@ -86,7 +86,8 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "another source": (edit({"source": {"model": "x", "revision": None, "first": 0, "num_layers": 9}}), "was changed after"),
     "half a character": (edit({"family": "\ud800"}), "not the manifest of an organ|was changed"),
     "an unknown family": (sealed({"family": "opt"}), "family 'opt' is not known"),
-    "another count": (sealed({"num_layers": 2}), "2 layers, its config says 3"),
+    "another count": (sealed({"num_layers": 2}), r"are \('llama', 2\), its config says \('llama', 3\)"),
+    "another family": (sealed(lambda s: s["config"].update(model_type={"a": 1})), r"its config says \({'a': 1}, 3\)"),
     "a billion layers": (
         sealed(lambda s: (s.update(num_layers=10**9), s["config"].update(num_hidden_layers=10**9))),
         "27 tensors cannot be 1000000000 layers",
