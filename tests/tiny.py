@@ -13,8 +13,10 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
+    GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     OPTConfig,
@@ -60,12 +62,24 @@ CONFIGS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
 }  # fmt: skip
 """Family → config class and shape. `opt` stands for a family that the package does not list."""
 
+MORE_CONFIGS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
+    "gemma": (GemmaConfig, {**_LLAMA_SHAPE, "head_dim": 8}),
+    "gpt_oss": (
+        GptOssConfig,
+        {
+            **_LLAMA_SHAPE, "head_dim": 8, "sliding_window": 16, "num_local_experts": 4, "num_experts_per_tok": 2,
+            "rope_parameters": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0},
+        },
+    ),
+}  # fmt: skip
+"""Families whose layers are moved whole: one that is read as Llama, and one with experts in them."""
+
 DEEP_FAMILIES = ("llama", "phi3", "gemma2", "gpt2")
 """Families that every floor is tested on."""
 
 
 def tiny_config(family: str, **changes: Any) -> PretrainedConfig:
-    make, shape = CONFIGS[family]
+    make, shape = {**CONFIGS, **MORE_CONFIGS}[family]
     return make(**{**shape, **_SPECIAL_IDS, **changes})
 
 

@@ -24,6 +24,9 @@ _HOMES = {
     "export": "pipeline.exporting",
     "apply": "pipeline.exporting",
     "show": "pipeline.exporting",
+    "extract": "pipeline.organs",
+    "insert": "pipeline.organs",
+    "remove": "pipeline.organs",
     "TransplantError": "errors",
 }
 

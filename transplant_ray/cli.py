@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from transplant_ray import zoo
+from transplant_ray.cli_organ import organ_app
 from transplant_ray.errors import Terminated, TransplantError
 from transplant_ray.named_tasks import NAMED_TASKS
 
@@ -27,6 +28,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(organ_app, name="organ")
 INTERRUPTED = 130
 """What shells make of SIGINT."""
 console = Console(emoji=False)  # `:a:` in a path or a pattern is no picture

@@ -7,6 +7,7 @@
     │   └── NumericsError     NaN or infinity in weights, statistics or logits
     ├── IncompatibleModels    two models that cannot give to or take from each other
     ├── VariantError          coefficients that do not fit the pair
+    ├── OrganError            an organ: its layers, its files, its place in a recipient
     ├── ResourceError         more machines, GPUs or memory than there are
     ├── JobError              a submitted job: its head, its token, its id
     ├── TrackingError         the MLflow server
@@ -38,11 +39,15 @@ class NumericsError(CheckpointError):
 
 
 class IncompatibleModels(TransplantError):
-    """Source and target cannot exchange modules."""
+    """Source and target cannot exchange modules, or a recipient cannot take an organ."""
 
 
 class VariantError(TransplantError):
     """A variant names modules that the pair lacks, or coefficients that are out of range."""
+
+
+class OrganError(TransplantError):
+    """An organ cannot be cut out, read, placed or taken out as asked."""
 
 
 class ResourceError(TransplantError):

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 from integration.helpers import Place, folder_bytes, read_results, run_main, weight_bytes
 from runs import Made, write_run
+from stacks import Pair, make_pair
 from tiny import tiny_pair
 
 from transplant_ray.errors import RunError
@@ -25,6 +26,10 @@ from transplant_ray.files import whole_file, write_json
 from transplant_ray.graft.export import apply_delta, export_checkpoint, export_delta
 from transplant_ray.graft.variant import Variant
 from transplant_ray.models.compare import Comparison
+from transplant_ray.organ.extract import extract_organ
+from transplant_ray.organ.insert import write_insertion
+from transplant_ray.organ.insertion import Placement, plan_insertion
+from transplant_ray.organ.remove import remove_organs
 from transplant_ray.pipeline.reporting import report
 from transplant_ray.storage import RunFolder, Shelf, write_rows
 
@@ -251,6 +256,49 @@ def test_an_export_without_room_keeps_the_one_before(disk: Disk, comparison: Com
 def test_an_export_to_where_nobody_may_write_is_refused(disk: Disk, comparison: Comparison, exported: Path, what: str) -> None:
     disk.remount("ro")
     check_refused(writers(comparison, exported, disk.path / "out")[what], disk.path, READ_ONLY)
+
+
+# Organs.
+
+
+@pytest.fixture(scope="module")
+def organs(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """An organ, and in `inserted` a model that it was put into, where there was room."""
+    folder = tmp_path_factory.mktemp("organs")
+    pair = make_pair(folder, shard="40KB")
+    write_insertion(plan_insertion(pair.recipient, [Placement(pair.organ, 1)]), folder / "inserted")
+    return pair
+
+
+def movers(pair: Pair, out: Path) -> dict[str, Callable[[], Path]]:
+    inserted = Path(pair.organ.checkpoint.model).with_name("inserted")
+    return {
+        "extract": lambda: extract_organ(pair.source, "1-4", out),
+        "insert": lambda: write_insertion(plan_insertion(pair.recipient, [Placement(pair.organ, 1)]), out),
+        "replace": lambda: write_insertion(plan_insertion(pair.recipient, [Placement(pair.organ, 1)], "replace"), out),
+        "remove": lambda: remove_organs(inserted, out),
+    }
+
+
+@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("what", ["extract", "insert", "replace", "remove"])
+def test_layers_without_room_leave_nothing(disk: Disk, organs: Pair, what: str, room: int) -> None:
+    out = disk.path / "runs" / "out"
+    out.parent.mkdir()
+    move = movers(organs, out)[what]
+    disk.leave(room)
+    check_refused(move, out.parent)
+    assert disk.files == {"runs"}
+    disk.make_room()
+    assert move() == out
+    if what == "remove":
+        assert folder_bytes(out) == folder_bytes(Path(organs.recipient.model))
+
+
+@pytest.mark.parametrize("what", ["extract", "insert", "remove"])
+def test_layers_to_where_nobody_may_write_are_refused(disk: Disk, organs: Pair, what: str) -> None:
+    disk.remount("ro")
+    check_refused(movers(organs, disk.path / "out")[what], disk.path, READ_ONLY)
 
 
 # Tables, report, claims, openings.

@@ -9,7 +9,7 @@ import transplant_ray
 
 PUBLIC = {
     "Engine", "Recipe", "ResidentPair", "TransplantError", "Variant", "load_recipe",
-    "apply", "demo", "export", "plan", "rank", "show", "sweep",
+    "apply", "demo", "export", "extract", "insert", "plan", "rank", "remove", "show", "sweep",
 }  # fmt: skip
 
 

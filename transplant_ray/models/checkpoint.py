@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
@@ -37,8 +37,11 @@ from transplant_ray.storage import copy_here
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 GENERATION = "generation_config.json"
+CARD = "README.md"
+"""It names the licence."""
 CONFIG_ERRORS = (
-    OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, ImportError, StrictDataclassError,
+    OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, ImportError, AssertionError,
+    StrictDataclassError,
 )  # fmt: skip
 """What transformers raises where a config is not what it expects (RecursionError is a RuntimeError)."""
 
@@ -65,13 +68,13 @@ class Checkpoint:
     def num_parameters(self) -> int:
         return sum(prod(info.shape) for info in self.tensors.values())
 
-    def fetch(self) -> Path:
-        """The folder with all files; downloads a hub checkpoint (once, into the hub's own cache)."""
+    def fetch(self, files: Collection[str] | None = None) -> Path:
+        """The folder with all files, or just these of the weights; downloads a hub checkpoint (once, into the hub's own cache)."""
         if self.folder is not None:
             return self.folder
         code = ("*.py",) if self.remote_code else ()
-        folder = _download(self.model, self.revision, (*COMPANIONS, *code, "*.safetensors"))
-        if lost := [file for file in self.weight_files() if not (folder / file).is_file()]:
+        folder = _download(self.model, self.revision, (*COMPANIONS, CARD, *code, *(files or ("*.safetensors",))))
+        if lost := [file for file in files or self.weight_files() if not (folder / file).is_file()]:
             # where the hub does not answer, its client hands over whatever is in its cache
             raise CheckpointError(f"{self.model}: the hub did not give {lost[0]}. Try again, or download it by hand.")
         return folder

@@ -145,14 +145,14 @@ def _differences(source: PretrainedConfig, target: PretrainedConfig) -> list[str
         f"{what}: `{name}` is {reprlib.repr(theirs)} in the source and {reprlib.repr(ours)} in the target"
         for what, keys in MEANING.items()
         for key in keys
-        for name, theirs, ours in _unequal(key, getattr(source, key, None), getattr(target, key, None))
+        for name, theirs, ours in unequal(key, getattr(source, key, None), getattr(target, key, None))
     ]
 
 
-def _unequal(key: str, source: Any, target: Any) -> Iterator[tuple[str, Any, Any]]:
+def unequal(key: str, source: Any, target: Any) -> Iterator[tuple[str, Any, Any]]:
     """What differs under a config key: of two dictionaries only the entries that do, for a RoPE table is long."""
     if isinstance(source, dict) and isinstance(target, dict):
         for part in sorted(source.keys() | target.keys()):
-            yield from _unequal(f"{key}.{part}", source.get(part), target.get(part))
+            yield from unequal(f"{key}.{part}", source.get(part), target.get(part))
     elif source != target:
         yield key, source, target

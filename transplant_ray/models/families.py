@@ -41,6 +41,7 @@ def _ffn(**paths: str) -> dict[str, Role]:
 _SPLIT_ATTN = _attn(q_proj="q", k_proj="k", v_proj="v", o_proj="o")
 _SPLIT_FFN = _ffn(gate_proj="gate", up_proj="up", down_proj="down")
 _LLAMA_ROLES = MappingProxyType(_SPLIT_ATTN | _SPLIT_FFN)
+_GPT_OSS_ROLES = MappingProxyType(_SPLIT_ATTN)  # its experts and their router are no linear maps
 _PHI3_ROLES = MappingProxyType(_attn(qkv_proj="qkv", o_proj="o") | _ffn(gate_up_proj="gate_up", down_proj="down"))
 _GPT2_ROLES = MappingProxyType(
     {
@@ -69,6 +70,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "gemma": _LLAMA_LIKE,
         "gemma2": _LLAMA_LIKE,
         "gemma3_text": _LLAMA_LIKE,
+        "gpt_oss": Family("model.layers", _GPT_OSS_ROLES, disk=("model.layers", "layers")),
         "phi3": Family("model.layers", _PHI3_ROLES, disk=("model.layers", "layers")),
         "gpt2": Family("transformer.h", _GPT2_ROLES, disk=("transformer.h", "h")),
         "gpt_neox": Family("gpt_neox.layers", _NEOX_ROLES, disk=("gpt_neox.layers", "layers")),

@@ -40,19 +40,24 @@ class TensorInfo:
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Tensors of one safetensors file. CheckpointError where header and file disagree (truncated, corrupt)."""
-    text, size = _header_text(path)
+    text, size = header_text(path)
+    tensors = parse_header(path, text)
+    _check_extents(path, 8 + len(text), size, tensors)
+    return tensors
+
+
+def parse_header(path: Path, text: bytes) -> dict[str, TensorInfo]:
+    """Tensors of the file at `path` by its header alone; the file need not be there."""
     origin = 8 + len(text)
     try:
         header = json.loads(text)
         header.pop("__metadata__", None)
-        tensors = {name: _tensor_info(path.name, origin, entry) for name, entry in header.items()}
+        return {name: _tensor_info(path.name, origin, entry) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: the safetensors header is corrupt ({brief(error)}). Download it again.") from error
-    _check_extents(path, origin, size, tensors)
-    return tensors
 
 
-def _header_text(path: Path) -> tuple[bytes, int]:
+def header_text(path: Path) -> tuple[bytes, int]:
     """The header as it is written, and the size of the file."""
     try:
         with path.open("rb") as file:

@@ -51,16 +51,22 @@ def load_model(checkpoint: Checkpoint, dtype: str, device_map: str = "cpu") -> P
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """The tokenizer, padding on the left; a missing pad token becomes the end token (masked, it is never read)."""
-    place = checkpoint.folder or checkpoint.model  # of a hub checkpoint, the tokenizer comes alone
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(place, revision=checkpoint.revision, trust_remote_code=checkpoint.remote_code)
-    except Exception as error:  # what the tokenizers library raises is nothing narrower
-        raise CheckpointError(f"{checkpoint.model}: its tokenizer cannot be loaded: {error}") from error
+    tokenizer = read_tokenizer(checkpoint)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token_id is None:
         raise CheckpointError(f"{checkpoint.model}: its tokenizer has no pad, end or unknown token to pad with.")
+    return tokenizer
+
+
+def read_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """The tokenizer as it is. CheckpointError where there is none that can be loaded."""
+    place = checkpoint.folder or checkpoint.model  # of a hub checkpoint, the tokenizer comes alone
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, revision=checkpoint.revision, trust_remote_code=checkpoint.remote_code)
+    except Exception as error:  # what the tokenizers library raises is nothing narrower
+        raise CheckpointError(f"{checkpoint.model}: its tokenizer cannot be loaded: {error}") from error
     return cast(PreTrainedTokenizerBase, tokenizer)
 
 

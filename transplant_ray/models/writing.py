@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -19,6 +19,8 @@ from transplant_ray.models.convert import COMPANIONS
 from transplant_ray.models.header import DTYPES, TensorInfo, read_header
 
 MakeTensor = Callable[[], torch.Tensor]
+PIECE_BYTES = 1 << 24
+"""Of a tensor that is only copied, so much is in memory."""
 
 
 def write_checkpoint(base: Checkpoint, replaced: Mapping[str, MakeTensor], out: Path) -> None:
@@ -65,15 +67,40 @@ def write_safetensors(path: Path, layout: Mapping[str, TensorInfo], make: Mappin
 
     One tensor is in memory at a time, which the library's own writer does not offer.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header = make_header({name: layout[name] for name in make}, {"format": "pt"})
+    write_parts(path, header, ([_fitting_bytes(name, layout[name], make_tensor())] for name, make_tensor in make.items()))
+
+
+def make_header(layout: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None) -> bytes:
+    """The header of a file that holds these tensors one after another."""
+    header: dict[str, object] = {} if metadata is None else {"__metadata__": metadata}
     offset = 0
-    for name in make:
-        info = layout[name]
+    for name, info in layout.items():
         header[name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": [offset, offset + info.num_bytes]}
         offset += info.num_bytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the format aligns tensors to 8 bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8)  # the format aligns tensors to 8 bytes
+
+
+def write_parts(path: Path, header: bytes, parts: Iterable[Iterable[bytes | memoryview]]) -> None:
+    """A safetensors file of a header and, in its order, the bytes of every tensor in one or more pieces."""
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, make_tensor in make.items():
-            file.write(_fitting_bytes(name, layout[name], make_tensor()))
+        file.write(len(header).to_bytes(8, "little") + header)
+        for part in parts:
+            for piece in part:
+                file.write(piece)
+
+
+def stored_pieces(path: Path, info: TensorInfo) -> Iterator[bytes]:
+    """The bytes of a tensor as they lie in its file, whatever its dtype."""
+    try:
+        with path.open("rb") as file:
+            file.seek(info.start)
+            for start in range(0, info.num_bytes, PIECE_BYTES):
+                length = min(PIECE_BYTES, info.num_bytes - start)
+                piece = file.read(length)
+                if len(piece) != length:
+                    raise CheckpointError(f"{path}: became shorter while it was read. Leave it alone and try again.")
+                yield piece
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}). Check the disk and the rights.") from error

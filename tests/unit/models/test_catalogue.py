@@ -127,7 +127,7 @@ def test_a_checkpoint_saved_from_the_base_class_differs_in_disk_names_alone(save
 
 
 def test_every_listed_family_is_held_by_these_tests() -> None:
-    assert set(FAMILIES) - {"gemma"} == set(CONFIGS) - {"opt"}  # Gemma-1 is read as Llama, and held below
+    assert set(FAMILIES) - {"gemma", "gpt_oss"} == set(CONFIGS) - {"opt"}  # Gemma-1 is read as Llama; both are held below
 
 
 @pytest.mark.parametrize("kind", UNLISTED)
@@ -147,6 +147,15 @@ def test_gemma_1_is_known(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     catalogue = read_catalogue(open_checkpoint(str(tmp_path)))
     assert (catalogue.guessed, len(catalogue.modules), catalogue.excluded) == (False, 21, ())
+
+
+def test_gpt_oss_is_known_and_its_experts_are_no_linear_maps(tmp_path: Path) -> None:
+    catalogue = read_catalogue(open_checkpoint(str(save_tiny(tmp_path, "gpt_oss"))))
+    assert (catalogue.guessed, len(catalogue.modules)) == (False, 12)
+    assert {module.path for module in catalogue.modules.values()} == set(_SPLIT[0].split())
+    assert {e.name.rpartition("mlp.")[2] for e in catalogue.excluded} == {
+        "router.weight", "experts.gate_up_proj", "experts.gate_up_proj_bias", "experts.down_proj", "experts.down_proj_bias",
+    }  # fmt: skip
 
 
 def test_biases_travel_with_their_weight(tmp_path: Path) -> None:

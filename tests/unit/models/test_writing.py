@@ -17,10 +17,19 @@ from tiny import DEEP_FAMILIES, save_tiny, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from transplant_ray.errors import CheckpointError
+from transplant_ray.models import writing
 from transplant_ray.models.checkpoint import SINGLE, Checkpoint, open_checkpoint
-from transplant_ray.models.header import DTYPES, TensorInfo, read_header
+from transplant_ray.models.header import DTYPES, TensorInfo, header_text, parse_header, read_header
 from transplant_ray.models.loading import load_tensors
-from transplant_ray.models.writing import MakeTensor, overwrite_tensor, write_checkpoint, write_safetensors
+from transplant_ray.models.writing import (
+    MakeTensor,
+    make_header,
+    overwrite_tensor,
+    stored_pieces,
+    write_checkpoint,
+    write_parts,
+    write_safetensors,
+)
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Q, UP = "model.layers.1.self_attn.q_proj.weight", "model.layers.2.mlp.up_proj.weight"
@@ -234,3 +243,35 @@ def test_blending_a_large_checkpoint_needs_less_memory_than_its_largest_shard(tm
     sizes = [(base.fetch() / file).stat().st_size for file in base.weight_files()]
     assert (sum(sizes) > 200_000_000, len(sizes) > 3) == (True, True)
     assert 20_000_000 < peak_of(lambda: written(base, replaced, tmp_path / "out")) <= 1.2 * max(sizes)
+
+
+# -- tensors that are only moved ----------------------------------------------------------------------------------------------
+
+
+def test_a_file_of_the_librarys_can_be_made_again_to_the_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Header and all, in pieces smaller than a tensor."""
+    path = save_tiny(tmp_path / "model") / SINGLE
+    monkeypatch.setattr(writing, "PIECE_BYTES", 1000)
+    layout = dict(sorted(read_header(path).items(), key=lambda item: item[1].start))
+    write_parts(tmp_path / "again", make_header(layout, {"format": "pt"}), (stored_pieces(path, info) for info in layout.values()))
+    assert (tmp_path / "again").read_bytes() == path.read_bytes()
+    assert parse_header(path, header_text(path)[0]) == read_header(path)
+
+
+def test_metadata_may_be_absent(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(3)}, tmp_path / "with", {"format": "pt"})
+    save_file({"a": torch.ones(3)}, tmp_path / "without")
+    layout = read_header(tmp_path / "with")
+    assert make_header(layout, {"format": "pt"}) == header_text(tmp_path / "with")[0]
+    assert make_header(layout, None) == header_text(tmp_path / "without")[0]
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(300)}, tmp_path / "x.safetensors")
+    info = read_header(tmp_path / "x.safetensors")["a"]
+    with (tmp_path / "x.safetensors").open("r+b") as file:
+        file.truncate(info.start + 5)
+    with pytest.raises(CheckpointError, match=r"x\.safetensors: became shorter while it was read"):
+        list(stored_pieces(tmp_path / "x.safetensors", info))
+    with pytest.raises(CheckpointError, match=r"gone: cannot be read \(No such file"):
+        list(stored_pieces(tmp_path / "gone", info))

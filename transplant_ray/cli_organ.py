@@ -1,0 +1,95 @@
+"""`transplant-ray organ …`: layers out of a model, into another, and out of it again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from transplant_ray.errors import OrganError
+
+organ_app = typer.Typer(
+    help="Cut contiguous layers out of a model, put them into another, and take them out again.", no_args_is_help=True
+)
+console = Console(emoji=False)
+
+Out = Annotated[Path, typer.Option(help="Folder to write; it must not be there yet.")]
+
+
+@organ_app.command()
+def extract(
+    model: Annotated[str, typer.Option(help="The model to cut the layers out of: folder or hub id.")],
+    out: Out,
+    layers: Annotated[
+        str,
+        typer.Option(
+            help="First and last layer, such as 4-6: counted from 0, both taken. Or one, such as 4. Or `default`: three from ⌊L/3⌋."
+        ),
+    ] = "default",
+    revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
+    licence: Annotated[
+        str | None, typer.Option(help="Licence of the model, e.g. apache-2.0; by default what its card says.")
+    ] = None,
+) -> None:
+    """Cut contiguous layers out of a model and write them as an organ: a folder that can be given away."""
+    from transplant_ray.pipeline.organs import extract as run_extract
+
+    organ = run_extract(model, layers, out, revision=revision, licence=licence)
+    _print(f"wrote {out}: organ {organ.manifest.id}, layers {organ.manifest.layers} of {organ.manifest.source.num_layers}")
+
+
+@organ_app.command()
+def insert(
+    recipient: Annotated[str, typer.Option(help="The model to put organs into: folder or hub id.")],
+    organ: Annotated[list[Path], typer.Option(help="Organ folder; may be repeated, each with its --at.")],
+    at: Annotated[
+        list[int],
+        typer.Option(
+            help="Layer of the recipient, as it is before anything is put in and counted from 0, that the organ comes before (its "
+            "number of layers: at the end), or from which on it replaces layers. One for each --organ, in their order."
+        ),
+    ],
+    out: Out,
+    mode: Annotated[
+        str, typer.Option(help="`insert`: the recipient keeps its layers and grows; `replace`: as many layers are replaced.")
+    ] = "insert",
+    vocabulary: Annotated[
+        str, typer.Option(help="Where the organ has seen another vocabulary: `refuse`, or `warn` and put it in all the same.")
+    ] = "refuse",
+    revision: Annotated[str | None, typer.Option(help="Revision of a hub recipient.")] = None,
+) -> None:
+    """Put organs into a recipient and write a checkpoint that loads anywhere."""
+    from transplant_ray.pipeline.organs import insert as run_insert
+
+    if len(organ) != len(at):
+        raise OrganError(f"{len(organ)} organs and {len(at)} positions. Give --at once for each --organ.")
+    insertion = run_insert(recipient, list(zip(organ, at, strict=True)), out, mode=mode, vocabulary=vocabulary, revision=revision)
+    for warning in insertion.warnings:
+        console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
+    _print(f"wrote {out}: {len(insertion.layers)} layers, the recipient has {len(insertion.stack.layers)}")
+
+
+@organ_app.command()
+def remove(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder that `organ insert` wrote.")],
+    out: Out,
+) -> None:
+    """Take out what `organ insert` put in: the recipient as it was, byte for byte."""
+    from transplant_ray.pipeline.organs import remove as run_remove
+
+    _print(f"wrote {run_remove(model, out)}")
+
+
+@organ_app.command()
+def show(organ: Annotated[Path, typer.Argument(metavar="ORGAN", help="Organ folder.")]) -> None:
+    """Hold an organ against its hashes and say what it is."""
+    from transplant_ray.pipeline.organs import describe
+
+    for name, fact in describe(organ).items():
+        _print(f"{name:<12} {fact}")
+
+
+def _print(text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
