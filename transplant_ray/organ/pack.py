@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import IO
@@ -106,15 +106,14 @@ class Order:
 
     def blocks(self, start: int, stop: int) -> list[int]:
         """At the positions from `start` to before `stop`."""
-        return [self._pass(position // self.num_blocks)[position % self.num_blocks] for position in range(start, stop)]
+        places = (divmod(position, self.num_blocks) for position in range(start, stop))
+        return [int(_shuffled(self.num_blocks, f"{self.seed}:{turn}")[place]) for turn, place in places]
 
-    def _pass(self, number: int) -> np.ndarray:
-        kept: dict[int, np.ndarray] = self.__dict__.setdefault("_kept", {})
-        if number not in kept:
-            generator = torch.Generator().manual_seed(_number(f"{self.seed}:{number}"))
-            kept.pop(number - 2, None)
-            kept[number] = torch.randperm(self.num_blocks, generator=generator).numpy()
-        return kept[number]
+
+@lru_cache(maxsize=2)  # a step may need the end of one and the beginning of the next
+def _shuffled(num: int, seed: str) -> np.ndarray:
+    shuffled: np.ndarray = torch.randperm(num, generator=torch.Generator().manual_seed(_number(seed))).numpy()
+    return shuffled
 
 
 def pack_text(

@@ -191,12 +191,11 @@ def learning_rate(step: int, spec: TrainingSpec) -> float:
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], spec: TrainingSpec, device: torch.device) -> torch.optim.AdamW:
     """Decay is of what has two dimensions or more, as is usual."""
-    groups = [
-        {"names": [name for name, parameter in parameters.items() if (parameter.dim() > 1) == decays], "weight_decay": decay}
-        for decays, decay in ((True, spec.weight_decay), (False, 0.0))
-    ]
-    given = [{**group, "params": [parameters[name] for name in group["names"]]} for group in groups if group["names"]]
-    return torch.optim.AdamW(given, lr=spec.lr, betas=spec.betas, fused=device.type == "cuda")
+    groups: list[dict[str, Any]] = []
+    for decays, decay in ((True, spec.weight_decay), (False, 0.0)):
+        if names := [name for name, parameter in parameters.items() if (parameter.dim() > 1) == decays]:
+            groups.append({"params": [parameters[name] for name in names], "names": names, "weight_decay": decay})
+    return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, fused=device.type == "cuda")
 
 
 def _with_others(model: nn.Module, rank: Rank) -> nn.Module:
