@@ -22,6 +22,7 @@ from ray.actor import ActorHandle
 from ray.train.torch import TorchTrainer, get_device
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from transplant_ray.distributed.bulletin import Bulletin
 from transplant_ray.errors import ResourceError, RunError, TransplantError
 from transplant_ray.models.checkpoint import Checkpoint
 from transplant_ray.organ.folder import Organ
@@ -50,29 +51,6 @@ class TrainingJob:
     start: Path | None
     """The checkpoint of an earlier attempt to go on from."""
     num_threads: int
-
-
-@ray.remote(num_cpus=0)
-class Bulletin:
-    """What the workers have to say."""
-
-    def __init__(self) -> None:
-        self.points: list[Point] = []
-        self.starts = 0
-        self.failure: TransplantError | None = None
-
-    def begin(self) -> None:
-        self.starts += 1
-
-    def post(self, point: Point) -> None:
-        self.points.append(point)
-
-    def fail(self, error: TransplantError) -> None:
-        self.failure = error
-
-    def read(self, after: int) -> tuple[list[Point], int, TransplantError | None]:
-        """Points from number `after` on, how often the training was begun, and what ended it where it could not go on."""
-        return self.points[after:], self.starts, self.failure
 
 
 def find_progress(folder: Path) -> Progress | None:
@@ -149,7 +127,7 @@ class _Reader:
         if starts > max(1, self.starts):
             self.note("a worker died; the training goes on from its last checkpoint")
         self.starts = starts
-        for point in points:
+        for point in (Point(**said) for said in points):
             if point.step > self.step:  # after a death steps come again, and give the same
                 self.step = point.step
                 self.on_point(point)
@@ -200,7 +178,7 @@ def _train(job: TrainingJob, bulletin: ActorHandle) -> None:
         bulletin.begin.remote()
     for point in training.run():
         if first:
-            bulletin.post.remote(point)
+            bulletin.post.remote(point.to_json())
         if training.is_due(point):
             _report(training, point, write=first)
 
