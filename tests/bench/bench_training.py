@@ -14,7 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tiny.py
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the package, where it is not installed
-os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
+# One thread, as torch reads it when it is imported: on a busy machine two wait for each other.
+os.environ |= {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
 
 import time
 from argparse import Namespace
@@ -36,7 +37,7 @@ from transplant_ray.organ.training import Rank, Training
 from transplant_ray.organ.wrapper import load_wrapper
 from transplant_ray.recipe import TrainingSpec
 
-CPU_SHAPE = {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 8, "num_key_value_heads": 4}
+CPU_SHAPE = {"vocab_size": 1024, "hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4, "num_key_value_heads": 2}
 GPU_SHAPE = {
     "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 4,
 }  # fmt: skip
@@ -51,7 +52,7 @@ def device() -> torch.device:
 
 def spec(steps: int) -> TrainingSpec:
     gpu = device().type == "cuda"
-    sizes = {"context": 1024, "batch": 16, "dtype": "bfloat16"} if gpu else {"context": 128, "batch": 8, "dtype": "float32"}
+    sizes = {"context": 1024, "batch": 16, "dtype": "bfloat16"} if gpu else {"context": 64, "batch": 4, "dtype": "float32"}
     pauses = {"report_every": 10, "checkpoint_every": 50, "held_out": 0.1, "held_out_contexts": 8}
     return TrainingSpec.model_validate({"data": ["x"], "steps": steps, **sizes, **pauses})
 
