@@ -81,6 +81,8 @@ def train(
     """
     if vocabulary not in CHOICES:
         raise OrganError(f"vocabulary {vocabulary!r}: expected one of {', '.join(CHOICES)}.")
+    if organ is not None and (layers != "default" or licence is not None):
+        raise OrganError("`layers` and `licence` have no effect on an organ that was cut out before. Leave them out.")
     target, workers, watch = Path(out).absolute(), workers or WorkerSpec(), watch or Silent()
     if target.exists():
         raise RunError(f"{out}: is there already. Choose another place, or move it away; nothing was written.")

@@ -89,7 +89,7 @@ def place(tmp_path: Path) -> Path:
 
 def run(model: Path, place: Path, out: str = "organ", settings: dict[str, Any] | None = None, **options: Any) -> Trained:
     spec = TrainingSpec.model_validate({"data": [str(place / "text.jsonl")], **SETTINGS, **(settings or {})})
-    return train(str(model), spec, place / out, **{"layers": "1-3", **options})
+    return train(str(model), spec, place / out, **({"layers": "1-3"} | options if "organ" not in options else options))
 
 
 def names(folder: Path) -> list[str]:
@@ -209,6 +209,7 @@ def test_a_place_that_is_taken_is_refused_before_anything_is_read(place: Path) -
         ({"context": 999}, {}, RecipeError, "`context` 999: .* was built for 128 positions"),
         ({}, {"workers": WorkerSpec(num=3)}, RecipeError, "`batch` 4 is no multiple of 3: 3 workers that read 1 contexts"),
         ({}, {"layers": "4-9"}, OrganError, "expected a stretch of 0-5"),
+        ({}, {"organ": "cut", "layers": "1-3"}, OrganError, "`layers` and `licence` have no effect"),
         ({}, {"vocabulary": "maybe"}, OrganError, "expected one of refuse, warn"),
         ({"data": ["none.txt"]}, {}, DataError, "no such file, folder or pattern"),
         ({"text": "{words}"}, {}, DataError, "no column 'words'"),
