@@ -19,8 +19,9 @@ from rich.table import Column, Table
 
 from transplant_ray import zoo
 from transplant_ray.cli_organ import organ_app
-from transplant_ray.errors import Terminated, TransplantError
+from transplant_ray.errors import TransplantError
 from transplant_ray.named_tasks import NAMED_TASKS
+from transplant_ray.terminal import INTERRUPTED, complaints, resumable, tell
 
 app = typer.Typer(
     help="Find the modules whose weights bring a lost ability back to a language model, transplant them, and prove it.",
@@ -29,10 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(organ_app, name="organ")
-INTERRUPTED = 130
-"""What shells make of SIGINT."""
 console = Console(emoji=False)  # `:a:` in a path or a pattern is no picture
-complaints = Console(stderr=True, emoji=False)
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe; see jobs/recipes.")]
 RunPath = Annotated[str, typer.Argument(metavar="RUN", help="Run folder or address, e.g. runs/cross-generation.")]
@@ -84,7 +82,7 @@ def rank(recipe: RecipePath, overrides: Overrides = None) -> None:
     from transplant_ray.console import TerminalWatch, ranking_table
     from transplant_ray.pipeline.sweeping import rank as run_rank
 
-    with _resumable("ranking starts over"), TerminalWatch(console) as watch:
+    with resumable("ranking starts over"), TerminalWatch(console) as watch:
         rankings = run_rank(_load(recipe, overrides), watch)
     for ranking in rankings:
         console.print(ranking_table(ranking))
@@ -216,8 +214,8 @@ def submit(
     if not wait:
         console.print(job.id, markup=False, highlight=False)
         return
-    _tell(f"job {job.id} on {job.jobs.address}; results go to {job.results}")
-    raise typer.Exit(attend(job.jobs, job.id, _write, _ask, _tell))
+    tell(f"job {job.id} on {job.jobs.address}; results go to {job.results}")
+    raise typer.Exit(attend(job.jobs, job.id, _write, _ask, tell))
 
 
 @app.command()
@@ -264,9 +262,9 @@ def stop(id: JobId, address: Address = None) -> None:
 
     jobs = Jobs.at(address)
     if jobs.one(id).status.is_terminal():
-        _tell(f"{last_words(jobs.one(id))}; there was nothing to stop")
+        tell(f"{last_words(jobs.one(id))}; there was nothing to stop")
     else:
-        _tell(last_words(jobs.stop(id)))
+        tell(last_words(jobs.stop(id)))
 
 
 def main() -> None:
@@ -281,7 +279,7 @@ def _sweep(path: Path, overrides: list[str] | None) -> None:
 
     recipe = _load(path, overrides)
     again = "goes on where it stopped" if recipe.ledger else "starts over, for `ledger: false` keeps nothing"
-    with _resumable(f"the same command {again}"), TerminalWatch(console) as watch:
+    with resumable(f"the same command {again}"), TerminalWatch(console) as watch:
         result = run_sweep(recipe, watch)
     _print_results(result.results, result.summary, every=False)
     folder = result.folder
@@ -293,7 +291,7 @@ def _sweep(path: Path, overrides: list[str] | None) -> None:
         soft_wrap=True,
     )
     if result.refused:
-        _tell(f"MLflow refused {len(result.refused)} of its entries, the first: {result.refused[0]}. All results are in {place}.")
+        tell(f"MLflow refused {len(result.refused)} of its entries, the first: {result.refused[0]}. All results are in {place}.")
     if result.failed or result.refused:
         raise typer.Exit(1)
 
@@ -329,11 +327,6 @@ def _write(text: str) -> None:
     console.file.flush()
 
 
-def _tell(text: str) -> None:
-    """Beside the output, which scripts may read."""
-    complaints.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
 def _jobs_table(jobs) -> Table:  # type: ignore[no-untyped-def]
     table = Table(Column("job", no_wrap=True), "status", "recipe", "started", "took", box=SIMPLE_HEAD)
     for job in jobs:
@@ -359,17 +352,6 @@ def _times(job) -> tuple[str, str]:  # type: ignore[no-untyped-def]
     start = datetime.fromtimestamp(job.start_time / 1000, UTC)
     end = datetime.fromtimestamp(job.end_time / 1000, UTC) if job.end_time else datetime.now(UTC)
     return f"{start:%Y-%m-%d %H:%M} UTC", str(end - start).partition(".")[0]
-
-
-@contextmanager
-def _resumable(what_next: str) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end in a line, and in the exit code that a shell gives them."""
-    try:
-        yield
-    except KeyboardInterrupt as stop:
-        terminated = isinstance(stop, Terminated)
-        _tell(f"stopped by {'SIGTERM' if terminated else 'Ctrl-C'}; {what_next}")
-        raise typer.Exit(Terminated.EXIT if terminated else INTERRUPTED) from None
 
 
 @contextmanager

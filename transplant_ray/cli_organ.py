@@ -1,4 +1,4 @@
-"""`transplant-ray organ …`: layers out of a model, into another, and out of it again."""
+"""`transplant-ray organ …`: layers out of a model, trained by themselves, into another, and out of it again."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from transplant_ray.errors import OrganError
+from transplant_ray.terminal import resumable
 
 organ_app = typer.Typer(
     help="Cut contiguous layers out of a model, put them into another, and take them out again.", no_args_is_help=True
@@ -69,6 +70,55 @@ def insert(
     for warning in insertion.warnings:
         console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
     _print(f"wrote {out}: {len(insertion.layers)} layers, the recipient has {len(insertion.stack.layers)}")
+
+
+@organ_app.command()
+def train(
+    model: Annotated[str, typer.Option(help="The model whose embedding and head the layers are trained in: folder or hub id.")],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            help="Text: a .jsonl or .parquet file, a plain text file, a folder of them, a pattern such as 'docs/**/*.md', or "
+            "'hub:NAME?split=train' (also name=, revision=). May be repeated."
+        ),
+    ],
+    out: Out,
+    layers: Annotated[str, typer.Option(help="Layers of the model to train, as `organ extract` takes them.")] = "default",
+    organ: Annotated[Path | None, typer.Option(help="An organ to train instead, cut out before.")] = None,
+    set: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="A setting of the training: text, context, steps or tokens, batch, lr, seed, …"),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that share the batch.")] = 1,
+    gpus: Annotated[int, typer.Option(min=0, max=1, help="GPUs of each of them.")] = 0,
+    cpus: Annotated[int | None, typer.Option(min=1, help="Threads of each of them; by default all that there are.")] = None,
+    address: Annotated[str | None, typer.Option(help="Address of a Ray cluster; by default Ray starts here.")] = None,
+    tracking: Annotated[str, typer.Option(help="MLflow server or database that gets the curves; `none` for no MLflow.")] = (
+        "sqlite:///mlflow.db"
+    ),
+    vocabulary: Annotated[
+        str, typer.Option(help="Where the organ has seen another vocabulary: `refuse`, or `warn` and train it all the same.")
+    ] = "refuse",
+    revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
+    licence: Annotated[str | None, typer.Option(help="Licence of the model, where layers are cut out of it.")] = None,
+) -> None:
+    """Train layers by themselves on text, and write them as an organ. Run again after it was stopped, it goes on."""
+    from transplant_ray.console import TerminalWatch
+    from transplant_ray.pipeline.organ_training import describe_training
+    from transplant_ray.pipeline.organ_training import train as run_train
+    from transplant_ray.recipe import TrackingSpec, WorkerSpec, parse_training
+
+    training = parse_training(data, set or [])
+    crew = WorkerSpec(address=address, num=workers, gpus=gpus, cpus=cpus)
+    told = None if tracking == "none" else TrackingSpec(uri=tracking, experiment="organs")
+    with resumable("the same command goes on from the last checkpoint"), TerminalWatch(console) as watch:
+        trained = run_train(
+            model, training, out, layers=layers, organ=organ, revision=revision, vocabulary=vocabulary, licence=licence,
+            workers=crew, tracking=told, watch=watch,
+        )  # fmt: skip
+    for line in describe_training(trained):
+        _print(line)
+    _print(f"wrote {out}: organ {trained.organ.manifest.id}, layers {trained.organ.manifest.layers}")
 
 
 @organ_app.command()

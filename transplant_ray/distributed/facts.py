@@ -155,6 +155,19 @@ class Exported(Fact):
 
 
 @dataclass(frozen=True)
+class StepsDone(Fact):
+    """An organ has been trained for some more steps."""
+
+    step: int
+    tokens: int
+    """Since the last such fact."""
+    loss: float | None
+    """Nats a token, mean over these steps."""
+    held_out: float | None
+    """Loss on text that is not trained on, where it was measured."""
+
+
+@dataclass(frozen=True)
 class EvaluatorJoined(Fact):
     evaluator: str
 

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-import json
-import os
-import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
-import pyarrow.parquet as pq
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from transplant_ray import zoo
 from transplant_ray.errors import DataError
 from transplant_ray.evaluate.choices import Choosing, check_choices, settle
 from transplant_ray.evaluate.example import Example, Rendered, Split, encode_example
 from transplant_ray.recipe import HubData, ShotSpec, SplitSpec, TaskSpec, TextSpec
-from transplant_ray.storage import UNREADABLE
-
-Row = Mapping[str, Any]
+from transplant_ray.rows import Row, render, stream_rows, template_fields
 
 
 @dataclass(frozen=True)
@@ -73,20 +63,10 @@ def _draw_shots(task: Task, examples: Sequence[Example], shots: ShotSpec, spec: 
 
 
 def read_data(data: str | HubData) -> list[Row]:
-    rows = _read_hub(data) if isinstance(data, HubData) else _read_file(data)
+    rows = list(stream_rows(data))
     if not rows:
         raise DataError(f"{data if isinstance(data, str) else data.path}: holds no rows.")
     return rows
-
-
-def _read_file(data: str) -> list[Row]:
-    path = Path(zoo.resolve(data))
-    if not os.path.isfile(path):  # unlike Path.is_file, False for a name that no file can have
-        raise DataError(f"{data}: no such file. Give a .jsonl or .parquet file, or a hub dataset {{path, split}}.")
-    reader = _READERS.get(path.suffix)
-    if reader is None:
-        raise DataError(f"{data}: {path.suffix or 'no suffix'} is not read; expected one of {', '.join(_READERS)}.")
-    return reader(path)
 
 
 def make_examples(rows: Sequence[Row], spec: TaskSpec, where: str) -> list[Example]:
@@ -106,7 +86,7 @@ def _make_choosing(row: Row, choices: str | Sequence[str], spec: TaskSpec, where
 def _over_list(template: str, row: Row, where: str) -> list[str]:
     """The template for every element of the list that it names; a bare name is a column."""
     template = template if "{" in template else f"{{{template}}}"
-    fields = [field for _, field in _fields(template, where) if field is not None]
+    fields = [field for _, field in template_fields(template, where) if field is not None]
     lists = [field for field in fields if isinstance(row.get(field), list)]
     if len(lists) != 1:
         found = f"{len(lists)} columns with a list" if fields else "no column"
@@ -119,25 +99,6 @@ def make_example(row: Row, spec: TaskSpec, where: str) -> Example:
     if not answer.strip():
         raise DataError(f"{where}: the reference answer is empty. Remove the row or mend the `answer` template.")
     return Example.of(prompt, answer)
-
-
-def render(template: str, row: Row, where: str) -> str:
-    """Fill `{column}` fields; `{{` is a brace. DataError for a field that is no column, or empty in this row."""
-    return "".join(text + ("" if field is None else _column(row, field, where)) for text, field in _fields(template, where))
-
-
-def _fields(template: str, where: str) -> list[tuple[str, str | None]]:
-    """Texts, each with the column that follows it."""
-    try:
-        return [(text, _plain_field(*parts)) for text, *parts in string.Formatter().parse(template)]
-    except ValueError as error:
-        raise DataError(f"{where}: the template {template!r} is malformed ({error}). Write {{{{ for a brace.") from error
-
-
-def _plain_field(field: str | None, layout: str | None, conversion: str | None) -> str | None:
-    if layout or conversion:
-        raise ValueError(f"{field!r} has a format of its own, and columns are filled in as they are")
-    return field
 
 
 def check_distinct(examples: Iterable[Example], where: str) -> None:
@@ -240,58 +201,3 @@ def prompt_writer(spec: TaskSpec, tokenizer: PreTrainedTokenizerBase, shots: Seq
             ) from error
 
     return write
-
-
-def _column(row: Row, field: str, where: str) -> str:
-    if field not in row:
-        near = difflib.get_close_matches(field, [str(key) for key in row], n=1)
-        hint = f" Did you mean {{{near[0]}}}?" if near else ""
-        raise DataError(f"{where}: no column {field!r}; columns are {', '.join(map(str, row))}.{hint}")
-    if row[field] is None:
-        raise DataError(f"{where}: column {field!r} is empty. Fill it or remove the row.")
-    try:
-        text = str(row[field])
-        text.encode()
-    except (UnicodeEncodeError, RecursionError) as error:  # JSON can name half a character, "\ud800", and nest without an end
-        raise DataError(f"{where}: column {field!r} is no text that can be written ({error}). Mend or remove the row.") from error
-    return text
-
-
-def _read_jsonl(path: Path) -> list[Row]:
-    rows: list[Row] = []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would cut at U+2028, which JSON strings may hold
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text ({error}).") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error}). Expected one object a line.") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number}: found {type(row).__name__}, expected one JSON object a line.")
-        rows.append(row)
-    return rows
-
-
-def _read_parquet(path: Path) -> list[Row]:
-    try:
-        rows: list[Row] = pq.read_table(path).to_pylist()
-    except UNREADABLE as error:
-        raise DataError(f"{path}: not a readable Parquet file ({error}).") from error
-    return rows
-
-
-def _read_hub(data: HubData) -> list[Row]:
-    from datasets import load_dataset  # two seconds of import that only hub data needs
-    from datasets.exceptions import DatasetsError
-
-    try:
-        return list(load_dataset(data.path, data.name, split=data.split, revision=data.revision))
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        raise DataError(f"{data.path}: the hub dataset cannot be loaded ({error}). Check path, name, split and network.") from error
-
-
-_READERS: Mapping[str, Callable[[Path], list[Row]]] = {".jsonl": _read_jsonl, ".parquet": _read_parquet}

@@ -106,15 +106,15 @@ def plan_insertion(
     """
     stack = read_stack(recipient)
     ordered = tuple(sorted(placements, key=lambda placement: placement.at))
-    warnings = (*_check_compatible(recipient, ordered, vocabulary), *_other_dtypes(recipient, stack, ordered))
+    warnings = (*check_compatible(recipient, ordered, vocabulary), *_other_dtypes(recipient, stack, ordered))
     layers = _layers(len(stack.layers), ordered, mode)
     insertion = Insertion(recipient, stack, ordered, mode, layers, warnings)
     _check_indices(insertion)
     return insertion
 
 
-def _check_compatible(recipient: Checkpoint, placements: Sequence[Placement], vocabulary: VocabularyChoice) -> tuple[str, ...]:
-    """What is only warned of; IncompatibleModels for the rest."""
+def check_compatible(recipient: Checkpoint, placements: Sequence[Placement], vocabulary: VocabularyChoice) -> tuple[str, ...]:
+    """What is only warned of; IncompatibleModels, with every field that differs, for the rest."""
     ours, warnings = read_vocabulary(recipient), []
     for organ in {placement.organ.manifest.id: placement.organ for placement in placements}.values():
         source = organ.manifest.source.model

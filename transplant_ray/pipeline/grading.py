@@ -19,11 +19,12 @@ from transplant_ray.evaluate.outcome import READS
 from transplant_ray.evaluate.row_index import RowIndex
 from transplant_ray.evaluate.scorers import Grade, check_scorer, find_scorer
 from transplant_ray.evaluate.significance import McNemar, mcnemar
-from transplant_ray.evaluate.task import Row, check_distinct, make_example, read_data
+from transplant_ray.evaluate.task import check_distinct, make_example, read_data
 from transplant_ray.files import write_text
 from transplant_ray.named_tasks import NAMED_TASKS
 from transplant_ray.pipeline.watch import Silent, Watch
 from transplant_ray.recipe import TaskSpec
+from transplant_ray.rows import Row
 
 
 @dataclass(frozen=True)

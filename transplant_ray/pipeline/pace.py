@@ -6,7 +6,16 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from transplant_ray.distributed.facts import AtWork, Fact, ShardDone, ShardRecalled, StageEnds, VariantDone, VariantsAsked
+from transplant_ray.distributed.facts import (
+    AtWork,
+    Fact,
+    ShardDone,
+    ShardRecalled,
+    StageEnds,
+    StepsDone,
+    VariantDone,
+    VariantsAsked,
+)
 
 WINDOW_SECONDS = 60
 """Tokens a second are those of the last minute."""
@@ -26,6 +35,7 @@ class Pace:
         self.done, self.recalled = 0, 0
         self.began = self.clock()
         self.tokens: deque[tuple[float, int]] = deque()
+        self.loss: float | None = None
 
     def advance(self, amount: int) -> None:
         self.done += amount
@@ -35,9 +45,10 @@ class Pace:
             case ShardRecalled():
                 self.recalled += fact.examples
             case ShardDone() if fact.evaluator:  # a model that answers by itself tells all of it at once
-                self.tokens.append((self.clock(), fact.tokens))
-                while self.clock() - self.tokens[0][0] > WINDOW_SECONDS:
-                    self.tokens.popleft()
+                self._count(fact.tokens)
+            case StepsDone():
+                self._count(fact.tokens)
+                self.loss = self.loss if fact.loss is None else fact.loss
             case VariantsAsked():
                 self.asked, self.variants_done = fact.variants, 0
             case VariantDone():
@@ -46,6 +57,11 @@ class Pace:
                 self.at_work = fact
             case StageEnds():  # what comes before the next, such as loading models, may take long too
                 self.begin(f"after {fact.stage}", 0, "")
+
+    def _count(self, tokens: int) -> None:
+        self.tokens.append((self.clock(), tokens))
+        while self.clock() - self.tokens[0][0] > WINDOW_SECONDS:
+            self.tokens.popleft()
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -68,6 +84,7 @@ class Pace:
         speed, left = self.tokens_per_second, self.seconds_left
         parts = [
             f"{self.variants_done:,}/{self.asked:,} variants" if self.variants_done < self.asked else "",
+            "" if self.loss is None else f"loss {self.loss:.3f}",
             "" if speed is None else f"{speed:,.0f} tokens/s",
             self._workers(),
             "" if left is None else f"{shown_seconds(left)} left",

@@ -1,6 +1,6 @@
 """The recipe: everything a user decides, as frozen pydantic models; unknown keys are refused. `file` reads one from YAML."""
 
-from transplant_ray.recipe.file import carry_recipe, load_recipe, parse_recipe
+from transplant_ray.recipe.file import carry_recipe, load_recipe, parse_recipe, parse_training
 from transplant_ray.recipe.guards import GENERAL_TEXT, MAIN, GuardSpec, GuardTask, TextSpec
 from transplant_ray.recipe.part import Kind
 from transplant_ray.recipe.ranking import ACTIVATION_RANKERS, CHANNEL_RANKERS, RANKERS, RESIDENT_RANKERS, REVERSE, RankSpec
@@ -17,6 +17,7 @@ from transplant_ray.recipe.sweep import (
     SweepSpec,
 )
 from transplant_ray.recipe.tasks import CHOICE_SCORERS, HARNESS, REGEX, SCORERS, HubData, ShotSpec, SplitSpec, TaskSpec
+from transplant_ray.recipe.training import TrainingSpec, WorkerSpec
 from transplant_ray.recipe.whole import CARRIED, Acceptance, ModelSpec, Place, Recipe, ResourceSpec, TrackingSpec, redact
 
 __all__ = [
@@ -61,8 +62,11 @@ __all__ = [
     "TaskSpec",
     "TextSpec",
     "TrackingSpec",
+    "TrainingSpec",
+    "WorkerSpec",
     "carry_recipe",
     "load_recipe",
     "parse_recipe",
+    "parse_training",
     "redact",
 ]

@@ -14,19 +14,22 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from math import inf
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from transplant_ray import zoo
 from transplant_ray.errors import RecipeError
+from transplant_ray.recipe.part import Part
+from transplant_ray.recipe.training import TrainingSpec
 from transplant_ray.recipe.whole import Recipe
 
 Place = Callable[[str, Path, str], str]
 """The text of an input, what a relative path starts from, and the key: where the input is."""
 Carry = Callable[[str, Path], str]
 """The key of an input and its path here: its name elsewhere."""
+P = TypeVar("P", bound=Part)
 LONGEST = 1_000_000
 """Characters of a recipe, what its aliases stand for written out."""
 LONGEST_SHOWN = 200
@@ -75,11 +78,20 @@ def _settings(path: Path, overrides: Sequence[str], place: Place) -> dict[str, A
 
 
 def parse_recipe(mapping: dict[str, Any], where: str = "recipe") -> Recipe:
+    return _validated(Recipe, mapping, where)
+
+
+def parse_training(data: Sequence[str], overrides: Sequence[str] = ()) -> TrainingSpec:
+    """How an organ is trained, from the command line: `key=value` as `load_recipe` reads them. RecipeError where it cannot be."""
+    return _validated(TrainingSpec, {**_overrides(overrides), "data": list(data)}, "training")
+
+
+def _validated(model: type[P], mapping: dict[str, Any], where: str) -> P:
     try:
-        return Recipe.model_validate(mapping)
+        return model.model_validate(mapping)
     except ValidationError as error:
         problems = error.errors()
-        told = [f"{where}: {_explain(problem)}" for problem in problems[:MOST_PROBLEMS]]
+        told = [f"{where}: {_explain(problem, model)}" for problem in problems[:MOST_PROBLEMS]]
         more = [f"{where}: {len(problems) - MOST_PROBLEMS} more of the kind."] if len(problems) > MOST_PROBLEMS else []
         raise RecipeError("\n".join(told + more)) from None
 
@@ -196,12 +208,13 @@ _UNION = ("str", "HubData")
 """What pydantic calls the alternatives of `task.data`; users never wrote them."""
 
 
-def _explain(problem: Any) -> str:
+def _explain(problem: Any, model: type[Part]) -> str:
     """One pydantic problem in our words: place, finding, expectation."""
-    place = ".".join(str(part) for part in problem["loc"] if part not in _UNION) or "the recipe"
+    what = "recipe" if model is Recipe else "training"
+    place = ".".join(str(part) for part in problem["loc"] if part not in _UNION) or f"the {what}"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
-        return f"`{place}` is not a key of a recipe.{_nearest(place)}"
+        return f"`{place}` is not a key of a {what}.{_nearest(place, model)}"
     if problem["type"] == "missing":
         return f"`{place}` is missing; it has no default."
     if isinstance(problem["input"], dict) and problem["type"] == "value_error":  # about several keys: the message names them
@@ -214,9 +227,11 @@ def _shown(value: Any) -> str:
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
 
 
-def _nearest(place: str) -> str:
-    near = difflib.get_close_matches(place, list(_keys(Recipe)), n=2, cutoff=0.6)
-    return f" Did you mean {' or '.join(f'`{key}`' for key in near)}?" if near else " See `transplant-ray plan --help`."
+def _nearest(place: str, model: type[Part]) -> str:
+    known = list(_keys(model))
+    near = difflib.get_close_matches(place, known, n=2, cutoff=0.6)
+    others = " See `transplant-ray plan --help`." if model is Recipe else f" It has {', '.join(known)}."
+    return f" Did you mean {' or '.join(f'`{key}`' for key in near)}?" if near else others
 
 
 def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -82,16 +82,8 @@ class Tracker:
 
         `say` gets what a user should read while the sweep runs.
         """
-        spec = recipe.tracking
-        with _tracking_errors(spec):
-            _reach(spec)
-            logging.getLogger("mlflow.store").setLevel(logging.CRITICAL)  # a traceback each time that a database is busy
-            logging.getLogger("alembic").setLevel(logging.ERROR)
-            client = MlflowClient(tracking_uri=spec.uri, registry_uri=spec.uri)
-            experiment = client.get_experiment_by_name(spec.experiment)
-            experiment_id = (
-                experiment.experiment_id if experiment else client.create_experiment(spec.experiment, _artifacts_beside(spec.uri))
-            )
+        with tracking_errors(recipe.tracking):
+            client, experiment_id = open_experiment(recipe.tracking)
             run = client.create_run(experiment_id, run_name=recipe.name, tags={"transplant_ray.recipe": recipe.identity()})
             run_id: str = run.info.run_id
             client.log_batch(run_id, params=[Param(key, value) for key, value in _flat(recipe)])
@@ -106,7 +98,7 @@ class Tracker:
 
     def log_trial(self, result: Result, description: Mapping[str, Any]) -> Future[str]:
         """A child run with parameters, metrics and `variant.json`; its id, once it has one."""
-        now, metrics, params = _now(), _metrics(result), _params(result)
+        now, metrics, params = milliseconds(), _metrics(result), _params(result)
         tags = [RunTag(key, text) for key, text in (("error", result.error), ("stopped", result.stopped)) if text]
         status, content = "FAILED" if result.error else "FINISHED", dict(description)
         name = f"trial {result.label}"
@@ -123,7 +115,7 @@ class Tracker:
         told = {} if verdict is None else {
             "verdict": verdict.conclusion, "mlflow.note.content": f"**{verdict.conclusion}**: {verdict.sentence}"
         }  # fmt: skip
-        now = _now()
+        now = milliseconds()
         metrics = [Metric(name, value, now, 0) for name, value in summary.items()]
         tags = [RunTag(key, text) for key, text in told.items()]
         self.post("the headline", lambda _: self._log(self.run_id, metrics=metrics, tags=tags))
@@ -138,7 +130,7 @@ class Tracker:
 
     def log_winner(self, child: Future[str], result: Result, folder: RunFolder) -> Future[str | None]:
         """What the recipe wants of the winner in its run; a checkpoint also as a model version, returned as `name/version`."""
-        now = _now()
+        now = milliseconds()
         metrics = [Metric(f"test_{m.key}", m.value, now, 0) for m in _metrics(result)]
         tags = [RunTag("winner", "true")]
         told: Future[str | None] = self.post(
@@ -246,7 +238,7 @@ class Tracker:
 
     def finish(self) -> None:
         """End the parent run, when the server has everything."""
-        now = _now()
+        now = milliseconds()
         self.post("the end of the run", lambda _: self._end("FINISHED", now))
         self.drain()
         self.outbox.close()
@@ -268,7 +260,7 @@ class Tracker:
 
     def abandon(self, status: str) -> None:
         """After Ctrl-C or an error: the status, and what waits where the server answers and it does not take long."""
-        farewell = threading.Thread(target=self._say_farewell, args=(status, _now()), daemon=True)
+        farewell = threading.Thread(target=self._say_farewell, args=(status, milliseconds()), daemon=True)
         farewell.start()
         self.outbox.close(FAREWELL_SECONDS if status == "KILLED" else FAILURE_SECONDS)
         farewell.join(FAREWELL_SECONDS)
@@ -303,8 +295,19 @@ def _reach(spec: TrackingSpec) -> None:
         requests.get(f"{spec.uri.rstrip('/')}/health", timeout=REACH_SECONDS).raise_for_status()
 
 
+def open_experiment(spec: TrackingSpec) -> tuple[MlflowClient, str]:
+    """A client that has reached the server, and the id of the experiment, which is made where it is not there."""
+    _reach(spec)
+    logging.getLogger("mlflow.store").setLevel(logging.CRITICAL)  # a traceback each time that a database is busy
+    logging.getLogger("alembic").setLevel(logging.ERROR)
+    client = MlflowClient(tracking_uri=spec.uri, registry_uri=spec.uri)
+    found = client.get_experiment_by_name(spec.experiment)
+    made = found.experiment_id if found else client.create_experiment(spec.experiment, _artifacts_beside(spec.uri))
+    return client, made
+
+
 @contextmanager
-def _tracking_errors(spec: TrackingSpec) -> Iterator[None]:
+def tracking_errors(spec: TrackingSpec) -> Iterator[None]:
     try:
         yield
     except (MlflowException, requests.RequestException, OSError, ImportError) as error:
@@ -314,13 +317,13 @@ def _tracking_errors(spec: TrackingSpec) -> Iterator[None]:
         ) from None
 
 
-def _now() -> int:
+def milliseconds() -> int:
     """As MLflow counts: milliseconds. Taken when something is measured, whenever it is sent."""
     return int(time.time() * 1000)
 
 
 def _metrics(result: Result) -> list[Metric]:
-    now = _now()
+    now = milliseconds()
     values = {name: getattr(result, name) for name in METRICS}
     return [Metric(name, float(value), now, 0) for name, value in values.items() if value is not None]
 

@@ -148,7 +148,7 @@ def test_a_broken_hub_dataset_is_refused(dataset: Path) -> None:
 
 
 def test_an_empty_hub_dataset_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transplant_ray.evaluate.task._read_hub", lambda _: [])
+    monkeypatch.setattr("transplant_ray.rows.hub_rows", lambda _: [])
     with pytest.raises(DataError, match="some/dataset: holds no rows"):
         read_data(HubData(path="some/dataset", split="train"))
 

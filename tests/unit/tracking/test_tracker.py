@@ -172,9 +172,9 @@ def test_numbers_that_are_sent_again_are_the_same_and_of_the_same_time(
 ) -> None:
     server.hang = threading.Event()
     server.troubles = {"log_batch": ["lost"]}
-    monkeypatch.setattr(module, "_now", lambda: 1000)
+    monkeypatch.setattr(module, "milliseconds", lambda: 1000)
     child = told.log_trial(ROW, {})
-    monkeypatch.setattr(module, "_now", lambda: 9000)
+    monkeypatch.setattr(module, "milliseconds", lambda: 9000)
     server.hang.set()
     id = settled(child)
     told.finish()

@@ -1,0 +1,129 @@
+"""Speed and memory of the training of organs against a bare loop: `python tests/bench/bench_training.py [--quick]`.
+
+The bare loop is a dozen lines of PyTorch on the same model, batch, optimizer and dtype, with its tokens in memory, and no report,
+checkpoint or clock but ours. Both run in processes of their own, in turn; memory is the peak of the whole process (of torch's own
+count on a GPU).
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tiny.py
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the package, where it is not installed
+# One thread, as torch reads it when it is imported: on a busy machine two wait for each other.
+os.environ |= {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
+
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from multiprocessing import get_context
+from statistics import median
+from tempfile import TemporaryDirectory
+
+import torch
+from stacks import Pair, make_pair
+from table import Row, main
+from tiny import tiny_tokenizer
+
+from transplant_ray.organ.pack import Pack, pack_text
+from transplant_ray.organ.progress import save_progress
+from transplant_ray.organ.text import Passage
+from transplant_ray.organ.training import Rank, Training
+from transplant_ray.organ.wrapper import load_wrapper
+from transplant_ray.recipe import TrainingSpec
+
+CPU_SHAPE = {"vocab_size": 1024, "hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4, "num_key_value_heads": 2}
+GPU_SHAPE = {
+    "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 4,
+}  # fmt: skip
+"""TinyLlama's."""
+Measured = tuple[float, int]
+"""Seconds a step, the median; the peak of memory in bytes."""
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def spec(steps: int) -> TrainingSpec:
+    gpu = device().type == "cuda"
+    sizes = {"context": 1024, "batch": 16, "dtype": "bfloat16"} if gpu else {"context": 64, "batch": 4, "dtype": "float32"}
+    pauses = {"report_every": 10, "checkpoint_every": 50, "held_out": 0.1, "held_out_contexts": 8}
+    return TrainingSpec.model_validate({"data": ["x"], "steps": steps, **sizes, **pauses})
+
+
+def ours(pair: Pair, folder: Path, settings: TrainingSpec) -> Measured:
+    """As a worker does it, points and checkpoints included; all of that time counts."""
+    training = Training(load_wrapper(pair.recipient, pair.organ), Pack.open(folder / "pack"), settings, Rank(device=device()))
+    times, steps = [], []
+    for point in training.run():
+        if training.is_due(point):
+            with TemporaryDirectory() as state:
+                save_progress(training, Path(state))
+        times.append(time.perf_counter())
+        steps.append(point.step)
+    spans = [(later - earlier, b - a) for (earlier, later), (a, b) in zip(pairwise(times), pairwise(steps), strict=True)]
+    whole = [span for span in spans[2:] if span[1]]  # the first steps fill caches
+    return sum(seconds for seconds, _ in whole) / sum(number for _, number in whole), peak()
+
+
+def bare(pair: Pair, folder: Path, settings: TrainingSpec) -> Measured:
+    pack, there = Pack.open(folder / "pack"), device()
+    model = load_wrapper(pair.recipient, pair.organ).to(there).train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=settings.lr, fused=there.type == "cuda")
+    tokens = pack.train.read(range(pack.train.num)).to(there)
+    times = []
+    for step in range(settings.num_steps):
+        ids = tokens[[(step * settings.batch + row) % len(tokens) for row in range(settings.batch)]]
+        with torch.autocast(there.type, torch.bfloat16, enabled=settings.dtype == "bfloat16"):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, settings.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 10 == 9:
+            loss.item()
+            times.append(time.perf_counter())
+    return (times[-1] - times[1]) / (10 * (len(times) - 2)), peak()
+
+
+def peak() -> int:
+    if device().type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def alone(loop: Callable[[Pair, Path, TrainingSpec], Measured], pair: Pair, folder: Path, settings: TrainingSpec) -> Measured:
+    """In a process of its own, for the peak of a process never falls."""
+    with get_context("spawn").Pool(1) as pool:
+        return pool.apply(loop, (pair, folder, settings))
+
+
+def rows(options: Namespace) -> Iterator[Row]:
+    steps, rounds = (60, 1) if options.quick else (200, 5)
+    settings = spec(steps)
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        shape = {**(GPU_SHAPE if device().type == "cuda" else CPU_SHAPE), "max_position_embeddings": 2048}
+        pair = make_pair(folder, **shape)
+        texts = (Passage(f"{number} and {number * number}: " * 20) for number in range(100_000))
+        pack_text(texts, tiny_tokenizer(), shape["vocab_size"], settings, folder / "pack")
+        found = [(alone(ours, pair, folder, settings), alone(bare, pair, folder, settings)) for _ in range(rounds)]
+    speeds = [theirs[0] / mine[0] for mine, theirs in found]
+    memory = [mine[1] / theirs[1] for mine, theirs in found]
+    sizes = f"3 layers of {shape['hidden_size']}, {settings.batch} × {settings.context} tokens, {settings.dtype}, {steps} steps"
+    tokens = settings.batch * settings.context / median(mine[0] for mine, _ in found)
+    shown = f"{median(speeds):.3f} × ({min(speeds):.3f}–{max(speeds):.3f}), {tokens:,.0f} tokens/s"
+    yield Row("throughput against a bare loop", sizes, f"{rounds} rounds", shown, "≥ 0.9 ×", median(speeds) >= 0.9)
+    shown = f"{median(memory):.3f} × ({min(memory):.3f}–{max(memory):.3f}), {found[0][0][1] / 2**20:,.0f} MiB"
+    yield Row("peak memory against a bare loop", sizes, f"{rounds} rounds", shown, "≤ 1.1 ×", median(memory) <= 1.1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(__doc__.splitlines()[0], {"training": rows}))

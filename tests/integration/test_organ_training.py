@@ -1,0 +1,172 @@
+"""Organs trained by the real Ray Train: calm, with a worker killed, with the driver killed, and by two workers."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+import torch
+from integration.helpers import Place, run_main
+from mlflow import MlflowClient
+from safetensors.torch import load_file
+from stacks import load, save_model
+from trainings import sums
+
+from transplant_ray.distributed.facts import Fact, StepsDone
+from transplant_ray.organ.folder import open_organ
+from transplant_ray.pipeline.organ_training import Trained, train
+from transplant_ray.pipeline.organs import insert
+from transplant_ray.recipe import TrainingSpec, WorkerSpec
+
+pytestmark = pytest.mark.slow
+SETTINGS = {
+    "context": "16", "steps": "200", "batch": "4", "lr": "0.003", "held_out": "0.1", "report_every": "1", "checkpoint_every": "20",
+}  # fmt: skip
+SECRET = "7+9=16"
+"""In the text that is trained on."""
+
+
+@dataclass
+class Calm:
+    folder: Path
+    """With `model`, `text.jsonl` and the organ that came of them."""
+    said: str
+    uri: str
+
+    @property
+    def organ(self) -> bytes:
+        return (self.folder / "organ" / "organ.safetensors").read_bytes()
+
+    @property
+    def spec(self) -> TrainingSpec:
+        return TrainingSpec.model_validate({"data": [str(self.folder / "text.jsonl")], **SETTINGS})
+
+    def train(self, out: Path, workers: WorkerSpec, watch: Watcher | None = None) -> Trained:
+        return train(str(self.folder / "model"), self.spec, out, layers="1-3", workers=workers, watch=watch)
+
+    def command(self, out: Path, *options: str) -> list[str]:
+        options = (*options, "--model", str(self.folder / "model"), "--data", str(self.folder / "text.jsonl"), "--layers", "1-3")
+        settings = [part for key, value in SETTINGS.items() for part in ("--set", f"{key}={value}")]
+        return ["organ", "train", *options, "--out", str(out), "--cpus", "1", *settings]
+
+
+@dataclass
+class Watcher:
+    """Does something once the training has come to a step."""
+
+    step: int
+    act: Callable[[], None]
+    notes: list[str] = field(default_factory=list)
+    heard: list[StepsDone] = field(default_factory=list)
+
+    def stage(self, name: str, total: int, unit: str = "examples") -> None: ...
+
+    def advance(self, amount: int) -> None: ...
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def hear(self, fact: Fact) -> None:
+        if isinstance(fact, StepsDone):
+            if all(before.step < self.step for before in self.heard) and fact.step >= self.step:
+                self.act()
+            self.heard.append(fact)
+
+
+@pytest.fixture(scope="module")
+def calm(cluster: None, template: Place, tmp_path_factory: pytest.TempPathFactory) -> Calm:  # noqa: ARG001
+    """Nobody is killed; through the command line."""
+    folder = tmp_path_factory.mktemp("training")
+    save_model(folder / "model")
+    texts = [*sums(60), SECRET]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    made = Calm(folder, "", template.uri)
+    finished = run_main(*made.command(folder / "organ", "--tracking", template.uri))
+    assert finished.code == 0, finished.err
+    return Calm(folder, finished.out, template.uri)
+
+
+def test_it_is_an_organ_like_any_other_and_says_how_it_was_trained(calm: Calm, tmp_path: Path) -> None:
+    organ = open_organ(calm.folder / "organ")
+    record = organ.manifest.training
+    assert record is not None
+    assert (record["steps"], record["tokens"]) == (200, 200 * 4 * 16)
+    first, last = record["held_out"]
+    assert last["perplexity"] < first["perplexity"] / 1.3
+    assert insert(str(calm.folder / "model"), [(calm.folder / "organ", 1)], tmp_path / "out").warnings == ()
+    assert load(tmp_path / "out").config.num_hidden_layers == 9
+    assert "perplexity on" in calm.said
+
+
+def test_the_text_is_nowhere_in_it_and_nothing_lies_about(calm: Calm) -> None:
+    for path in (calm.folder / "organ").rglob("*"):
+        assert SECRET.encode() not in path.read_bytes()
+    assert sorted(path.name for path in calm.folder.iterdir()) == ["model", "organ", "text.jsonl"]
+
+
+def test_mlflow_has_the_curves(calm: Calm) -> None:
+    client = MlflowClient(tracking_uri=calm.uri)
+    experiment = client.get_experiment_by_name("organs")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    losses = client.get_metric_history(run.info.run_id, "loss")
+    assert [metric.step for metric in losses] == list(range(1, 201))
+    held_out = client.get_metric_history(run.info.run_id, "held_out_perplexity")
+    assert [metric.step for metric in held_out] == list(range(0, 201, 20))
+    record = json.loads(Path(client.download_artifacts(run.info.run_id, "training.json")).read_text())
+    assert record == open_organ(calm.folder / "organ").manifest.training
+
+
+def test_a_worker_that_is_killed_changes_no_bit(calm: Calm, tmp_path: Path) -> None:
+    watcher = Watcher(random.randint(25, 120), lambda: [process.kill() for process in train_workers()] and None)
+    trained = calm.train(tmp_path / "organ", WorkerSpec(cpus=1), watcher)
+    assert any("a worker died" in note for note in watcher.notes)
+    assert (tmp_path / "organ" / "organ.safetensors").read_bytes() == calm.organ
+    assert [fact.step for fact in watcher.heard] == [point.step for point in trained.curve] == list(range(201))
+
+
+def train_workers() -> list[psutil.Process]:
+    """Those of the Ray that this process has started."""
+    return [process for process in psutil.Process().children(recursive=True) if "RayTrainWorker" in "".join(process.cmdline())]
+
+
+def test_a_driver_that_is_killed_goes_on_and_changes_no_bit(calm: Calm, tmp_path: Path) -> None:
+    command = calm.command(tmp_path / "organ", "--tracking", "none", "--address", ray.get_runtime_context().gcs_address)
+    process = subprocess.Popen([sys.executable, "-m", "transplant_ray.cli", *command], start_new_session=True)
+    end = time.monotonic() + 300
+    while not list(tmp_path.glob(".organ.training/attempt-0/checkpoint_*/progress.json")):
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "organ").exists()
+    watcher = Watcher(0, lambda: None)
+    calm.train(tmp_path / "organ", WorkerSpec(cpus=1), watcher)
+    assert any(note.startswith("goes on after step ") for note in watcher.notes)
+    assert (tmp_path / "organ" / "organ.safetensors").read_bytes() == calm.organ
+
+
+def test_two_workers_come_to_the_same_but_for_rounding(calm: Calm, tmp_path: Path) -> None:
+    calm.train(tmp_path / "organ", WorkerSpec(num=2, cpus=1))
+    ours, theirs = (load_file(folder / "organ" / "organ.safetensors") for folder in (tmp_path, calm.folder))
+    start = load_file(calm.folder / "model" / "model.safetensors")
+    for name, weight in theirs.items():
+        layer, path = name.removeprefix("model.layers.").split(".", 1)
+        before = start[f"model.layers.{int(layer) + 1}.{path}"]
+        moved = (weight - before).norm()
+        assert moved > 0
+        assert (ours[name] - weight).norm() < 0.02 * moved, name
+    assert not torch.equal(ours["model.layers.0.mlp.up_proj.weight"], start["model.layers.1.mlp.up_proj.weight"])

@@ -1,0 +1,87 @@
+"""What is trained on is all text of the data, once and in order, and what is no text is said."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from transplant_ray.errors import DataError
+from transplant_ray.organ import text as module
+from transplant_ray.organ.text import data_files, stream_passages
+from transplant_ray.recipe import HubData
+
+ROWS = [{"text": "one", "more": "1"}, {"text": "two\u2028lines", "more": "2"}, {"text": "", "more": "3"}]
+
+
+def write_jsonl(path: Path) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return str(path)
+
+
+def write_parquet(path: Path) -> str:
+    pq.write_table(pa.Table.from_pylist(ROWS), path)
+    return str(path)
+
+
+def texts(*data: str | HubData, template: str = "{text}") -> list[str]:
+    return [passage.text for passage in stream_passages(data, template)]
+
+
+@pytest.mark.parametrize(("write", "name"), [(write_jsonl, "a.jsonl"), (write_parquet, "a.parquet")])
+def test_rows_are_documents_and_empty_ones_are_left_out(tmp_path: Path, write: Callable[[Path], str], name: str) -> None:
+    data = write(tmp_path / name)
+    assert texts(data) == ["one", "two\u2028lines"]
+    assert texts(data, template="{more}: {text}") == ["1: one", "2: two\u2028lines", "3: "]
+
+
+def test_a_hub_dataset_is_read(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train.jsonl")
+    assert texts(HubData(path=str(tmp_path), split="train")) == ["one", "two\u2028lines"]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
+@given(lines=st.lists(st.text(alphabet="ab \u2028é", max_size=40), max_size=20), length=st.integers(1, 30), ended=st.booleans())
+def test_a_plain_file_comes_back_whole_in_pieces(tmp_path: Path, lines: list[str], length: int, ended: bool) -> None:
+    whole = "\n".join(lines) + ("\n" if ended else "")
+    (tmp_path / "a.txt").write_text(whole, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "PASSAGE_CHARACTERS", length)
+        passages = list(stream_passages([str(tmp_path / "a.txt")], "{text}"))
+    assert "".join(passage.text for passage in passages) == whole
+    assert [passage.first for passage in passages] == [place == 0 for place in range(len(passages))]
+    assert [passage.last for passage in passages] == [place == len(passages) - 1 for place in range(len(passages))]
+    assert all(len(passage.text) >= length and passage.text.endswith("\n") for passage in passages[:-1])
+
+
+def test_a_folder_is_all_files_below_it_by_name_without_hidden_ones(tmp_path: Path) -> None:
+    for name in ("b.txt", "a/z.md", "a/y.jsonl", ".hidden", ".git/config"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"text": "row"}\n' if name.endswith("jsonl") else name)
+    assert texts(str(tmp_path)) == ["row", "a/z.md", "b.txt"]
+    assert data_files(str(tmp_path / "**" / "*.md")) == [tmp_path / "a" / "z.md"]
+
+
+@pytest.mark.parametrize("data", ["none.txt", "*.none", "empty", "x" * 5000, "a\0b"])
+def test_what_is_not_there_is_refused(tmp_path: Path, data: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no such file, folder or pattern with files"):
+        texts(str(tmp_path / data))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+def test_what_is_no_text_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"\xff\xfe\x00binary")
+    with pytest.raises(DataError, match=r"cannot be read as UTF-8 text|not a readable Parquet file"):
+        texts(str(tmp_path / name))
+
+
+def test_a_column_that_is_not_there_is_refused_by_its_row(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"a\.jsonl, row 1, `text`: no column 'txt'.*Did you mean \{text\}"):
+        texts(write_jsonl(tmp_path / "a.jsonl"), template="{txt}")
