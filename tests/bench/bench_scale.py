@@ -21,7 +21,6 @@ from typing import Any
 import psutil
 import ray
 
-from transplant_ray.distributed import trials as trials_module
 from transplant_ray.distributed.fleet import fleet
 from transplant_ray.distributed.overseer import Overseer
 from transplant_ray.distributed.pool import Pool, Work
@@ -95,7 +94,6 @@ def shards(evaluators: int, number: int, seconds: float) -> None:
 
 def trials(number: int) -> None:
     """All results are there when Tune starts: what is left is Tune's own time, and ours."""
-    trials_module.MAX_CONCURRENT_TRIALS = 2
     planned = [Planned("trial", Variant({f"m{i}": 1.0}), "lae", "all", i + 1, 1.0) for i in range(number)]
     waiting = Trials(planned)
     for entry in planned:

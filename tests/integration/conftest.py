@@ -14,11 +14,20 @@ from pathlib import Path
 import pytest
 import ray
 import requests
-from integration.helpers import Finished, Head, Job, Place, Swept, free_port, overflowing_source, related_pair, run_main, wait_until
+from integration.helpers import (
+    Finished,
+    Head,
+    Job,
+    Place,
+    Swept,
+    free_port,
+    make_source_overflow,
+    related_pair,
+    run_main,
+    wait_until,
+)
 from mlflow import MlflowClient
 from ray.job_submission import JobSubmissionClient
-
-from transplant_ray.distributed import trials
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -64,9 +73,7 @@ def place(template: Place, tmp_path: Path) -> Place:
 def cluster() -> Iterator[None]:
     """A local Ray with two logical GPUs."""
     ray.init(address="local", num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trials, "MAX_CONCURRENT_TRIALS", 2)  # each is a process that imports Tune for three seconds
-        yield
+    yield
     ray.shutdown()
 
 
@@ -107,7 +114,7 @@ def served(cluster: None, template: Place, server: str, workplace: Path) -> Swep
     One sweep for three sets of promises, because every sweep starts eight processes that import torch or Tune.
     """
     place = template.copy(workplace / "served", uri=server)
-    overflowing_source(place.path / "source")
+    make_source_overflow(place.path)
     rank = {"by": ["lae", "random", "depth"], "trajectory": "source"}
     recipe = place.recipe(name="served", rank=rank, sweep={"k": [1, 3], "kind": ["ffn"], "alpha": [0.5, 1.0]})
     return Swept(place.path / "runs" / "served", place, run_main("sweep", recipe))

@@ -191,16 +191,18 @@ def _write_answers(folder: Path, source: PreTrainedModel, target: PreTrainedMode
     (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def overflowing_source(folder: Path) -> None:
+def make_source_overflow(folder: Path) -> None:
     """Make layer 0's down projection enormous but finite, and silent in the source itself, whose up projection becomes zero.
 
-    A variant that takes the one without the other has NaN logits; the source, and all swapped, are well.
+    A variant that takes the one without the other has NaN logits; the source, and all swapped, are well. The task is again the
+    source's own, for without a gap test stays shut.
     """
-    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    model, target = (AutoModelForCausalLM.from_pretrained(folder / name) for name in ("source", "target"))
     mlp = model.model.layers[0].mlp
     mlp.up_proj.weight.data.zero_()
     mlp.down_proj.weight.data.fill_(3e38)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder / "source")
+    _write_answers(folder, model, target)
 
 
 def free_port() -> int:

@@ -18,8 +18,9 @@ from transplant_ray.distributed.mailbox import Mailbox, run_trial
 from transplant_ray.evaluate.results import Result
 from transplant_ray.graft.plan import Planned
 
-MAX_CONCURRENT_TRIALS = 2
-"""Trials only wait, so a few processes serve any number of them."""
+MAX_CONCURRENT_TRIALS = 1
+"""Trials only wait, so one process serves any number of them. With two, Tune starts a process for the next before it sees that
+one is free, and throws it away: five times the time (docs/LOG.md)."""
 
 TRIAL_RESOURCES = tune.PlacementGroupFactory([{"node:__internal_head__": 0.001}])
 """No CPU: a trial that wants a share of one waits for ever where the evaluators hold all. The head has this resource in plenty."""
