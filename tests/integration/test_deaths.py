@@ -105,6 +105,7 @@ def test_an_error_of_an_evaluator_is_no_death(cluster: None, tmp_path: Path) -> 
         pool.run([Work((None,), EXAMPLES, RULES)], lambda _: None)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_trial_that_tune_gave_up_has_its_result_all_the_same(
     cluster: None,  # noqa: ARG001
     template: Place,

@@ -171,6 +171,7 @@ def check_that_mlflow_has_everything(client: MlflowClient, swept: Swept, tmp_pat
 
 
 @pytest.mark.usefixtures("cluster")
+@pytest.mark.slow
 def test_a_server_that_is_killed_in_mid_sweep_has_everything_in_the_end(
     mortal: Server, spot: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

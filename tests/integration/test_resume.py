@@ -93,6 +93,7 @@ def test_a_killed_driver_goes_on_where_it_was(swept: Swept, place: Place) -> Non
     assert set(written.values()) == {1}
 
 
+@pytest.mark.slow
 def test_sigterm_ends_a_sweep_as_ctrl_c_does(cluster: None, place: Place) -> None:  # noqa: ARG001
     recipe = place.recipe(name="terminated", resources={"batch_size": 4, "shard_size": 5})
     folder = place.path / "runs" / "terminated"
