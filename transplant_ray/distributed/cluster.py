@@ -140,7 +140,7 @@ def _reach(address: str) -> None:
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Our own errors as they were raised in an actor, without Ray's traceback around them."""
+    """Our own errors as they were raised in an actor, without Ray's traceback around them. ResourceError where an actor is gone."""
     try:
         yield
     except ray.exceptions.RayTaskError as error:
@@ -150,3 +150,6 @@ def plain_errors() -> Iterator[None]:
         if isinstance(cause, TransplantError):
             raise type(cause)(str(cause)) from None
         raise
+    except ray.exceptions.RayActorError as error:
+        reason = " ".join(str(error).split())[:500]
+        raise ResourceError(f"an actor is gone for good ({reason}). The same command goes on where it stopped.") from error
