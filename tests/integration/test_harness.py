@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -184,6 +184,18 @@ def theirs(pair: Pair, path: Path, settings: Mapping[str, Any]) -> dict[str, Any
     return results
 
 
+def agreed_score(found: Mapping[str, Outcome], samples: Sequence[Any], metric: str, output_type: str) -> float:
+    """Our score, once every answer and judgement is lm_eval's."""
+    assert len(found) == len(samples) == NUM_ROWS
+    for sample in samples:
+        outcome = found[sample["doc"]["prompt"]]
+        assert outcome.error is None
+        assert outcome.correct is bool(sample[metric]), sample
+        if output_type == "generate_until":
+            assert outcome.completion == sample["resps"][0][0]
+    return sum(outcome.correct for outcome in found.values()) / NUM_ROWS
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_answers_and_scores_are_those_of_lm_eval(pair: Pair, data: Path, tmp_path: Path, name: str) -> None:
     settings, given, metric, chosen = TASKS[name]
@@ -191,14 +203,7 @@ def test_answers_and_scores_are_those_of_lm_eval(pair: Pair, data: Path, tmp_pat
     task = prepare(pair, path, **given)
     found, results = ours(pair, task), theirs(pair, path, given)
     samples = [sample for sample in results["samples"]["sums"] if sample["filter"] == chosen]
-    assert len(found) == len(samples) == NUM_ROWS
-    for sample in samples:
-        outcome = found[sample["doc"]["prompt"]]
-        assert outcome.error is None
-        assert outcome.correct is bool(sample[metric]), sample
-        if settings["output_type"] == "generate_until":
-            assert outcome.completion == sample["resps"][0][0]
-    score = sum(outcome.correct for outcome in found.values()) / NUM_ROWS
+    score = agreed_score(found, samples, metric, settings["output_type"])
     assert score == pytest.approx(results["results"]["sums"][f"{metric},{chosen}"], abs=1e-9)
     assert 0 < score < 1 or given.get("num_fewshot") == 2  # the zoo never saw shots
     if settings["output_type"] == "generate_until":
@@ -270,14 +275,7 @@ def test_in_a_chat_requests_and_answers_are_those_of_lm_eval(
     asked = {request[0] for sample in samples for request in sample["arguments"]}
     assert set(task.texts) == asked
     assert all("<|assistant|>" in text for text in asked)
-    assert len(found) == len(samples) == NUM_ROWS
-    for sample in samples:
-        outcome = found[sample["doc"]["prompt"]]
-        assert outcome.error is None
-        assert outcome.correct is bool(sample[metric]), sample
-        if settings["output_type"] == "generate_until":
-            assert outcome.completion == sample["resps"][0][0]
-    score = sum(outcome.correct for outcome in found.values()) / NUM_ROWS
+    score = agreed_score(found, samples, metric, settings["output_type"])
     assert score == pytest.approx(results["results"]["sums"][f"{metric},none"], abs=1e-9)
     assert 0 < score < 1 or "shots" in name or template != "zoo's"  # the zoo never saw shots, and no system
     assert len({outcome.completion for outcome in found.values()}) > 5 or name == "chosen among beginnings"

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Protocol
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # a line for every trial, passwords in addresses included
@@ -270,16 +270,30 @@ class Tracker:
             self.client.set_terminated(self.run_id, status, end_time=at)
 
 
+class Endable(Protocol):
+    """A run that is told how the work ended."""
+
+    def finish(self) -> None: ...
+    def abandon(self, status: str) -> None: ...
+
+
+@contextmanager
+def ended_with(run: Endable) -> Iterator[None]:
+    """The run ends with the block: FAILED, or KILLED by Ctrl-C or SIGTERM, where the block does."""
+    try:
+        yield
+        run.finish()
+    except BaseException as error:  # Ctrl-C and SIGTERM are none of `Exception`
+        run.abandon("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
+        raise
+
+
 @contextmanager
 def tracked(recipe: Recipe, say: Callable[[str], None]) -> Iterator[Tracker]:
-    """A parent run for the block; it ends FAILED, or KILLED by Ctrl-C or SIGTERM, where the block does."""
+    """A parent run for the block."""
     tracker = Tracker.start(recipe, say)
-    try:
+    with ended_with(tracker):
         yield tracker
-        tracker.finish()
-    except BaseException as error:
-        tracker.abandon("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
-        raise
 
 
 def _artifacts_beside(uri: str) -> str | None:

@@ -15,7 +15,14 @@ from transplant_ray.organ.training import Point
 from transplant_ray.recipe import TrackingSpec, TrainingSpec, redact
 from transplant_ray.tracking.outages import is_outage
 from transplant_ray.tracking.outbox import Outbox, num_entries
-from transplant_ray.tracking.tracker import FAILURE_SECONDS, FAREWELL_SECONDS, milliseconds, open_experiment, tracking_errors
+from transplant_ray.tracking.tracker import (
+    FAILURE_SECONDS,
+    FAREWELL_SECONDS,
+    ended_with,
+    milliseconds,
+    open_experiment,
+    tracking_errors,
+)
 from transplant_ray.versions import environment
 
 
@@ -83,11 +90,7 @@ def point_metrics(point: Point) -> dict[str, float]:
 def tracked_training(
     name: str, training: TrainingSpec, spec: TrackingSpec, say: Callable[[str], None]
 ) -> Iterator[TrainingTracker]:
-    """A run for the block; it ends FAILED, or KILLED by Ctrl-C or SIGTERM, where the block does."""
+    """A run for the block."""
     tracker = TrainingTracker.start(name, training, spec, say)
-    try:
+    with ended_with(tracker):
         yield tracker
-        tracker.finish()
-    except BaseException as error:
-        tracker.abandon("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
-        raise

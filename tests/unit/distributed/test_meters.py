@@ -109,12 +109,17 @@ def test_nothing_is_counted_where_there_is_no_ray(noted: Noted) -> None:
 
 
 def test_what_goes_wrong_with_metrics_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
     def broken(name: str) -> Any:
+        asked.append(name)
         raise RuntimeError(name)
 
     monkeypatch.setattr(meters, "_meter", broken)
     Meters("r", alive=lambda: True).hear(VariantDone("v"))
+    counted = len(asked)
     count_in_evaluator("r", SHARD)
+    assert 0 < counted < len(asked)
 
 
 def test_the_docs_list_every_metric_with_its_tags_and_no_other() -> None:

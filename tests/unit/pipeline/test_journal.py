@@ -176,8 +176,11 @@ def test_two_sweeps_of_one_program_keep_their_logs_apart(tmp_path: Path) -> None
 
 def test_a_log_that_cannot_be_written_ends_nothing(folder: RunFolder) -> None:
     folder.log.mkdir()
+    reached = False
     with Journal(RECIPE).kept(folder, "sweep"):
-        pass
+        reached = True
+    assert reached
+    assert list(folder.log.iterdir()) == []
 
 
 def test_a_log_goes_to_where_the_results_go_and_what_is_there_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
