@@ -11,7 +11,7 @@ import torch
 from stacks import Pair
 from tiny import VOCABULARY, tiny_tokenizer
 
-from transplant_ray.organ.pack import Pack, pack_text
+from transplant_ray.organ.pack import Pack, pack_text, training_cut
 from transplant_ray.organ.text import Passage
 from transplant_ray.organ.training import Training
 from transplant_ray.organ.wrapper import load_wrapper
@@ -32,7 +32,7 @@ def training_spec(**changes: Any) -> TrainingSpec:
 
 
 def make_pack(folder: Path, spec: TrainingSpec) -> Pack:
-    return pack_text(map(Passage, sums(60)), tiny_tokenizer(), VOCABULARY, spec, folder)
+    return pack_text(map(Passage, sums(60)), tiny_tokenizer(), VOCABULARY, training_cut(spec), folder)
 
 
 def begin(pair: Pair, folder: Path, **changes: Any) -> Training:

@@ -30,7 +30,7 @@ from stacks import Pair, make_pair
 from table import Row, main
 from tiny import tiny_tokenizer
 
-from transplant_ray.organ.pack import Pack, pack_text
+from transplant_ray.organ.pack import Pack, pack_text, training_cut
 from transplant_ray.organ.progress import save_progress
 from transplant_ray.organ.text import Passage
 from transplant_ray.organ.training import Rank, Training
@@ -113,7 +113,7 @@ def rows(options: Namespace) -> Iterator[Row]:
         shape = {**(GPU_SHAPE if device().type == "cuda" else CPU_SHAPE), "max_position_embeddings": 2048}
         pair = make_pair(folder, **shape)
         texts = (Passage(f"{number} and {number * number}: " * 20) for number in range(100_000))
-        pack_text(texts, tiny_tokenizer(), shape["vocab_size"], settings, folder / "pack")
+        pack_text(texts, tiny_tokenizer(), shape["vocab_size"], training_cut(settings), folder / "pack")
         found = [(alone(ours, pair, folder, settings), alone(bare, pair, folder, settings)) for _ in range(rounds)]
     speeds = [theirs[0] / mine[0] for mine, theirs in found]
     memory = [mine[1] / theirs[1] for mine, theirs in found]

@@ -1,6 +1,6 @@
 """Text as token ids on disk: written once, and then read in blocks of the context's length, in any order, at no cost.
 
-    train.bin, held_out.bin     token ids, one after another
+    train.bin, held_out.bin     token ids, one after another: a file for each side
     pack.json                   how many, of what, and the hash of all text: what an organ may say of its data
 
 The files lie beside the training's checkpoints, never in an organ.
@@ -9,7 +9,8 @@ The files lie beside the training's checkpoints, never in an organ.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import islice
@@ -24,11 +25,14 @@ from transformers import PreTrainedTokenizerBase
 from transplant_ray.errors import DataError, RunError
 from transplant_ray.files import whole_folder, write_json
 from transplant_ray.models.header import brief
-from transplant_ray.organ.text import Passage
-from transplant_ray.recipe import TrainingSpec
+from transplant_ray.organ.text import Passage, number_of, place_of
+from transplant_ray.recipe import MeasuredSpec, TrainingSpec
 
-TRAIN, HELD_OUT = "train", "held_out"
 RECORD = "pack.json"
+PURPOSES = {
+    "train": "to train on", "held_out": "held out", "select": "to choose by", "test": "to confirm on",
+}  # fmt: skip
+"""Sides, and what is done on them."""
 TOGETHER = 256
 """Passages that the tokenizer is given at a time."""
 
@@ -39,7 +43,7 @@ class Side(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     documents: int
-    """That begin in it; of a plain file, whose pieces may be on both sides, so do pieces after one that is on the other."""
+    """That begin in it; of a plain file, whose pieces may be on several sides, so do pieces after one that is on another."""
     tokens: int
     blocks: int
     """Whole contexts; what is left over is not read."""
@@ -50,10 +54,39 @@ class PackRecord(BaseModel):
 
     context: int
     dtype: str
-    train: Side
-    held_out: Side
+    sides: dict[str, Side]
     text: str
     """SHA-256 over the hashes of all passages that were read, in their order."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How text is cut up: into contexts, and each passage to one side."""
+
+    context: int
+    wanted: Mapping[str, int | None]
+    """Sides, and how many tokens are needed of each at most; None takes what comes while the others fill."""
+    side: Callable[[bytes], str]
+    """By the hash of what a passage says, so that the same text is never on two."""
+
+
+def training_cut(spec: TrainingSpec) -> Cut:
+    """`train`, as much as the training reads, and `held_out`."""
+
+    def side(digest: bytes) -> str:
+        return "held_out" if place_of(digest, str(spec.seed)) < spec.held_out else "train"
+
+    return Cut(spec.context, {"train": spec.num_tokens, "held_out": None}, side)
+
+
+def measuring_cut(spec: MeasuredSpec, context: int) -> Cut:
+    """`select` and `test`."""
+
+    def side(digest: bytes) -> str:
+        return "select" if place_of(digest, "select") < 0.5 else "test"
+
+    most = spec.contexts * context
+    return Cut(context, {"select": most, "test": most}, side)
 
 
 @dataclass(frozen=True)
@@ -68,16 +101,16 @@ class Pack:
         except (OSError, ValueError) as error:
             raise RunError(f"{folder}: not readable packed text ({brief(error)}). Remove it; it is made again.") from error
 
+    def side(self, name: str) -> Blocks:
+        return Blocks(self.folder / f"{name}.bin", self.record.sides[name].blocks, self.record.context, self.record.dtype)
+
     @cached_property
     def train(self) -> Blocks:
-        return self._blocks(TRAIN, self.record.train)
+        return self.side("train")
 
     @cached_property
     def held_out(self) -> Blocks:
-        return self._blocks(HELD_OUT, self.record.held_out)
-
-    def _blocks(self, name: str, side: Side) -> Blocks:
-        return Blocks(self.folder / f"{name}.bin", side.blocks, self.record.context, self.record.dtype)
+        return self.side("held_out")
 
 
 @dataclass(frozen=True)
@@ -112,60 +145,53 @@ class Order:
 
 @lru_cache(maxsize=2)  # a step may need the end of one and the beginning of the next
 def _shuffled(num: int, seed: str) -> np.ndarray:
-    shuffled: np.ndarray = torch.randperm(num, generator=torch.Generator().manual_seed(_number(seed))).numpy()
+    shuffled: np.ndarray = torch.randperm(num, generator=torch.Generator().manual_seed(number_of(seed))).numpy()
     return shuffled
 
 
-def pack_text(
-    passages: Iterable[Passage], tokenizer: PreTrainedTokenizerBase, vocabulary: int, spec: TrainingSpec, folder: Path
-) -> Pack:
-    """Write what the training needs of the text, and no more, into `folder`.
+def pack_text(passages: Iterable[Passage], tokenizer: PreTrainedTokenizerBase, vocabulary: int, cut: Cut, folder: Path) -> Pack:
+    """Write what is wanted of the text, and no more, into `folder`.
 
-    `vocabulary` is the number of ids that the embedding knows. DataError where there is less than one context, or an id that the
-    embedding does not know; RunError where there is no room. Then there is no folder.
+    `vocabulary` is the number of ids that the embedding knows. DataError where there is less than one context of what is needed, or
+    an id that the embedding does not know; RunError where there is no room. Then there is no folder.
     """
     ends = _ends(tokenizer)
     dtype = "uint16" if vocabulary <= 1 << 16 else "uint32"
-    hashes, most = hashlib.sha256(), spec.num_tokens
-    with whole_folder(folder, replace=True) as new, (new / "train.bin").open("wb") as t, (new / "held_out.bin").open("wb") as h:
-        train, held = _Stream(t, dtype, ends), _Stream(h, dtype, ends)
+    hashes = hashlib.sha256()
+    with whole_folder(folder, replace=True) as new, ExitStack() as files:
+        streams = {
+            name: _Stream(files.enter_context((new / f"{name}.bin").open("wb")), dtype, ends, most)
+            for name, most in cut.wanted.items()
+        }
         for passage, ids in _encoded(passages, tokenizer, vocabulary):
-            digest = hashlib.sha256(passage.text.encode()).digest()
-            hashes.update(digest)
-            here, there = (held, train) if _is_held_out(digest, spec) else (train, held)
-            there.close()
-            here.put(passage, ids)
-            if train.tokens >= most:
+            hashes.update(passage.digest)
+            here = streams[cut.side(passage.digest)]
+            for other in streams.values():
+                if other is not here:
+                    other.close()
+            if not here.full:
+                here.put(passage, ids)
+            if all(stream.full for stream in streams.values() if stream.most is not None):
                 break
-        train.close()
-        held.close()
-        record = PackRecord(
-            context=spec.context, dtype=dtype, train=train.side(spec.context), held_out=held.side(spec.context),
-            text=hashes.hexdigest(),
-        )  # fmt: skip
-        _check(record)
+        for stream in streams.values():
+            stream.close()
+        sides = {name: stream.side(cut.context) for name, stream in streams.items()}
+        record = PackRecord(context=cut.context, dtype=dtype, sides=sides, text=hashes.hexdigest())
+        _check(record, cut)
         write_json(new / RECORD, record.model_dump())
     return Pack(folder, record)
 
 
-def _check(record: PackRecord) -> None:
-    if record.train.tokens == 0 and record.held_out.tokens == 0:
+def _check(record: PackRecord, cut: Cut) -> None:
+    if not any(side.tokens for side in record.sides.values()):
         raise DataError("`data`: holds no text. Give files with text, and `text` a template over its columns.")
-    if record.train.blocks == 0:
-        raise DataError(
-            f"`data`: {record.train.tokens} tokens to train on ({record.held_out.tokens} are held out), fewer than one context of "
-            f"{record.context}. Give more text, or a shorter `context`."
-        )
-
-
-def _is_held_out(digest: bytes, spec: TrainingSpec) -> bool:
-    """By what the passage says and the seed, wherever it stands: the same text is never on both sides."""
-    return _number(f"{spec.seed}:{digest.hex()}") < spec.held_out * 2**63
-
-
-def _number(text: str) -> int:
-    """From 0 to below 2⁶³."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+    for name, most in cut.wanted.items():
+        if most is not None and record.sides[name].blocks == 0:
+            found = ", ".join(f"{side.tokens} tokens {PURPOSES[each]}" for each, side in record.sides.items())
+            raise DataError(
+                f"`data`: {found}; {PURPOSES[name]} there must be one context of {record.context} at least. Give more text, or a "
+                "shorter `context`."
+            )
 
 
 def _ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
@@ -194,10 +220,14 @@ def _encoded(
 class _Stream:
     """Tokens of one side; a document that goes on elsewhere ends here."""
 
-    def __init__(self, file: IO[bytes], dtype: str, ends: tuple[list[int], list[int]]) -> None:
-        self.file, self.dtype, self.ends = file, dtype, ends
+    def __init__(self, file: IO[bytes], dtype: str, ends: tuple[list[int], list[int]], most: int | None) -> None:
+        self.file, self.dtype, self.ends, self.most = file, dtype, ends, most
         self.documents = self.tokens = 0
         self.open = False
+
+    @property
+    def full(self) -> bool:
+        return self.most is not None and self.tokens >= self.most
 
     def put(self, passage: Passage, ids: Sequence[int]) -> None:
         begins = passage.first or not self.open

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transplant_ray.errors import DataError
-from transplant_ray.recipe import HubData
+from transplant_ray.recipe import CorpusSpec, HubData
 from transplant_ray.rows import READERS, render, stream_rows
 
 PASSAGE_CHARACTERS = 4096
@@ -26,16 +27,42 @@ class Passage:
     first: bool = True
     last: bool = True
 
+    @property
+    def digest(self) -> bytes:
+        """Of what it says."""
+        return hashlib.sha256(self.text.encode()).digest()
 
-def stream_passages(data: Sequence[str | HubData], template: str) -> Iterator[Passage]:
-    """All text of the data, in its order. DataError, as it is read, for files that are not there, or are no text."""
-    for each in data:
+
+def stream_passages(corpus: CorpusSpec) -> Iterator[Passage]:
+    """The text of a corpus, in its order. DataError, as it is read, for files that are not there, or are no text."""
+    low, high = corpus.share
+    gap = False  # before a piece whose predecessor is left out
+    for passage in _all_passages(corpus):
+        if low <= place_of(passage.digest, "share") < high:
+            yield replace(passage, first=passage.first or gap)
+            gap = False
+        else:
+            gap = True
+
+
+def place_of(digest: bytes, salt: str) -> float:
+    """Where a text stands between 0 and below 1, by what it says alone: the same text is in the same share wherever it stands."""
+    return (number_of(f"{salt}:{digest.hex()}") >> 10) / 2**53
+
+
+def number_of(text: str) -> int:
+    """From 0 to below 2⁶³, by a hash."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def _all_passages(corpus: CorpusSpec) -> Iterator[Passage]:
+    for each in corpus.data:
         if isinstance(each, HubData):
-            yield from _rows(each, each.path, template)
+            yield from _rows(each, each.path, corpus.text)
             continue
         for path in data_files(each):
             if path.suffix in READERS:
-                yield from _rows(str(path), str(path), template)
+                yield from _rows(str(path), str(path), corpus.text)
             else:
                 yield from _pieces(path)
 

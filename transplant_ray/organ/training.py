@@ -18,6 +18,7 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from transplant_ray.errors import NumericsError, ResourceError
+from transplant_ray.organ.losses import block_losses
 from transplant_ray.organ.pack import Blocks, Order, Pack
 from transplant_ray.organ.wrapper import organ_parameters
 from transplant_ray.recipe import TrainingSpec
@@ -100,11 +101,8 @@ class Training:
         if not min(blocks.num, spec.held_out_contexts):
             return None
         self.model.eval()
-        sums = torch.zeros(2, dtype=torch.float64, device=self.rank.device)
-        with torch.no_grad():
-            for start in range(0, len(mine), self._rows):
-                some = mine[start : start + self._rows]
-                sums += torch.tensor([self._loss(self.model, blocks, some).item() * len(some), len(some)], device=sums.device)
+        losses = list(block_losses(self.model, blocks, mine, self._rows, spec.dtype))
+        sums = torch.tensor([sum(losses), len(losses)], dtype=torch.float64, device=self.rank.device)
         self.model.train()
         total, number = self.rank.total(sums).tolist()
         return float(total / number)

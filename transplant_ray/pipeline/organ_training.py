@@ -25,7 +25,7 @@ from transplant_ray.models.header import DTYPES
 from transplant_ray.models.loading import load_tensors, read_tokenizer
 from transplant_ray.organ.extract import extract_organ
 from transplant_ray.organ.folder import Organ, open_organ, write_organ
-from transplant_ray.organ.pack import RECORD, Pack, pack_text
+from transplant_ray.organ.pack import RECORD, Pack, pack_text, training_cut
 from transplant_ray.organ.progress import Progress
 from transplant_ray.organ.text import Passage, data_files, stream_passages
 from transplant_ray.organ.training import Point
@@ -144,8 +144,7 @@ def training_record(ready: Prepared, progress: Progress) -> dict[str, Any]:
         "earlier": ready.organ.manifest.training,
         "text": {
             "sha256": text.text,
-            "train": text.train.model_dump(),
-            "held_out": text.held_out.model_dump(),
+            **{name: side.model_dump() for name, side in text.sides.items()},
         },
         "steps": progress.step,
         "tokens": ready.training.num_tokens,
@@ -195,12 +194,12 @@ def _cut_out(recipient: Checkpoint, organ: str | Path | None, layers: str, licen
 def _pack(training: TrainingSpec, recipient: Checkpoint, place: Workplace, watch: Watch) -> Pack:
     if not (place.pack / RECORD).exists():
         watch.stage("read the text", 0, "passages")
-        passages = _counted(stream_passages(training.data, training.text), watch)
-        pack_text(passages, read_tokenizer(recipient), recipient.config.vocab_size, training, place.pack)
+        passages = _counted(stream_passages(training), watch)
+        pack_text(passages, read_tokenizer(recipient), recipient.config.vocab_size, training_cut(training), place.pack)
     pack = Pack.open(place.pack)
     if training.held_out and not pack.held_out.num:
         watch.note(
-            f"{pack.record.held_out.tokens} tokens are held out, fewer than a context: there is no perplexity. A larger "
+            f"{pack.record.sides['held_out'].tokens} tokens are held out, fewer than a context: there is no perplexity. A larger "
             "`held_out`, or more text, gives one"
         )
     return pack

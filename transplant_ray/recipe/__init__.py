@@ -1,5 +1,6 @@
 """The recipe: everything a user decides, as frozen pydantic models; unknown keys are refused. `file` reads one from YAML."""
 
+from transplant_ray.recipe.corpus import CorpusSpec, MeasuredSpec
 from transplant_ray.recipe.file import carry_recipe, load_recipe, parse_recipe, parse_training
 from transplant_ray.recipe.guards import GENERAL_TEXT, MAIN, GuardSpec, GuardTask, TextSpec
 from transplant_ray.recipe.part import Kind
@@ -39,12 +40,14 @@ __all__ = [
     "SPARSE_MERGES",
     "Acceptance",
     "ControlSpec",
+    "CorpusSpec",
     "GatesSpec",
     "GreedySpec",
     "GuardSpec",
     "GuardTask",
     "HubData",
     "Kind",
+    "MeasuredSpec",
     "ModelSpec",
     "ObjectiveSpec",
     "Place",

@@ -4,25 +4,18 @@ from __future__ import annotations
 
 from math import ceil
 from typing import Literal
-from urllib.parse import parse_qsl
 
 from pydantic import Field, field_validator, model_validator
 
+from transplant_ray.recipe.corpus import CorpusSpec
 from transplant_ray.recipe.part import Part
-from transplant_ray.recipe.tasks import HubData
 
-HUB = "hub:"
-"""Begins data of the hub, where one line says it: `hub:openai/gsm8k?name=main&split=train`."""
 DEFAULT_STEPS = 1000
 
 
-class TrainingSpec(Part):
+class TrainingSpec(CorpusSpec):
     """What decides the weights of a trained organ; how many workers there are only moves the last bits of sums."""
 
-    data: tuple[str | HubData, ...] = Field(min_length=1)
-    """JSONL or Parquet files, plain text files, folders of them, patterns such as `docs/**/*.md`, or hub datasets."""
-    text: str = "{text}"
-    """Template over the columns of JSONL, Parquet and hub data."""
     context: int = Field(512, ge=2)
     """Tokens that are read at a time."""
     steps: int | None = Field(None, ge=1)
@@ -54,12 +47,6 @@ class TrainingSpec(Part):
     """Steps between two points of the loss."""
     checkpoint_every: int | None = Field(None, ge=1)
     """Steps between two checkpoints, each with a point of the held-out loss; a tenth of all by default."""
-
-    @field_validator("data", mode="before")
-    @classmethod
-    def _spell_out(cls, value: object) -> object:
-        values = value if isinstance(value, list | tuple) else (value,)
-        return tuple(_hub_data(each) if isinstance(each, str) and each.startswith(HUB) else each for each in values)
 
     @field_validator("betas")
     @classmethod
@@ -105,8 +92,3 @@ class WorkerSpec(Part):
     """Of each worker: its threads. By default those of the cluster are shared out; 1 where workers have GPUs."""
     max_failures: int = Field(3, ge=0)
     """Deaths of workers after which training is given up; until then it goes on from the last checkpoint."""
-
-
-def _hub_data(text: str) -> dict[str, str]:
-    path, _, query = text.removeprefix(HUB).partition("?")
-    return {"path": path, "split": "train", **dict(parse_qsl(query))}

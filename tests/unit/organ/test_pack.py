@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny import BOS, EOS, VOCABULARY, tiny_tokenizer
 
 from transplant_ray.errors import DataError, RunError
-from transplant_ray.organ.pack import Order, Pack, pack_text
+from transplant_ray.organ.pack import Order, Pack, pack_text, training_cut
 from transplant_ray.organ.text import Passage
 from transplant_ray.recipe import TrainingSpec
 
@@ -25,7 +25,7 @@ def spec(**changes: object) -> TrainingSpec:
 
 
 def pack(folder: Path, passages: list[Passage], vocabulary: int = VOCABULARY, **changes: object) -> Pack:
-    return pack_text(passages, TOKENIZER, vocabulary, spec(**changes), folder / "pack")
+    return pack_text(passages, TOKENIZER, vocabulary, training_cut(spec(**changes)), folder / "pack")
 
 
 def tokens(pack: Pack, name: str = "train") -> list[int]:
@@ -44,7 +44,7 @@ def test_every_token_is_there_once_in_order_and_blocks_are_whole(tmp_path: Path,
         return
     made = pack(tmp_path, [Passage(text) for text in texts], vocabulary)
     assert tokens(made) == expected
-    assert made.record.train.documents == len(texts)
+    assert made.record.sides["train"].documents == len(texts)
     blocks = made.train.read(range(made.train.num))
     assert blocks.shape == (len(expected) // 8, 8)
     assert blocks.flatten().tolist() == expected[: blocks.numel()]
@@ -71,7 +71,7 @@ def test_pieces_of_a_document_are_one_document_and_both_sides_are_all(
         marks = [token for token in side if token in (BOS, EOS)]
         assert marks == [BOS, EOS] * (len(marks) // 2)
         assert not side or (side[0], side[-1]) == (BOS, EOS)
-    assert (split.record.train.documents, split.record.held_out.documents) == (ours.count(BOS), theirs.count(BOS))
+    assert (split.record.sides["train"].documents, split.record.sides["held_out"].documents) == (ours.count(BOS), theirs.count(BOS))
 
 
 def test_a_text_is_held_out_wherever_it_stands(tmp_path: Path) -> None:
@@ -97,8 +97,8 @@ def test_no_more_is_read_than_the_training_needs(tmp_path: Path) -> None:
             read.append(number)
             yield Passage(f"text number {number}")
 
-    made = pack_text(passages(), TOKENIZER, VOCABULARY, spec(steps=2), tmp_path / "pack")  # type: ignore[arg-type]
-    assert 64 <= made.record.train.tokens < 128
+    made = pack_text(passages(), TOKENIZER, VOCABULARY, training_cut(spec(steps=2)), tmp_path / "pack")  # type: ignore[arg-type]
+    assert 64 <= made.record.sides["train"].tokens < 128
     assert len(read) < 1000
 
 
@@ -117,7 +117,7 @@ def test_turns_and_seeds_differ() -> None:
 
 @pytest.mark.parametrize(
     ("passages", "words"),
-    [([], "holds no text"), ([Passage("abc")], "5 tokens to train on .*fewer than one context of 8")],
+    [([], "holds no text"), ([Passage("abc")], "5 tokens to train on.* one context of 8")],
 )
 def test_too_little_text_is_refused_and_leaves_nothing(tmp_path: Path, passages: list[Passage], words: str) -> None:
     with pytest.raises(DataError, match=words):

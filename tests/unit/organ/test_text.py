@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transplant_ray.errors import DataError
 from transplant_ray.organ import text as module
 from transplant_ray.organ.text import data_files, stream_passages
-from transplant_ray.recipe import HubData
+from transplant_ray.recipe import CorpusSpec, HubData
 
 ROWS = [{"text": "one", "more": "1"}, {"text": "two\u2028lines", "more": "2"}, {"text": "", "more": "3"}]
 
@@ -31,7 +31,7 @@ def write_parquet(path: Path) -> str:
 
 
 def texts(*data: str | HubData, template: str = "{text}") -> list[str]:
-    return [passage.text for passage in stream_passages(data, template)]
+    return [passage.text for passage in stream_passages(CorpusSpec(data=data, text=template))]
 
 
 @pytest.mark.parametrize(("write", "name"), [(write_jsonl, "a.jsonl"), (write_parquet, "a.parquet")])
@@ -53,7 +53,7 @@ def test_a_plain_file_comes_back_whole_in_pieces(tmp_path: Path, lines: list[str
     (tmp_path / "a.txt").write_text(whole, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "PASSAGE_CHARACTERS", length)
-        passages = list(stream_passages([str(tmp_path / "a.txt")], "{text}"))
+        passages = list(stream_passages(CorpusSpec(data=[str(tmp_path / "a.txt")])))
     assert "".join(passage.text for passage in passages) == whole
     assert [passage.first for passage in passages] == [place == 0 for place in range(len(passages))]
     assert [passage.last for passage in passages] == [place == len(passages) - 1 for place in range(len(passages))]
@@ -85,3 +85,27 @@ def test_what_is_no_text_is_refused(tmp_path: Path, name: str) -> None:
 def test_a_column_that_is_not_there_is_refused_by_its_row(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.jsonl, row 1, `text`: no column 'txt'.*Did you mean \{text\}"):
         texts(write_jsonl(tmp_path / "a.jsonl"), template="{txt}")
+
+
+@settings(deadline=None, max_examples=40)
+@given(cut=st.floats(0.05, 0.95))
+def test_shares_of_a_corpus_have_nothing_in_common_and_are_all_of_it(tmp_path_factory: pytest.TempPathFactory, cut: float) -> None:
+    rows = [f"document {number}" for number in range(200)]
+    path = tmp_path_factory.mktemp("share") / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    low, high = ([p.text for p in stream_passages(CorpusSpec(data=[str(path)], share=share))] for share in ((0, cut), (cut, 1)))
+    assert sorted([*low, *high]) == sorted(rows)
+    assert abs(len(low) / 200 - cut) < 0.2
+
+
+def test_what_is_left_out_of_a_file_parts_what_is_on_both_sides_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("".join(f"{number} {'a' * 500}\n" for number in range(400)))
+    whole = list(stream_passages(CorpusSpec(data=[str(path)])))
+    part = list(stream_passages(CorpusSpec(data=[str(path)], share=(0, 0.5))))
+    assert 0 < len(part) < len(whole)
+    texts = [passage.text for passage in whole]
+    for passage in part:
+        place = texts.index(passage.text)
+        before = texts[place - 1] if place else None
+        assert passage.first == (before not in [other.text for other in part])

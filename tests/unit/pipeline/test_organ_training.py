@@ -213,7 +213,7 @@ def test_a_place_that_is_taken_is_refused_before_anything_is_read(place: Path) -
         ({}, {"vocabulary": "maybe"}, OrganError, "expected one of refuse, warn"),
         ({"data": ["none.txt"]}, {}, DataError, "no such file, folder or pattern"),
         ({"text": "{words}"}, {}, DataError, "no column 'words'"),
-        ({"held_out": 0.999999}, {}, DataError, "fewer than one context of 16"),
+        ({"held_out": 0.999999}, {}, DataError, "one context of 16 at least"),
     ],
 )
 def test_what_cannot_be_is_said_and_nothing_is_left(
