@@ -25,7 +25,7 @@ def test_settings_are_read_as_those_of_recipes_are() -> None:
     [
         (["lr=0"], "`lr` is 0: Input should be greater than 0"),
         (["lrr=1"], "`lrr` is not a key of a training. Did you mean `lr`"),
-        (["zzz=1"], "`zzz` is not a key of a training. It has data, text, context, steps"),
+        (["zzz=1"], "`zzz` is not a key of a training. It has data, text, share, context, steps"),
         (["steps=5", "tokens=5"], "`steps` and `tokens` both say how long"),
         (["micro_batch=3"], "`batch` 8 is no multiple of `micro_batch` 3"),
         (["betas=[0.9, 1]"], "expected two numbers from 0 to below 1"),
