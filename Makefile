@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+INSTALL := --quiet --constraint constraints.txt --editable '.[dev]'
 
 MERGEKIT := .venv-mergekit
 MERGEKIT_STAMP := $(MERGEKIT)/.installed
@@ -13,7 +14,7 @@ demo: setup ## sweep a small trained pair that ships with the package
 
 test: setup ## unit tests, spoilt inputs, integration tests
 	$(BIN)/python -m pytest tests/unit tests/fuzz --numprocesses auto --dist loadfile
-	$(BIN)/python -m pytest tests/integration
+	$(BIN)/python -m pytest tests/integration --numprocesses 2 --dist loadgroup
 
 chaos: setup ## kill actors, tasks, nodes, trials and drivers, each at a random point
 	$(BIN)/python -m pytest tests/chaos
@@ -43,7 +44,10 @@ setup: $(STAMP) ## install everything into .venv, pinned by constraints.txt
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt uv
+	# uv takes half a minute, pip four; it does not read pip's settings, so pip has a try where it fails
+	UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" $(BIN)/uv pip install --python $(BIN)/python $(INSTALL) || \
+		$(BIN)/python -m pip install $(INSTALL)
 	touch $(STAMP)
 
 mergekit: $(MERGEKIT_STAMP) ## mergekit in a venv of its own, which takes from .venv what is there already: some seconds instead of minutes

@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
@@ -76,6 +77,8 @@ MORE_CONFIGS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
 
 DEEP_FAMILIES = ("llama", "phi3", "gemma2", "gpt2")
 """Families that every floor is tested on."""
+DEAR_FAMILIES = [pytest.param(each, marks=[] if each in ("phi3", "gpt2") else pytest.mark.slow) for each in DEEP_FAMILIES]
+"""The same, where a test is dear: `.ci/run` takes one with fused and one with transposed maps, `make test` all."""
 
 
 def tiny_config(family: str, **changes: Any) -> PretrainedConfig:

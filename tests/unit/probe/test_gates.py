@@ -16,7 +16,7 @@ import torch
 from draw import draw_prompts, draw_variant
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import DEEP_FAMILIES, EOS, save_tiny, tiny_pair, tiny_tokenizer
+from tiny import DEAR_FAMILIES, EOS, save_tiny, tiny_pair, tiny_tokenizer
 
 from transplant_ray.errors import RecipeError
 from transplant_ray.evaluate.engine import Engine
@@ -59,7 +59,7 @@ def make_search(comparison: Comparison, hidden: str = "rows", dtype: str = "floa
     return Search(Bench(engine, lambda: load_model(comparison.source, dtype), task, 4), {"held": guard}, texts)
 
 
-@pytest.fixture(scope="module", params=DEEP_FAMILIES)
+@pytest.fixture(scope="module", params=DEAR_FAMILIES)
 def search(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Search:
     return make_search(tiny_pair(tmp_path_factory.mktemp(request.param), request.param))
 

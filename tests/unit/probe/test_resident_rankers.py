@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import DEEP_FAMILIES, EOS, VOCABULARY, tiny_pair, tiny_tokenizer
+from tiny import DEAR_FAMILIES, EOS, VOCABULARY, tiny_pair, tiny_tokenizer
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -42,7 +42,7 @@ def draw_examples(count: int = 5) -> list[Rendered]:
     return [Rendered(f"e{i}", (1, *tokens(9)), (*tokens(5), EOS), "") for i in range(count)]
 
 
-@pytest.fixture(scope="module", params=DEEP_FAMILIES)
+@pytest.fixture(scope="module", params=DEAR_FAMILIES)
 def comparison(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Comparison:
     return tiny_pair(tmp_path_factory.mktemp(request.param), request.param)
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from draw import draw_variant
-from tiny import DEEP_FAMILIES, EOS, VOCABULARY, tiny_pair, tiny_tokenizer
+from tiny import DEAR_FAMILIES, EOS, VOCABULARY, tiny_pair, tiny_tokenizer
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -54,7 +54,7 @@ def make_search(comparison: Comparison, rows: int = 64, dtype: str = "float64") 
     return Search(bench, {"one": draw_examples(2, 2), "other": draw_examples(3, 3)}, texts)
 
 
-@pytest.fixture(scope="module", params=DEEP_FAMILIES)
+@pytest.fixture(scope="module", params=DEAR_FAMILIES)
 def comparison(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Comparison:
     return tiny_pair(tmp_path_factory.mktemp(request.param), request.param)
 
