@@ -29,7 +29,6 @@ from integration.helpers import (
 from mlflow import MlflowClient
 from ray.job_submission import JobSubmissionClient
 
-
 DEAR = ({"swept", "submitted", "head"}, {"served"})
 """Fixtures that one process should make: where several share the tests, those that look at one of a group go to the same."""
 
@@ -90,7 +89,7 @@ def place(template: Place, tmp_path: Path) -> Place:
 
 
 @pytest.fixture(scope="session")
-def cluster(_own_rays: None) -> Iterator[None]:  # noqa: ARG001
+def cluster(_own_rays: None) -> Iterator[None]:
     """A local Ray with two logical GPUs."""
     ray.init(address="local", num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False)
     yield

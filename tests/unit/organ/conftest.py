@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 from stacks import FAMILIES, Pair, make_pair
 
-
 KIN = {"gemma", "gemma3_text", "gpt_neox", "qwen3"}
 """Much like others: `make test` takes them, `.ci/run` does not."""
 
