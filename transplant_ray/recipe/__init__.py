@@ -1,7 +1,8 @@
 """The recipe: everything a user decides, as frozen pydantic models; unknown keys are refused. `file` reads one from YAML."""
 
 from transplant_ray.recipe.corpus import CorpusSpec, MeasuredSpec
-from transplant_ray.recipe.file import carry_recipe, load_recipe, parse_recipe, parse_training
+from transplant_ray.recipe.demo import DemoFamily, DemoSpec
+from transplant_ray.recipe.file import carry_recipe, load_recipe, parse_demo, parse_recipe, parse_training
 from transplant_ray.recipe.guards import GENERAL_TEXT, MAIN, GuardSpec, GuardTask, TextSpec
 from transplant_ray.recipe.part import Kind
 from transplant_ray.recipe.ranking import ACTIVATION_RANKERS, CHANNEL_RANKERS, RANKERS, RESIDENT_RANKERS, REVERSE, RankSpec
@@ -41,6 +42,8 @@ __all__ = [
     "Acceptance",
     "ControlSpec",
     "CorpusSpec",
+    "DemoFamily",
+    "DemoSpec",
     "GatesSpec",
     "GreedySpec",
     "GuardSpec",
@@ -69,6 +72,7 @@ __all__ = [
     "WorkerSpec",
     "carry_recipe",
     "load_recipe",
+    "parse_demo",
     "parse_recipe",
     "parse_training",
     "redact",

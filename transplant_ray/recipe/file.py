@@ -21,6 +21,7 @@ from pydantic import BaseModel, ValidationError
 
 from transplant_ray import zoo
 from transplant_ray.errors import RecipeError
+from transplant_ray.recipe.demo import DemoSpec
 from transplant_ray.recipe.part import Part
 from transplant_ray.recipe.training import TrainingSpec
 from transplant_ray.recipe.whole import Recipe
@@ -84,6 +85,11 @@ def parse_recipe(mapping: dict[str, Any], where: str = "recipe") -> Recipe:
 def parse_training(data: Sequence[str], overrides: Sequence[str] = ()) -> TrainingSpec:
     """How an organ is trained, from the command line: `key=value` as `load_recipe` reads them. RecipeError where it cannot be."""
     return _validated(TrainingSpec, {**_overrides(overrides), "data": list(data)}, "training")
+
+
+def parse_demo(overrides: Sequence[str] = ()) -> DemoSpec:
+    """How large the organ demo is, with `key=value` changes. RecipeError where it cannot be."""
+    return _validated(DemoSpec, _overrides(overrides), "demo")
 
 
 def _validated(model: type[P], mapping: dict[str, Any], where: str) -> P:
