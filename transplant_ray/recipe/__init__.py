@@ -1,8 +1,17 @@
 """The recipe: everything a user decides, as frozen pydantic models; unknown keys are refused. `file` reads one from YAML."""
 
 from transplant_ray.recipe.corpus import CorpusSpec, MeasuredSpec
-from transplant_ray.recipe.file import carry_recipe, load_recipe, parse_recipe, parse_training
+from transplant_ray.recipe.file import (
+    carry_recipe,
+    load_organ_recipe,
+    load_recipe,
+    make_organ_recipe,
+    parse_organ_recipe,
+    parse_recipe,
+    parse_training,
+)
 from transplant_ray.recipe.guards import GENERAL_TEXT, MAIN, GuardSpec, GuardTask, TextSpec
+from transplant_ray.recipe.organs import DOMAIN, GENERAL, OrganControlSpec, OrganRecipe, PlacesSpec
 from transplant_ray.recipe.part import Kind
 from transplant_ray.recipe.ranking import ACTIVATION_RANKERS, CHANNEL_RANKERS, RANKERS, RESIDENT_RANKERS, REVERSE, RankSpec
 from transplant_ray.recipe.search import SEARCHES, GatesSpec, GreedySpec, SearchSettings, SearchSpec
@@ -26,7 +35,9 @@ __all__ = [
     "CARRIED",
     "CHANNEL_RANKERS",
     "CHOICE_SCORERS",
+    "DOMAIN",
     "FEWEST_ARMS",
+    "GENERAL",
     "GENERAL_TEXT",
     "HARNESS",
     "MAIN",
@@ -50,7 +61,10 @@ __all__ = [
     "MeasuredSpec",
     "ModelSpec",
     "ObjectiveSpec",
+    "OrganControlSpec",
+    "OrganRecipe",
     "Place",
+    "PlacesSpec",
     "PrimarySpec",
     "RaceSpec",
     "RankSpec",
@@ -68,7 +82,10 @@ __all__ = [
     "TrainingSpec",
     "WorkerSpec",
     "carry_recipe",
+    "load_organ_recipe",
     "load_recipe",
+    "make_organ_recipe",
+    "parse_organ_recipe",
     "parse_recipe",
     "parse_training",
     "redact",
