@@ -27,6 +27,9 @@ _HOMES = {
     "extract": "pipeline.organs",
     "insert": "pipeline.organs",
     "remove": "pipeline.organs",
+    "OrganRecipe": "recipe",
+    "load_organ_recipe": "recipe",
+    "sweep_organs": "pipeline.organ_sweeping",
     "TransplantError": "errors",
 }
 

@@ -5,19 +5,15 @@ It is the recipient's own class with a config of so few layers, loaded by `trans
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
-from transplant_ray.errors import CheckpointError, IncompatibleModels
-from transplant_ray.models.catalogue import skeleton
-from transplant_ray.models.checkpoint import CONFIG_ERRORS, Checkpoint
-from transplant_ray.models.loading import load_tensors
+from transplant_ray.errors import IncompatibleModels
+from transplant_ray.models.checkpoint import Checkpoint
+from transplant_ray.models.loading import assemble, load_tensors
 from transplant_ray.organ.folder import Organ
 from transplant_ray.organ.insertion import Placement, check_compatible
 from transplant_ray.organ.settings import depends_on_index, with_layers
@@ -46,7 +42,7 @@ def load_wrapper(recipient: Checkpoint, organ: Organ) -> PreTrainedModel:
         names = {stack.name(layer, path): organ.stack.name(layer, path) for path in paths}
         stored = load_tensors(organ.checkpoint, names.values(), torch.float32)
         tensors |= {name: stored[theirs] for name, theirs in names.items()}
-    model = _build(replace(recipient, config=with_layers(recipient.config, organ.types)), tensors)
+    model = assemble(replace(recipient, config=with_layers(recipient.config, organ.types)), tensors, torch.float32)
     model.requires_grad_(False)
     model.get_submodule(stack.home).requires_grad_(True)
     return model
@@ -55,16 +51,3 @@ def load_wrapper(recipient: Checkpoint, organ: Organ) -> PreTrainedModel:
 def organ_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """What is trained, by the names that it has in an organ's file."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def _build(checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor]) -> PreTrainedModel:
-    logging.disable_progress_bar()
-    try:
-        model, report = type(skeleton(checkpoint)).from_pretrained(  # type: ignore[attr-defined]  # a PreTrainedModel's
-            None, config=checkpoint.config, state_dict=dict(tensors), dtype=torch.float32, output_loading_info=True
-        )
-    except CONFIG_ERRORS as error:
-        raise CheckpointError(f"{checkpoint.model}: cannot be loaded: {error}") from error
-    if missing := sorted(report["missing_keys"]):
-        raise CheckpointError(f"{checkpoint.model}: {len(missing)} tensors are missing, e.g. {missing[0]}. Download it again.")
-    return cast(PreTrainedModel, model)

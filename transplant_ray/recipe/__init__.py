@@ -2,8 +2,18 @@
 
 from transplant_ray.recipe.corpus import CorpusSpec, MeasuredSpec
 from transplant_ray.recipe.demo import DemoFamily, DemoSpec
-from transplant_ray.recipe.file import carry_recipe, load_recipe, parse_demo, parse_recipe, parse_training
+from transplant_ray.recipe.file import (
+    carry_recipe,
+    load_organ_recipe,
+    load_recipe,
+    make_organ_recipe,
+    parse_demo,
+    parse_organ_recipe,
+    parse_recipe,
+    parse_training,
+)
 from transplant_ray.recipe.guards import GENERAL_TEXT, MAIN, GuardSpec, GuardTask, TextSpec
+from transplant_ray.recipe.organs import DOMAIN, GENERAL, OrganControlSpec, OrganRecipe, PlacesSpec
 from transplant_ray.recipe.part import Kind
 from transplant_ray.recipe.ranking import ACTIVATION_RANKERS, CHANNEL_RANKERS, RANKERS, RESIDENT_RANKERS, REVERSE, RankSpec
 from transplant_ray.recipe.search import SEARCHES, GatesSpec, GreedySpec, SearchSettings, SearchSpec
@@ -27,7 +37,9 @@ __all__ = [
     "CARRIED",
     "CHANNEL_RANKERS",
     "CHOICE_SCORERS",
+    "DOMAIN",
     "FEWEST_ARMS",
+    "GENERAL",
     "GENERAL_TEXT",
     "HARNESS",
     "MAIN",
@@ -53,7 +65,10 @@ __all__ = [
     "MeasuredSpec",
     "ModelSpec",
     "ObjectiveSpec",
+    "OrganControlSpec",
+    "OrganRecipe",
     "Place",
+    "PlacesSpec",
     "PrimarySpec",
     "RaceSpec",
     "RankSpec",
@@ -71,8 +86,11 @@ __all__ = [
     "TrainingSpec",
     "WorkerSpec",
     "carry_recipe",
+    "load_organ_recipe",
     "load_recipe",
+    "make_organ_recipe",
     "parse_demo",
+    "parse_organ_recipe",
     "parse_recipe",
     "parse_training",
     "redact",

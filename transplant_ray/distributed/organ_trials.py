@@ -1,0 +1,176 @@
+"""The grid of an organ sweep as Ray Tune runs it: a trial makes its model of resident layers and answers for it.
+
+A process serves one trial after another and reads each weight once. One that dies is started again, and so is its trial; an error of
+ours is the trial's result, for it would come again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import transformers
+from ray import tune
+from ray.tune import Callback
+
+from transplant_ray.distributed.actors import Workload
+from transplant_ray.distributed.cluster import Capacity
+from transplant_ray.distributed.probing import Asked
+from transplant_ray.errors import RunError, TransplantError
+from transplant_ray.evaluate.answers import VariantShard
+from transplant_ray.evaluate.outcome import answer_examples
+from transplant_ray.models.loading import load_tokenizer, placement
+from transplant_ray.organ.grid import Trial
+from transplant_ray.organ.resident import Resident
+
+MAX_FAILURES = 3
+"""Deaths of the process under one trial after which it counts as failed."""
+POLL_SECONDS = 0.2
+Said = Sequence[tuple[str, str, VariantShard]]
+"""Task, split, and what was answered."""
+
+
+@dataclass(frozen=True)
+class Trials:
+    """All that a process needs to know; paths are absolute, for it runs in a folder of Ray's."""
+
+    trials: Mapping[str, Trial]
+    """By their ids."""
+    asked: Mapping[str, Sequence[Asked]]
+    """What each of them has not answered yet."""
+    workload: Workload
+
+
+@dataclass(frozen=True)
+class TrialDone:
+    id: str
+    said: Said = ()
+    error: str | None = None
+    """Why there is nothing, or not all."""
+    process: int | None = None
+    deaths: int = 0
+    """Of processes under it, before it came to its end."""
+
+
+def run_organ_trials(job: Trials, capacity: Capacity) -> Iterator[TrialDone]:
+    """Each trial once, as they end. RunError where Tune itself cannot go on."""
+    ended: queue.Queue[TrialDone | BaseException | None] = queue.Queue()
+    with TemporaryDirectory(prefix="transplant_ray-") as folder:
+        tuner = _tuner(job, capacity, Path(folder), ended)
+        threading.Thread(target=_fit, args=(tuner, ended), name="organ trials", daemon=True).start()  # so that Ctrl-C stays ours
+        while (done := _next(ended)) is not None:
+            if isinstance(done, BaseException):
+                reason = (str(done).strip().splitlines() or [repr(done)])[-1][:300]
+                raise RunError(f"the trials ended early: {reason}. The same command goes on where it stopped.") from done
+            yield done
+
+
+def _next(ended: queue.Queue[TrialDone | BaseException | None]) -> TrialDone | BaseException | None:
+    while True:
+        try:
+            return ended.get(timeout=POLL_SECONDS)
+        except queue.Empty:  # a thread that waits without end hears no signals
+            continue
+
+
+def _fit(tuner: tune.Tuner, ended: queue.Queue[TrialDone | BaseException | None]) -> None:
+    try:
+        tuner.fit()
+        ended.put(None)
+    except BaseException as error:  # noqa: BLE001  # it is raised again in the thread that waits
+        ended.put(error)
+
+
+def _tuner(job: Trials, capacity: Capacity, folder: Path, ended: queue.Queue[TrialDone | BaseException | None]) -> tune.Tuner:
+    at_once = min(len(job.trials), capacity.evaluators())
+    os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "1")
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # MLflow has the metrics
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends the sweep, not only the trials
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new output ignores verbose=0
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a traceback for each process that dies; we say what became of it
+    return tune.Tuner(
+        tune.with_resources(tune.with_parameters(OrganTrial, job=job), _resources(capacity)),
+        param_space={"trial": tune.grid_search(list(job.trials))},
+        tune_config=tune.TuneConfig(reuse_actors=True, max_concurrent_trials=at_once),
+        run_config=tune.RunConfig(
+            name="trials",
+            storage_path=str(folder),
+            verbose=0,
+            callbacks=[_TrialCallback(ended)],
+            failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
+        ),
+    )
+
+
+def _resources(capacity: Capacity) -> tune.PlacementGroupFactory:
+    resources = capacity.resources
+    bundle = {"CPU": resources.cpus_per_model, "GPU": resources.gpus_per_model}
+    if resources.accelerator_type is not None:
+        bundle[f"accelerator_type:{resources.accelerator_type}"] = 0.001
+    return tune.PlacementGroupFactory([{name: amount for name, amount in bundle.items() if amount}])
+
+
+class OrganTrial(tune.Trainable):
+    """What a process of Tune does: one trial a step, and the next by `reset_config`."""
+
+    def setup(self, config: dict[str, Any], job: Trials | None = None) -> None:  # noqa: ARG002  # Tune keeps it as self.config
+        assert job is not None, "Tune hands over what `with_parameters` was given"
+        torch.set_num_threads(job.workload.num_threads)
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        self.job = job
+        device = placement(job.workload.num_gpus)
+        self.resident = Resident(getattr(torch, job.workload.dtype), device)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self.config = new_config
+        return True
+
+    def step(self) -> dict[str, Any]:
+        id = self.config["trial"]
+        said, error = [], None
+        try:
+            self.tokenizer = load_tokenizer(self.job.workload.tokenizer)
+            model = self.resident.model(self.job.trials[id].insertion)
+            for one in self.job.asked[id]:
+                start = time.perf_counter()
+                outcomes = answer_examples(id, model, self.tokenizer, one.examples, one.rules.generation, one.rules.scorer)
+                said.append(
+                    (one.task, one.split, VariantShard(id, outcomes, time.perf_counter() - start, evaluator=str(os.getpid())))
+                )
+        except (TransplantError, RuntimeError) as failure:  # torch reports what a device cannot do as RuntimeError
+            error = f"{type(failure).__name__}: {failure}"
+        return {"done": True, "said": said, "error": error, "process": os.getpid()}
+
+
+class _TrialCallback(Callback):
+    """Runs where Tune does, and hands on."""
+
+    def __init__(self, ended: queue.Queue[TrialDone | BaseException | None] | None) -> None:
+        self.ended = ended
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune saves its callbacks so that a sweep could be restored by it; ours never is, and a queue cannot be pickled."""
+        return {"ended": None}
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
+        found = trial.last_result or {}
+        error = found.get("error") if "said" in found else "it ended without a word"
+        self._tell(TrialDone(trial.config["trial"], found.get("said", ()), error, found.get("process"), trial.num_failures))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
+        reason = f"its process died {trial.num_failures} times; memory may have run out"
+        self._tell(TrialDone(trial.config["trial"], (), f"ResourceError: {reason}", None, trial.num_failures))
+
+    def _tell(self, done: TrialDone) -> None:
+        if self.ended is not None:
+            self.ended.put(done)
