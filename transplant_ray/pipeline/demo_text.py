@@ -1,7 +1,7 @@
 """The text of the organ demo: general text that Python brings along, and domain text, GSM8K's questions where they are at hand.
 
     general.jsonl      text, kind     documentation and source of the standard library
-    domain.jsonl       question       the generated stand-in; GSM8K itself is read where it lies
+    domain.jsonl       question       the generated stand-in; or a link to GSM8K, which is read where it lies
     text.json          what of them there is, and their hashes
 
 Both are cut into shares by the hash of what a document says: what is measured is never trained on, by anybody.
@@ -107,7 +107,8 @@ def _write_text(spec: DemoSpec, folder: Path, domain: Path | None) -> None:
         _write_rows(new / GENERAL, general)
         if domain is None:
             _write_rows(new / DOMAIN, rows(word_problems(spec.problems, spec.seed)))
-        source = domain or new / DOMAIN
+        else:
+            (new / DOMAIN).symlink_to(domain)
         record = {
             "asked": _asked(spec, domain),
             "general": {
@@ -124,10 +125,10 @@ def _write_text(spec: DemoSpec, folder: Path, domain: Path | None) -> None:
                 if domain is None
                 else "training questions of GSM8K",
                 "stand_in": domain is None,
-                "file": str(folder.absolute() / DOMAIN if domain is None else domain),
+                "file": str(folder.absolute() / DOMAIN),
                 "text": "{question}",
-                "documents": sum(1 for line in source.open("rb") if line.strip()),
-                "sha256": sha256_file(source),
+                "documents": sum(1 for line in (new / DOMAIN).open("rb") if line.strip()),
+                "sha256": sha256_file(new / DOMAIN),
             },
         }
         write_json(new / RECORD, record)
