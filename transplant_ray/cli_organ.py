@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from transplant_ray.cli_organ_compare import compare
 from transplant_ray.errors import OrganError
 from transplant_ray.terminal import resumable
 
@@ -119,6 +120,9 @@ def train(
     for line in describe_training(trained):
         _print(line)
     _print(f"wrote {out}: organ {trained.organ.manifest.id}, layers {trained.organ.manifest.layers}")
+
+
+organ_app.command()(compare)
 
 
 @organ_app.command()

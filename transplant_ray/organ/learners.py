@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from transplant_ray.errors import CheckpointError, IncompatibleModels, OrganError, RecipeError
 from transplant_ray.files import whole_folder
-from transplant_ray.models.checkpoint import Checkpoint
+from transplant_ray.models.checkpoint import Checkpoint, open_checkpoint
 from transplant_ray.models.header import DTYPES
 from transplant_ray.models.loading import load_model, load_tensors
 from transplant_ray.models.writing import copy_companions
@@ -92,7 +92,8 @@ class OrganLearner:
     def recover(self, shipped: Path, site: Site | None) -> nn.Module:
         assert site is not None
         placement = Placement(open_organ(shipped), site.at)
-        return load_insertion(plan_insertion(self.recipient, [placement], site.mode, "warn")).eval().requires_grad_(False)
+        model: nn.Module = load_insertion(plan_insertion(self.recipient, [placement], site.mode, "warn"))
+        return model.eval().requires_grad_(False)
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class InPlaceLearner:
     method: ClassVar[str] = "in_place"
 
     def load(self, seed: int) -> nn.Module:  # noqa: ARG002
-        model = load_model(self.recipient, "float32")
+        model: nn.Module = load_model(self.recipient, "float32")
         layers = list(model.get_submodule(self.organ.stack.home).children())
         for layer in layers[self._first : self._first + self.organ.num_layers]:
             layer.requires_grad_(True)
@@ -136,7 +137,8 @@ class FullLearner:
     method: ClassVar[str] = "full"
 
     def load(self, seed: int) -> nn.Module:  # noqa: ARG002
-        return load_model(self.recipient, "float32").requires_grad_(True)
+        model: nn.Module = load_model(self.recipient, "float32")
+        return model.requires_grad_(True)
 
     def ship(self, weights: Weights, out: Path, record: Mapping[str, Any]) -> Path:  # noqa: ARG002  # a checkpoint has no place for it
         model = cast(PreTrainedModel, with_weights(self.load(0), weights))
@@ -151,9 +153,8 @@ class FullLearner:
         return [None]
 
     def recover(self, shipped: Path, site: Site | None) -> nn.Module:  # noqa: ARG002
-        from transplant_ray.models.checkpoint import open_checkpoint
-
-        return load_model(open_checkpoint(str(shipped)), "float32")
+        model: nn.Module = load_model(open_checkpoint(str(shipped)), "float32")
+        return model
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The recipe: everything a user decides, as frozen pydantic models; unknown keys are refused. `file` reads one from YAML."""
 
+from transplant_ray.recipe.compare import CompareRecipe, InPlaceMethod, LoraMethod, MethodsSpec, OrganMethod, RoomSpec
 from transplant_ray.recipe.corpus import CorpusSpec, MeasuredSpec
-from transplant_ray.recipe.file import carry_recipe, load_recipe, parse_recipe, parse_training
+from transplant_ray.recipe.file import carry_recipe, load_compare_recipe, load_recipe, parse_recipe, parse_training
 from transplant_ray.recipe.guards import GENERAL_TEXT, MAIN, GuardSpec, GuardTask, TextSpec
 from transplant_ray.recipe.part import Kind
 from transplant_ray.recipe.ranking import ACTIVATION_RANKERS, CHANNEL_RANKERS, RANKERS, RESIDENT_RANKERS, REVERSE, RankSpec
@@ -18,7 +19,7 @@ from transplant_ray.recipe.sweep import (
     SweepSpec,
 )
 from transplant_ray.recipe.tasks import CHOICE_SCORERS, HARNESS, REGEX, SCORERS, HubData, ShotSpec, SplitSpec, TaskSpec
-from transplant_ray.recipe.training import TrainingSpec, WorkerSpec
+from transplant_ray.recipe.training import BudgetSpec, TrainingSpec, WorkerSpec
 from transplant_ray.recipe.whole import CARRIED, Acceptance, ModelSpec, Place, Recipe, ResourceSpec, TrackingSpec, redact
 
 __all__ = [
@@ -39,6 +40,8 @@ __all__ = [
     "SEARCHES",
     "SPARSE_MERGES",
     "Acceptance",
+    "BudgetSpec",
+    "CompareRecipe",
     "ControlSpec",
     "CorpusSpec",
     "GatesSpec",
@@ -46,16 +49,21 @@ __all__ = [
     "GuardSpec",
     "GuardTask",
     "HubData",
+    "InPlaceMethod",
     "Kind",
+    "LoraMethod",
     "MeasuredSpec",
+    "MethodsSpec",
     "ModelSpec",
     "ObjectiveSpec",
+    "OrganMethod",
     "Place",
     "PrimarySpec",
     "RaceSpec",
     "RankSpec",
     "Recipe",
     "ResourceSpec",
+    "RoomSpec",
     "ScreenSpec",
     "SearchSettings",
     "SearchSpec",
@@ -68,6 +76,7 @@ __all__ = [
     "TrainingSpec",
     "WorkerSpec",
     "carry_recipe",
+    "load_compare_recipe",
     "load_recipe",
     "parse_recipe",
     "parse_training",

@@ -21,6 +21,8 @@ from pydantic import BaseModel, ValidationError
 
 from transplant_ray import zoo
 from transplant_ray.errors import RecipeError
+from transplant_ray.recipe.compare import CompareRecipe
+from transplant_ray.recipe.corpus import HUB
 from transplant_ray.recipe.part import Part
 from transplant_ray.recipe.training import TrainingSpec
 from transplant_ray.recipe.whole import Recipe
@@ -44,6 +46,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises RecipeError for a missing file, broken YAML, an unknown key or a value out of range.
     """
     return parse_recipe(_settings(Path(path), overrides, _absolute), where=str(path))
+
+
+def load_compare_recipe(path: str | Path, overrides: Sequence[str] = ()) -> CompareRecipe:
+    """Read the recipe of a comparison and apply overrides, as `load_recipe` does."""
+    return _validated(CompareRecipe, _settings(Path(path), overrides, _absolute), where=str(path))
 
 
 def carry_recipe(path: str | Path, overrides: Sequence[str], carry: Carry) -> dict[str, Any]:
@@ -176,15 +183,22 @@ def _place_inputs(mapping: dict[str, Any], base: Path, place: Place) -> None:
     """Put the models and data of a mapping where `place` says, in place."""
     for section in _sections(mapping):
         for key in ("model", "data", "lm_eval"):
-            if isinstance(section.get(key), str):
-                section[key] = place(section[key], base, key)
+            section.update({key: _placed(section[key], base, key, place)} if key in section else {})
+
+
+def _placed(value: Any, base: Path, key: str, place: Place) -> Any:
+    """One input, or a list of them; what is on the hub stays."""
+    if isinstance(value, list):
+        return [_placed(each, base, key, place) for each in value]
+    return place(value, base, key) if isinstance(value, str) and not value.startswith(HUB) else value
 
 
 def _sections(mapping: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The parts of a recipe that name a model or data."""
     guards = _mapping(mapping.get("guards"))
     tasks = [_mapping(task) for task in (mapping.get("task"), *_mapping(guards.get("tasks")).values())]
-    parts = [mapping.get(name) for name in ("source", "target", "base")]
+    parts = [mapping.get(name) for name in ("source", "target", "base", "model", "training", "domain", "general")]
+    parts += _mapping(mapping.get("models")).values()
     yield from map(_mapping, (*parts, guards.get("text"), *tasks, *(task.get("shots") for task in tasks)))
 
 
@@ -210,7 +224,7 @@ _UNION = ("str", "HubData")
 
 def _explain(problem: Any, model: type[Part]) -> str:
     """One pydantic problem in our words: place, finding, expectation."""
-    what = "recipe" if model is Recipe else "training"
+    what = "training" if model is TrainingSpec else "recipe"
     place = ".".join(str(part) for part in problem["loc"] if part not in _UNION) or f"the {what}"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
