@@ -25,8 +25,8 @@ def demo(
     domain: Annotated[
         Path | None,
         typer.Option(
-            help="GSM8K's train.jsonl, or the folder that it is in; by default ../shared/data/gsm8k, and made-up problems where that "
-            "is not there."
+            help="GSM8K's train.jsonl, or the folder that it is in; by default ../shared/data/gsm8k, and made-up problems where "
+            "that is not there."
         ),
     ] = None,
     cpus: Annotated[int | None, typer.Option(min=1, help="Threads of a training; by default all that there are.")] = None,
@@ -36,7 +36,7 @@ def demo(
         typer.Option(metavar="KEY=VALUE", help="A size: layers, width, context, tokens, organ_tokens, contexts, characters, …"),
     ] = None,
 ) -> None:
-    """Train a small model from nothing, train three of its layers on domain text, try every position, and compare: some ten minutes.
+    """Train a small model from nothing and three of its layers on domain text, try every position, and compare: ten minutes.
 
     Nothing is downloaded. Run again, it goes on where it was stopped, and says the results again where all is done.
     """

@@ -48,7 +48,7 @@ def sweep(
     again = "goes on where it stopped" if loaded.ledger else "starts over, for `ledger: false` keeps nothing"
     with resumable(f"the same command {again}"), TerminalWatch(console) as watch:
         result = sweep_organs(loaded, watch)
-    _print_result(result)
+    print_sweep(result)
     if result.refused:
         tell(f"MLflow refused {len(result.refused)} of its entries, the first: {result.refused[0]}. All results are in the folder.")
     if result.failed or result.refused:
@@ -104,7 +104,7 @@ def _print_plan(grid, blocks) -> None:  # type: ignore[no-untyped-def]
         console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
 
 
-def _print_result(result) -> None:  # type: ignore[no-untyped-def]
+def print_sweep(result) -> None:  # type: ignore[no-untyped-def]
     console.print(_table(result.results))
     summary = result.summary
     if verdict := summary["verdict"]:

@@ -1,9 +1,11 @@
 """The recipe: everything a user decides, as frozen pydantic models; unknown keys are refused. `file` reads one from YAML."""
 
+from transplant_ray.recipe.compare import CompareRecipe, InPlaceMethod, LoraMethod, MethodsSpec, OrganMethod, RoomSpec
 from transplant_ray.recipe.corpus import CorpusSpec, MeasuredSpec
 from transplant_ray.recipe.demo import DemoFamily, DemoSpec
 from transplant_ray.recipe.file import (
     carry_recipe,
+    load_compare_recipe,
     load_organ_recipe,
     load_recipe,
     make_organ_recipe,
@@ -29,7 +31,7 @@ from transplant_ray.recipe.sweep import (
     SweepSpec,
 )
 from transplant_ray.recipe.tasks import CHOICE_SCORERS, HARNESS, REGEX, SCORERS, HubData, ShotSpec, SplitSpec, TaskSpec
-from transplant_ray.recipe.training import TrainingSpec, WorkerSpec
+from transplant_ray.recipe.training import BudgetSpec, TrainingSpec, WorkerSpec
 from transplant_ray.recipe.whole import CARRIED, Acceptance, ModelSpec, Place, Recipe, ResourceSpec, TrackingSpec, redact
 
 __all__ = [
@@ -52,6 +54,8 @@ __all__ = [
     "SEARCHES",
     "SPARSE_MERGES",
     "Acceptance",
+    "BudgetSpec",
+    "CompareRecipe",
     "ControlSpec",
     "CorpusSpec",
     "DemoFamily",
@@ -61,11 +65,15 @@ __all__ = [
     "GuardSpec",
     "GuardTask",
     "HubData",
+    "InPlaceMethod",
     "Kind",
+    "LoraMethod",
     "MeasuredSpec",
+    "MethodsSpec",
     "ModelSpec",
     "ObjectiveSpec",
     "OrganControlSpec",
+    "OrganMethod",
     "OrganRecipe",
     "Place",
     "PlacesSpec",
@@ -74,6 +82,7 @@ __all__ = [
     "RankSpec",
     "Recipe",
     "ResourceSpec",
+    "RoomSpec",
     "ScreenSpec",
     "SearchSettings",
     "SearchSpec",
@@ -86,6 +95,7 @@ __all__ = [
     "TrainingSpec",
     "WorkerSpec",
     "carry_recipe",
+    "load_compare_recipe",
     "load_organ_recipe",
     "load_recipe",
     "make_organ_recipe",

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ValidationError
 
 from transplant_ray import zoo
 from transplant_ray.errors import RecipeError
+from transplant_ray.recipe.compare import CompareRecipe
 from transplant_ray.recipe.corpus import HUB
 from transplant_ray.recipe.demo import DemoSpec
 from transplant_ray.recipe.organs import OrganRecipe
@@ -64,6 +65,11 @@ def make_organ_recipe(settings: dict[str, Any], overrides: Sequence[str] = ()) -
     changes = _overrides(overrides)
     _place_inputs(changes, Path.cwd(), _absolute)
     return parse_organ_recipe(_merge(settings, changes), where="sweep")
+
+
+def load_compare_recipe(path: str | Path, overrides: Sequence[str] = ()) -> CompareRecipe:
+    """Read the recipe of a comparison and apply overrides, as `load_recipe` does."""
+    return _validated(CompareRecipe, _settings(Path(path), overrides, _absolute), where=str(path))
 
 
 def carry_recipe(path: str | Path, overrides: Sequence[str], carry: Carry) -> dict[str, Any]:
@@ -201,13 +207,17 @@ def _place_inputs(mapping: dict[str, Any], base: Path, place: Place) -> None:
     """Put the models and data of a mapping where `place` says, in place."""
     for section in _sections(mapping):
         for key in ("model", "data", "lm_eval"):
-            if isinstance(section.get(key), str):
-                section[key] = place(section[key], base, key)
-            elif key == "data" and isinstance(section.get(key), list):
-                section[key] = [place(each, base, key) if isinstance(each, str) else each for each in section[key]]
+            section.update({key: _placed(section[key], base, key, place)} if key in section else {})
     organs = _mapping(mapping.get("organs"))
     for name, folder in organs.items():
         organs[name] = place(folder, base, "organ") if isinstance(folder, str) else folder
+
+
+def _placed(value: Any, base: Path, key: str, place: Place) -> Any:
+    """One input, or a list of them; what is on the hub stays."""
+    if isinstance(value, list):
+        return [_placed(each, base, key, place) for each in value]
+    return place(value, base, key) if isinstance(value, str) and not value.startswith(HUB) else value
 
 
 def _sections(mapping: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -215,7 +225,8 @@ def _sections(mapping: dict[str, Any]) -> Iterator[dict[str, Any]]:
     guards = _mapping(mapping.get("guards"))
     named = (*_mapping(guards.get("tasks")).values(), *_mapping(mapping.get("tasks")).values())
     tasks = [_mapping(task) for task in (mapping.get("task"), *named)]
-    parts = [mapping.get(name) for name in ("source", "target", "base", "recipient", "domain", "general")]
+    parts = [mapping.get(name) for name in ("source", "target", "base", "recipient", "model", "training", "domain", "general")]
+    parts += _mapping(mapping.get("models")).values()
     yield from map(_mapping, (*parts, guards.get("text"), *tasks, *(task.get("shots") for task in tasks)))
 
 
