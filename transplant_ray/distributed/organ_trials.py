@@ -1,7 +1,7 @@
 """The grid of an organ sweep as Ray Tune runs it: a trial makes its model of resident layers and answers for it.
 
-A process serves one trial after another and reads each weight once. One that dies is started again, and so is its trial; an error of
-ours is the trial's result, for it would come again.
+A process serves one trial after another and reads each weight once. One that dies is started again, and so is its trial; an error
+of ours is the trial's result, for it would come again.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from transplant_ray.distributed.cluster import Capacity
 from transplant_ray.distributed.probing import Asked
 from transplant_ray.errors import RunError, TransplantError
 from transplant_ray.evaluate.answers import VariantShard
+from transplant_ray.evaluate.example import Split
 from transplant_ray.evaluate.outcome import answer_examples
 from transplant_ray.models.loading import load_tokenizer, placement
 from transplant_ray.organ.grid import Trial
@@ -35,7 +36,7 @@ from transplant_ray.organ.resident import Resident
 MAX_FAILURES = 3
 """Deaths of the process under one trial after which it counts as failed."""
 POLL_SECONDS = 0.2
-Said = Sequence[tuple[str, str, VariantShard]]
+Said = Sequence[tuple[str, Split, VariantShard]]
 """Task, split, and what was answered."""
 
 
