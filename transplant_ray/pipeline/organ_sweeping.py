@@ -15,7 +15,7 @@ from transplant_ray.models.checkpoint import open_checkpoint
 from transplant_ray.organ.grid import Grid, Trial
 from transplant_ray.organ.insert import write_insertion
 from transplant_ray.pipeline.ending import terminable
-from transplant_ray.pipeline.organ_grid import prepared
+from transplant_ray.pipeline.organ_grid import SIDES, prepared
 from transplant_ray.pipeline.organ_measuring import EXPORTED, Measuring, measuring
 from transplant_ray.pipeline.organ_recording import Agreement, Confirmed, OrganSweepResult, record
 from transplant_ray.pipeline.watch import Silent, Stopwatch, Watch
