@@ -15,14 +15,11 @@ from transplant_ray.organ.grid import Trial
 from transplant_ray.pipeline.organ_grid import SIDES, OrganJob
 from transplant_ray.pipeline.organ_measuring import EXPORTED, Measuring
 from transplant_ray.recipe import DOMAIN, GENERAL
-from transplant_ray.report.organs import build_organ_report, position_figures
+from transplant_ray.report.organs import KIND, build_organ_report, position_figures
 from transplant_ray.storage import RunFolder, write_rows
 from transplant_ray.tracking.organ_sweep import log_chosen, log_models, log_outcome
 from transplant_ray.tracking.tracker import Tracker
 from transplant_ray.versions import environment
-
-KIND = "organs"
-"""Of the summary: a run folder says by it what made it."""
 
 
 @dataclass(frozen=True)
