@@ -109,6 +109,7 @@ def _tuner(job: Trials, capacity: Capacity, folder: Path, ended: queue.Queue[Tri
             verbose=0,
             callbacks=[_TrialCallback(ended)],
             failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # by default a class is asked for one
         ),
     )
 
