@@ -81,7 +81,8 @@ def swept(cluster: None, template: Place, tmp_path_factory: pytest.TempPathFacto
     recipe = {
         "name": "tiny", "recipient": {"model": "model"}, "organs": {"a": "organ"}, "context": 16,
         "sweep": {"positions": [1, 4], "modes": ["insert"]},
-        "domain": {"data": "text.jsonl", "share": [0, 0.5], "contexts": 6}, "general": {"data": "text.jsonl", "share": [0.5, 1], "contexts": 6},
+        "domain": {"data": "text.jsonl", "share": [0, 0.5], "contexts": 6},
+        "general": {"data": "text.jsonl", "share": [0.5, 1], "contexts": 6},
     }  # fmt: skip
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     made = Swept(folder, Finished(0, "", ""), template.uri)
