@@ -70,9 +70,8 @@ def _load(words: list[str], recipient: str | None, organs: list[str], domain: li
         return load_organ_recipe(words[0], words[1:])
     if recipient is None or not organs or not domain or not general:
         raise RecipeError("give a recipe; or --recipient, --organ, --domain and --general.")
-    settings: dict[str, Any] = {
-        "name": name, "recipient": {"model": recipient}, "organs": _named(organs), "domain": {"data": domain}, "general": {"data": general},
-    }  # fmt: skip
+    texts = {"domain": {"data": domain}, "general": {"data": general}}
+    settings: dict[str, Any] = {"name": name, "recipient": {"model": recipient}, "organs": _named(organs), **texts}
     return make_organ_recipe(settings, words)
 
 
@@ -115,9 +114,7 @@ def print_sweep(result) -> None:  # type: ignore[no-untyped-def]
     if agrees:
         _print(f"written checkpoint = resident model: the same loss on {agrees['equal']} of {agrees['n']} select blocks")
     if summary["recalled"]:
-        _print(
-            f"{summary['recalled']:,} outcomes were known and taken from the ledger of this storage; {summary['measured']:,} are new"
-        )
+        _print(f"{summary['recalled']:,} outcomes were taken from the ledger of this storage, {summary['measured']:,} are new")
     place = result.folder.public_address or result.folder.path
     _print(
         f"results: {place}   report: {place}/{result.folder.report.name}"

@@ -8,8 +8,8 @@ import pytest
 import transplant_ray
 
 PUBLIC = {
-    "Engine", "Recipe", "ResidentPair", "TransplantError", "Variant", "load_recipe",
-    "apply", "demo", "export", "extract", "insert", "plan", "rank", "remove", "show", "sweep",
+    "Engine", "OrganRecipe", "Recipe", "ResidentPair", "TransplantError", "Variant", "load_organ_recipe", "load_recipe",
+    "apply", "demo", "export", "extract", "insert", "plan", "rank", "remove", "show", "sweep", "sweep_organs",
 }  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """The grid of an organ sweep as Ray Tune runs it: a trial makes its model of resident layers and answers for it.
 
-A process serves one trial after another and reads each weight once. One that dies is started again, and so is its trial; an error of
-ours is the trial's result, for it would come again.
+A process serves one trial after another and reads each weight once. One that dies is started again, and so is its trial; an error
+of ours is the trial's result, for it would come again.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import transformers
 from ray import tune
+from ray.exceptions import RayActorError
 from ray.tune import Callback
 
 from transplant_ray.distributed.actors import Workload
@@ -27,6 +28,7 @@ from transplant_ray.distributed.cluster import Capacity
 from transplant_ray.distributed.probing import Asked
 from transplant_ray.errors import RunError, TransplantError
 from transplant_ray.evaluate.answers import VariantShard
+from transplant_ray.evaluate.example import Split
 from transplant_ray.evaluate.outcome import answer_examples
 from transplant_ray.models.loading import load_tokenizer, placement
 from transplant_ray.organ.grid import Trial
@@ -35,7 +37,7 @@ from transplant_ray.organ.resident import Resident
 MAX_FAILURES = 3
 """Deaths of the process under one trial after which it counts as failed."""
 POLL_SECONDS = 0.2
-Said = Sequence[tuple[str, str, VariantShard]]
+Said = Sequence[tuple[str, Split, VariantShard]]
 """Task, split, and what was answered."""
 
 
@@ -107,6 +109,7 @@ def _tuner(job: Trials, capacity: Capacity, folder: Path, ended: queue.Queue[Tri
             verbose=0,
             callbacks=[_TrialCallback(ended)],
             failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # by default a class is asked for one
         ),
     )
 
@@ -136,20 +139,24 @@ class OrganTrial(tune.Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        id = self.config["trial"]
-        said, error = [], None
-        try:
-            self.tokenizer = load_tokenizer(self.job.workload.tokenizer)
-            model = self.resident.model(self.job.trials[id].insertion)
-            for one in self.job.asked[id]:
-                start = time.perf_counter()
-                outcomes = answer_examples(id, model, self.tokenizer, one.examples, one.rules.generation, one.rules.scorer)
-                said.append(
-                    (one.task, one.split, VariantShard(id, outcomes, time.perf_counter() - start, evaluator=str(os.getpid())))
-                )
-        except (TransplantError, RuntimeError) as failure:  # torch reports what a device cannot do as RuntimeError
-            error = f"{type(failure).__name__}: {failure}"
+        said, error = answer_trial(self.job, self.config["trial"], self.resident)
         return {"done": True, "said": said, "error": error, "process": os.getpid()}
+
+
+def answer_trial(job: Trials, id: str, resident: Resident) -> tuple[Said, str | None]:
+    """What one model answers to all that it is asked, up to the first error of ours, and that error."""
+    said: list[tuple[str, Split, VariantShard]] = []
+    try:
+        tokenizer = load_tokenizer(job.workload.tokenizer)
+        model = resident.model(job.trials[id].insertion)
+        for one in job.asked[id]:
+            start = time.perf_counter()
+            outcomes = answer_examples(id, model, tokenizer, one.examples, one.rules.generation, one.rules.scorer)
+            seconds = time.perf_counter() - start
+            said.append((one.task, one.split, VariantShard(id, outcomes, seconds, evaluator=str(os.getpid()))))
+    except (TransplantError, RuntimeError) as error:  # torch reports what a device cannot do as RuntimeError
+        return said, f"{type(error).__name__}: {error}"
+    return said, None
 
 
 class _TrialCallback(Callback):
@@ -168,9 +175,16 @@ class _TrialCallback(Callback):
         self._tell(TrialDone(trial.config["trial"], found.get("said", ()), error, found.get("process"), trial.num_failures))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
-        reason = f"its process died {trial.num_failures} times; memory may have run out"
-        self._tell(TrialDone(trial.config["trial"], (), f"ResourceError: {reason}", None, trial.num_failures))
+        self._tell(TrialDone(trial.config["trial"], (), _reason(trial), None, trial.num_failures))
 
     def _tell(self, done: TrialDone) -> None:
         if self.ended is not None:
             self.ended.put(done)
+
+
+def _reason(trial: Any) -> str:
+    """Why a trial was given up."""
+    error = trial.get_pickled_error()
+    if error is None or isinstance(error, RayActorError):
+        return f"ResourceError: its process died {trial.num_failures} times; memory may have run out"
+    return (str(error).strip().splitlines() or [repr(error)])[-1][:300]

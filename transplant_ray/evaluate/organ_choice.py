@@ -1,8 +1,8 @@
 """Which place of which organ wins, and whether that is more than luck.
 
-The rule: of the trials, the smallest mean loss on the select half of the domain's text; the earlier in the grid where two are equal.
-A trial that loses more on general text than `most_lost` cannot win. The test half is then read for three models alone: the recipient,
-the winner, and the winner's layers untrained at the same place. Blocks are the pairs of the tests.
+The rule: of the trials, the smallest mean loss on the select half of the domain's text; of two that are equal, the earlier in the
+grid. A trial that loses more on general text than `most_lost` cannot win. The test half is then read for three models alone: the
+recipient, the winner, and the winner's layers untrained at the same place. Blocks are the pairs of the tests.
 """
 
 from __future__ import annotations

@@ -118,8 +118,8 @@ def plan_grid(
 ) -> Grid:
     """Every organ at every position in every mode, with its controls.
 
-    `untrained` has of each organ its layers as they were before, or why nobody knows. IncompatibleModels where an organ does not fit
-    the recipient; OrganError where a position, or an organ in a mode, fits nowhere: single points that do not are told.
+    `untrained` has of each organ its layers as they were before, or why nobody knows. IncompatibleModels where an organ does not
+    fit the recipient; OrganError where a position, or an organ in a mode, fits nowhere: single points that do not are told.
     """
     bare = plan_insertion(recipient, [])
     warnings = [f"organ {name}: {told}" for name, organ in organs.items() for told in _warnings(recipient, name, organ, vocabulary)]
@@ -172,8 +172,8 @@ def _check_fits(trials: Sequence[Trial], misfits: Sequence[Misfit], spec: Places
     for misfit in misfits:
         if (misfit.organ, misfit.mode) not in fits:
             raise OrganError(
-                f"`sweep.modes`: organ {misfit.organ} can be put nowhere with `{misfit.mode}`: {misfit.reason} Leave that mode out, "
-                "or the organ."
+                f"`sweep.modes`: organ {misfit.organ} can be put nowhere with `{misfit.mode}`: {misfit.reason} Leave out that "
+                "mode, or the organ."
             )
     for at in () if spec.positions == "all" else spec.positions:
         if all(trial.at != at for trial in trials):

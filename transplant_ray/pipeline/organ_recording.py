@@ -12,17 +12,14 @@ from transplant_ray.evaluate.organ_results import ORGAN_SCHEMA, TASK_SCHEMA, Org
 from transplant_ray.evaluate.results import OUTCOME_SCHEMA
 from transplant_ray.files import write_json
 from transplant_ray.organ.grid import Trial
-from transplant_ray.pipeline.organ_grid import OrganJob
+from transplant_ray.pipeline.organ_grid import SIDES, OrganJob
 from transplant_ray.pipeline.organ_measuring import EXPORTED, Measuring
 from transplant_ray.recipe import DOMAIN, GENERAL
-from transplant_ray.report.organs import build_organ_report, position_figures
+from transplant_ray.report.organs import KIND, build_organ_report, position_figures
 from transplant_ray.storage import RunFolder, write_rows
 from transplant_ray.tracking.organ_sweep import log_chosen, log_models, log_outcome
 from transplant_ray.tracking.tracker import Tracker
 from transplant_ray.versions import environment
-
-KIND = "organs"
-"""Of the summary: a run folder says by it what made it."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,7 @@ class OrganSweepResult:
 
 def record(measured: Measuring, choice: Choice, confirmed: Confirmed | None, tracker: Tracker) -> OrganSweepResult:
     """Write tables, summary and report, and see that MLflow has them."""
-    job, folder, stopwatch = measured.job, measured.job.folder, measured.stopwatch
+    folder, stopwatch = measured.job.folder, measured.stopwatch
     with stopwatch.stage("record"):
         rows, tasks = list(_rows(measured, choice, confirmed)), list(_task_rows(measured, confirmed))
         write_rows(folder.results, [asdict(row) for row in rows], ORGAN_SCHEMA)
@@ -122,12 +119,7 @@ def summarise(measured: Measuring, choice: Choice, confirmed: Confirmed | None, 
             "family": job.recipient.config.model_type, "num_layers": len(job.grid.recipient.insertion.layers),
         },
         "organs": {name: _described(job, name) for name in job.organs},
-        "texts": {
-            name: {"sha256": text.text, "context": text.context, "spec": getattr(job.recipe, name).model_dump(mode="json")}
-            | {split: {"blocks": len(job.asked[name].examples[split]), "documents": side.documents}
-               for split, side in text.sides.items()}
-            for name, text in job.texts.items()
-        },
+        "texts": {name: _text(job, name) for name in job.texts},
         "rule": rule(job),
         "most_lost": job.recipe.sweep.most_lost,
         "level": job.recipe.sweep.level,
@@ -165,6 +157,14 @@ def _described(job: OrganJob, name: str) -> dict[str, Any]:
         "licence": manifest.licence,
         "without_control": job.grid.without.get(name),
     }
+
+
+def _text(job: OrganJob, name: str) -> dict[str, Any]:
+    """Nothing that it says, but its hash and how much was read."""
+    pack, asked = job.texts[name], job.asked[name]
+    sides = {split: {"blocks": len(asked.examples[split]), "documents": pack.sides[split].documents} for split in SIDES}
+    spec = getattr(job.recipe, name).model_dump(mode="json")
+    return {"sha256": pack.text, "context": pack.context, "spec": spec, **sides}
 
 
 def _confirmation(confirmed: Confirmed) -> dict[str, Any]:

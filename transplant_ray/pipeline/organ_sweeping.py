@@ -1,9 +1,9 @@
-"""`organ sweep`: every organ at every place, on the text that it is for and on other text; which place wins, and whether it is real."""
+"""`organ sweep`: every organ at every place, on the text that it is for and on other text; which wins, and whether it is real."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -15,20 +15,18 @@ from transplant_ray.models.checkpoint import open_checkpoint
 from transplant_ray.organ.grid import Grid, Trial
 from transplant_ray.organ.insert import write_insertion
 from transplant_ray.pipeline.ending import terminable
-from transplant_ray.pipeline.organ_grid import OrganJob, prepared
+from transplant_ray.pipeline.organ_grid import SIDES, prepared
 from transplant_ray.pipeline.organ_measuring import EXPORTED, Measuring, measuring
 from transplant_ray.pipeline.organ_recording import Agreement, Confirmed, OrganSweepResult, record
 from transplant_ray.pipeline.watch import Silent, Stopwatch, Watch
 from transplant_ray.recipe import DOMAIN, GENERAL, OrganRecipe
 from transplant_ray.tracking.tracker import tracked
 
-SPLITS: tuple[Split, ...] = ("select", "test")
-
 
 def sweep_organs(recipe: OrganRecipe, watch: Watch | None = None) -> OrganSweepResult:
     """Measure every organ at every place, choose on one half of the text, confirm on the other, and write the winner.
 
-    Raises before anything is started where the recipe cannot work; a trial that fails is a row. What is known is not measured again.
+    Raises before anything is started where the recipe cannot work; a trial that fails is a row. Nothing is measured twice.
     """
     stopwatch = Stopwatch(watch or Silent())
     with (
@@ -47,10 +45,10 @@ def sweep_organs(recipe: OrganRecipe, watch: Watch | None = None) -> OrganSweepR
     return replace(result, refused=tracker.refused)
 
 
-def plan_organs(recipe: OrganRecipe, watch: Watch | None = None) -> tuple[Grid, Mapping[str, Mapping[str, int]]]:
+def plan_organs(recipe: OrganRecipe, watch: Watch | None = None) -> tuple[Grid, Mapping[str, Mapping[Split, int]]]:
     """The grid and, of each text, its blocks by side: what a sweep would do. Nothing is measured, and nothing stays."""
     with prepared(recipe, Stopwatch(watch or Silent())) as job:
-        sides = {name: {split: len(task.examples[split]) for split in SPLITS} for name, task in job.asked.items()}
+        sides = {name: {split: len(task.examples[split]) for split in SIDES} for name, task in job.asked.items()}
         return job.grid, sides
 
 
@@ -87,7 +85,7 @@ def _confirm(measured: Measuring, winner: Trial) -> Confirmed:
     ids = {name: [example.id for example in task.examples["test"]] for name, task in job.asked.items()}
     opened = job.folder.open_tests(ids, job.recipe.identity())
     with stopwatch.stage("confirm on test", len(beside) + 1, "models"):
-        measured.measure_exported(exported, SPLITS)
+        measured.measure_exported(exported, SIDES)
         stopwatch.watch.advance(1)
         measured.measure(beside, "test")
     return _judged(measured, winner, untrained, opened)
@@ -95,16 +93,18 @@ def _confirm(measured: Measuring, winner: Trial) -> Confirmed:
 
 def _judged(measured: Measuring, winner: Trial, untrained: Trial | None, opened: Mapping[str, int]) -> Confirmed:
     job = measured.job
-    texts = {text: _compare(measured, text, job.grid.recipient.id, EXPORTED) for text in (DOMAIN, GENERAL)}
+    domain, general = (_compare(measured, text, job.grid.recipient.id, EXPORTED) for text in (DOMAIN, GENERAL))
     control = None if untrained is None else _compare(measured, DOMAIN, untrained.id, EXPORTED)
     verdict = None
-    if texts[DOMAIN] is not None and texts[GENERAL] is not None:
+    if domain is not None and general is not None:
         why_not = (
             job.grid.without.get(str(winner.organ), "not asked for") if untrained is None else measured.errors.get(untrained.id)
         )
         place = f"organ {winner.organ}, {'before' if winner.mode == 'insert' else 'in place of layers from'} layer {winner.at},"
-        verdict = judge(place, texts[DOMAIN], texts[GENERAL], control, why_not)
-    return Confirmed(winner, untrained, texts, control, verdict, _agreement(measured, winner), dict(opened))
+        verdict = judge(place, domain, general, control, why_not)
+    return Confirmed(
+        winner, untrained, {DOMAIN: domain, GENERAL: general}, control, verdict, _agreement(measured, winner), dict(opened)
+    )
 
 
 def _compare(measured: Measuring, text: str, before: str, after: str) -> Comparison | None:

@@ -5,15 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 from transplant_ray.report.build import build_report
+from transplant_ray.report.organs import KIND, build_organ_report
 from transplant_ray.storage import RunFolder
 
 
 def report(run: str | Path) -> Path:
     """Write `report.html`, `variants.csv` and `variants.tex` of a finished run, and return the first; a remote run gets them too.
 
+    An organ sweep has no `variants.tex`.
+
     RunError where the run is not there, or a file of it is damaged.
     """
     folder = RunFolder.open(str(run))
+    if folder.summary.exists() and folder.read_summary().get("kind") == KIND:
+        page = build_organ_report(folder)
+        folder.send(folder.report, folder.variants_csv)
+        return page
     answers = [folder.outcomes / f"{split}.parquet" for split in ("select", "test")]
     folder.fetch_present(*answers, folder.delta / "variant.json")
     page = build_report(folder)

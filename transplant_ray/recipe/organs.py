@@ -49,7 +49,7 @@ class OrganControlSpec(Part):
     """What stands beside the trials and can never win."""
 
     untrained: bool = True
-    """The same layers as they were before they were trained, at the same places: layers that are there twice may do something too."""
+    """The same layers as they were before training, at the same places: layers that are there twice may do something too."""
     alone: bool = True
     """The organ between the recipient's embedding and head, with no layer of the recipient: what it was trained in."""
 

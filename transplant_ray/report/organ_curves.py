@@ -97,14 +97,14 @@ def _draw_curve(axis: Axes, unsorted: Sequence[OrganResult], text: str, look: Lo
     points = sorted(unsorted, key=lambda row: row.at or 0)
     if not points:
         return
-    xs, ys = [row.at for row in points], [value_of(row, text) or 0.0 for row in points]
+    xs, ys = [float(row.at or 0) for row in points], [value_of(row, text) or 0.0 for row in points]
     name = f"{points[0].organ}{'' if trained else ' untrained'}, {points[0].mode}"
     if trained:
         ends = [ends_of(row, text) or (y, y) for row, y in zip(points, ys, strict=True)]
         axis.fill_between(xs, [low for low, _ in ends], [high for _, high in ends], color=look.colour, alpha=0.12, linewidth=0)
     axis.plot(
-        xs, ys, marker=look.marker, color=look.colour, linestyle=look.line, markeredgecolor=PAPER, linewidth=1.8 if trained else 1.2,
-        markersize=6 if trained else 5, label=name, zorder=4 if trained else 3,
+        xs, ys, marker=look.marker, color=look.colour, linestyle=look.line, markeredgecolor=PAPER, label=name,
+        linewidth=1.8 if trained else 1.2, markersize=6 if trained else 5, zorder=4 if trained else 3,
     )  # fmt: skip
 
 

@@ -191,7 +191,7 @@ def _cautions(run: OrganRun) -> Iterator[str]:
         yield f"{len(failed)} models could not be measured; the reasons are in the table."
     blocks = [run.told("texts", text, "test", "blocks") for text in TEXTS]
     if any(isinstance(number, int) and number < 30 for number in blocks):
-        yield f"The test halves have {' and '.join(map(str, blocks))} blocks: intervals of so few are wide, and lean on normal differences."
+        yield f"The test halves have {' and '.join(map(str, blocks))} blocks: tests of so few lean on differences being normal."
     if run.winner is not None:
         yield "Blocks of one document follow one another, so neighbours are alike; the tests take blocks as independent."
 
@@ -225,9 +225,10 @@ def _curves(run: OrganRun) -> Plot | None:
         if alone
         else ""
     )
+    context = run.told("texts", "domain", "context")
     caption = (
-        f"Select half: {numbers}, of {run.told('texts', 'domain', 'context')} tokens. Everything in this figure was looked at while "
-        f"choosing. Bands are 95 % Student intervals over blocks.{star}{apart}"
+        f"Select half: {numbers}, of {context} tokens. Everything in this figure was looked at while choosing. Bands are 95 % "
+        f"Student intervals over blocks.{star}{apart}"
     )
     return Plot(panels, caption)
 
@@ -297,12 +298,7 @@ def _interval(row: OrganResult, text: str) -> str:
 
 def _method(run: OrganRun) -> dict[str, list[tuple[str, str]]]:
     environment = run.told("environment") or {}
-    texts = {
-        f"{name} text": f"{words.text(dig(told, 'spec', 'data'))}, share {words.text(dig(told, 'spec', 'share'))}; "
-        f"{dig(told, 'select', 'blocks')} blocks to choose by and {dig(told, 'test', 'blocks')} to confirm on, of {dig(told, 'context')} "
-        f"tokens; SHA-256 {str(dig(told, 'sha256'))[:16]}"
-        for name, told in (run.told("texts") or {}).items()
-    }
+    texts = {f"{name} text": _text(told) for name, told in (run.told("texts") or {}).items()}
     recipient = run.told("recipient") or {}
     return {
         "Models": [
@@ -330,6 +326,15 @@ def _method(run: OrganRun) -> dict[str, list[tuple[str, str]]]:
             *((name, str(version)) for name, version in environment.items()),
         ],
     }
+
+
+def _text(told: Any) -> str:
+    """Of one of the texts: where it is from, how much of it was read, and what it says by its hash."""
+    blocks = [dig(told, split, "blocks") for split in ("select", "test")]
+    return (
+        f"{words.text(dig(told, 'spec', 'data'))}, share {words.text(dig(told, 'spec', 'share'))}; {blocks[0]} blocks to choose by "
+        f"and {blocks[1]} to confirm on, of {dig(told, 'context')} tokens; SHA-256 {str(dig(told, 'sha256'))[:16]}"
+    )
 
 
 def _perplexity(value: Any) -> str:
