@@ -121,6 +121,10 @@ class RoomSpec(Part):
     """Seconds to wait for nodes where the cluster has no room yet."""
 
 
+class OrganTracking(TrackingSpec):
+    experiment: str = "organs"
+
+
 class CompareRecipe(Part):
     """Everything a user decides about a comparison; `load_compare_recipe` reads one."""
 
@@ -139,7 +143,7 @@ class CompareRecipe(Part):
     general: MeasuredSpec
     """Other text: the price."""
     resources: RoomSpec = RoomSpec()
-    tracking: TrackingSpec = TrackingSpec(experiment="organs")
+    tracking: OrganTracking = OrganTracking()
     storage: str = "runs"
     """Results go to `<storage>/<name>/`, a folder that all nodes see."""
     keep: bool = True

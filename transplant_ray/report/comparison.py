@@ -8,11 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from transplant_ray.evaluate.metrics import perplexity
-from transplant_ray.files import write_json
+from transplant_ray.files import write_json, write_text
+from transplant_ray.report.comparison_figures import NAMES, positions, rates, swatch, trade
+from transplant_ray.report.svg import inline_svg
+from transplant_ray.report.tables import escape_latex, to_csv
 from transplant_ray.storage import RunFolder, write_rows
 
+HERE = Path(__file__).parent
 TEXTS = ("domain", "general")
 RESULTS = pa.schema(
     [("key", pa.string()), ("model", pa.string()), ("method", pa.string()), ("stage", pa.string()), ("lr", pa.float64()),
@@ -29,10 +35,14 @@ POSITIONS = pa.schema(
 
 def write_comparison(folder: RunFolder, summary: Mapping[str, Any]) -> list[Path]:
     """All files of a finished comparison; returns them."""
-    files = [folder.results, folder.path / "positions.parquet", folder.summary]
+    names = ("positions.parquet", "comparison.csv", "comparison.tex")
+    files = [folder.results, folder.summary, folder.report, *(folder.path / name for name in names)]
     write_rows(files[0], [_result(said) for said in summary["learnt"]], RESULTS)
-    write_rows(files[1], list(_positions(summary["learnt"])), POSITIONS)
-    write_json(files[2], dict(summary))
+    write_json(files[1], dict(summary))
+    write_text(files[2], render(summary))
+    write_rows(files[3], _positions(summary["learnt"]), POSITIONS)
+    write_text(files[4], to_csv([{"label": f"{said['model']} {said['method']}", **_result(said)} for said in summary["learnt"]]))
+    write_text(files[5], to_latex(summary))
     return files
 
 
@@ -54,7 +64,7 @@ def _positions(learnt: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-COLUMNS = ("model", "method", "lr", "domain", "general", "trained", "to ship", "training", "put in")
+COLUMNS = ("model", "method", "lr", "domain", "× before", "general", "× before", "trained", "to ship", "training", "put in")
 
 
 def method_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -62,20 +72,170 @@ def method_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
     edges = {(choice["model"], choice["method"]) for choice in summary["choices"] if choice["at_edge"]}
     rows = []
     for model in summary["models"]:
-        before = next(said for said in summary["learnt"] if said["model"] == model and said["method"] == "before")
-        shown = [_perplexity(before["test"][text], None) for text in TEXTS]
+        before = _before(summary, model)
+        shown = [text for each in TEXTS for text in (_perplexity(before[each], None), "")]
         rows.append((model, "before", "", *shown, "", "", "", ""))
         for said in summary["standings"]:
             if said["model"] == model:
                 edge = " (edge)" if (model, said["method"]) in edges else ""
-                perplexities = [_perplexity(said["loss"][text], said["interval"][text]) for text in TEXTS]
+                shown = [
+                    text
+                    for each in TEXTS
+                    for text in (_perplexity(said["loss"][each], said["interval"][each]), f"{_ratio(said['change'][each])}")
+                ]
                 rows.append(
                     (
-                        model, said["method"], f"{said['lr']:g}{edge}", *perplexities, f"{said['parameters']:,}",
-                        _size(said["bytes"]), f"{said['seconds']:.3g} s", _sites(said["sites"]),
+                        model, NAMES[said["method"]], f"{said['lr']:g}{edge}", *shown, f"{said['parameters']:,}",
+                        size(said["bytes"]), f"{said['seconds']:.3g} s", sites(said["sites"]),
                     )
                 )  # fmt: skip
     return rows
+
+
+def to_latex(summary: Mapping[str, Any]) -> str:
+    """The table of methods with booktabs rules."""
+    caption = f"{summary['name']}: perplexity on test, with 95 % intervals over seeds. {budget(summary)}"
+    return "\n".join(
+        [
+            r"% \usepackage{booktabs}",
+            r"\begin{table}",
+            rf"\caption{{{escape_latex(caption)}}}",
+            rf"\begin{{tabular}}{{ll{'r' * (len(COLUMNS) - 2)}}}",
+            rf"\toprule {_latex_row(COLUMNS)} \midrule",
+            *map(_latex_row, method_rows(summary)),
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+def _latex_row(cells: Sequence[str]) -> str:
+    written = (escape_latex(cell).replace("×", r"$\times$").replace("∞", r"$\infty$") for cell in cells)
+    return " & ".join(written) + r" \\"
+
+
+def render(summary: Mapping[str, Any]) -> str:
+    """The whole page as HTML: one file that needs no network."""
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    models = list(summary["models"])
+    shown = dict.fromkeys(said["method"] for said in summary["choices"])
+    context = {
+        "css": Markup((HERE / "report.css").read_text(encoding="utf-8")),
+        "summary": summary,
+        "headline": headline(summary),
+        "budget": budget(summary),
+        "columns": COLUMNS,
+        "rows": method_rows(summary),
+        "legend": [
+            (NAMES.get(method, "the model as it is"), inline_svg(swatch(method), f"sign-{method}", method))
+            for method in ("before", *shown)
+        ],
+        "trade": [
+            inline_svg(trade(summary, model), f"trade-{n}", f"{model}: domain against general perplexity")
+            for n, model in enumerate(models)
+        ],
+        "rates": [
+            inline_svg(rates(summary, model), f"rates-{n}", f"{model}: perplexity by learning rate")
+            for n, model in enumerate(models)
+        ],
+        "positions": [
+            inline_svg(figure, f"positions-{mode}-{n}", f"{model}: perplexity by position, {mode}")
+            for n, model in enumerate(models)
+            for mode in ("insert", "replace")
+            if (figure := positions(summary, model, mode)) is not None
+        ],
+        "contrasts": [_contrast(said) for said in summary["contrasts"]],
+        "differences": [_difference(said) for said in summary["differences"]],
+        "failures": [_failure(said) for said in summary["learnt"] if said["error"] is not None],
+        "method": _method(summary),
+    }
+    return environment.get_template("comparison.html.jinja").render(**context)
+
+
+def headline(summary: Mapping[str, Any]) -> str:
+    """The organ on domain text, in a line; where there is no organ, what was compared."""
+    verdicts = [said["verdict"] for said in summary["differences"] if said["text"] == "domain" and said["first"] == "organ"]
+    if len(summary["models"]) == 1 and verdicts:
+        return verdicts[0][0].upper() + verdicts[0][1:]
+    methods = [NAMES[method] for method in dict.fromkeys(said["method"] for said in summary["choices"])]
+    return f"{', '.join(methods)} on {len(summary['models'])} model{'s' if len(summary['models']) > 1 else ''}"
+
+
+def budget(summary: Mapping[str, Any]) -> str:
+    """What every method had, in a sentence."""
+    said = summary["budget"]
+    return (
+        f"Each method had the same {said['tokens']:,} tokens a training ({said['steps']:,} steps), "
+        f"{said['trainings_to_tune']} trainings to tune its learning rate, and {len(said['seeds'])} "
+        f"seed{'s' if len(said['seeds']) > 1 else ''} to confirm."
+    )
+
+
+def _contrast(said: Mapping[str, Any]) -> tuple[str, ...]:
+    ends = _perplexity(said["early"], None), _perplexity(said["late"], None)
+    return said["model"], said["mode"], *ends, f"{said['difference']:+.4f}", _nats(said["interval"]), said["verdict"]
+
+
+def _difference(said: Mapping[str, Any]) -> tuple[str, ...]:
+    within = "; ".join(f"{each['difference']:+.3f} ({_p(each['p'])})" for each in said["within"])
+    pair = f"{NAMES[said['first']]} − {NAMES[said['second']]}"
+    ends = _nats(said["interval"])
+    return said["model"], said["text"], pair, f"{said['difference']:+.4f}", ends, str(said["n"]), within, said["verdict"]
+
+
+def _failure(said: Mapping[str, Any]) -> str:
+    return f"{said['model']}, {NAMES[said['method']]}, lr {said['lr']:g}, seed {said['seed']}: {said['error']}"
+
+
+def _method(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    said = summary["budget"]
+    shares = [
+        (f"text, {model}", "; ".join(_text(name, text) for name, text in texts.items())) for model, texts in summary["text"].items()
+    ]
+    return [
+        ("tuning", f"learning rate by select of domain text, with seed {said['tuning_seed']}, which is none of {said['seeds']}"),
+        ("organ", "trained alone between frozen embedding and head; put in at the position and mode that select likes best, for "
+         "each seed anew. That costs evaluations, not trainings, and is a choice that the others do not have"),
+        ("in place", "the same layers, trained inside of the whole model: tells few layers from the wrapper"),
+        ("LoRA", "beside every linear map of the layers, by peft; to ship is its adapter"),
+        ("measured", "from what is shipped, loaded again, in float32; blocks are "
+         f"{said['context']} tokens; test is opened for the seeds alone"),
+        *shares,
+        ("versions", ", ".join(f"{name} {version}" for name, version in summary["environment"].items())),
+    ]  # fmt: skip
+
+
+def _text(name: str, said: Mapping[str, Any]) -> str:
+    sides = ", ".join(
+        f"{side} {each['blocks']:,} blocks of {each['documents']:,} documents"
+        for side, each in said.items()
+        if isinstance(each, Mapping) and each["blocks"]
+    )
+    both = f"; {said['also_trained_on']} documents are also trained on" if said["also_trained_on"] else ""
+    return f"{name}: {sides}{both}"
+
+
+def _before(summary: Mapping[str, Any], model: str) -> Mapping[str, float]:
+    said = next(said for said in summary["learnt"] if said["model"] == model and said["method"] == "before")
+    losses: Mapping[str, float] = said["test"]
+    return losses
+
+
+def _ratio(change: float) -> str:
+    value = perplexity(change)
+    return "∞" if value is None else f"{value:.3g}"
+
+
+def _nats(interval: Sequence[float] | None) -> str:
+    return "one seed" if interval is None else f"{interval[0]:+.4f} to {interval[1]:+.4f}"
+
+
+def _p(p: float) -> str:
+    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
 
 
 def _perplexity(loss: float | None, interval: Sequence[float] | None) -> str:
@@ -91,12 +251,13 @@ def _number(loss: float) -> str:
     return "∞" if value is None else f"{value:.4g}"
 
 
-def _size(number: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
+def size(number: int) -> str:
+    for unit, bytes in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if number >= bytes:
+            return f"{number / bytes:.3g} {unit}"
     return f"{number} B"
 
 
-def _sites(sites: Sequence[str]) -> str:
-    return ", ".join(f"{site} × {number}" if number > 1 else site for site, number in Counter(sites).items())
+def sites(found: Sequence[str]) -> str:
+    """Where the organs of the seeds were put in."""
+    return ", ".join(f"{site} × {number}" if number > 1 else site for site, number in Counter(found).items())
