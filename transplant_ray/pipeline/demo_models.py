@@ -206,9 +206,10 @@ def _card(record: Mapping[str, Any]) -> str:
         [
             f"# A small {asked['family']} for demonstrations",
             "",
-            f"{record['parameters']:,} parameters in {asked['layers']} layers, trained from nothing on {record['tokens']:,} tokens of",
-            f"documentation and source of the Python standard library, seed {asked['seed']}. Perplexity on text of the same kind:",
-            f"{reached['model']:.4g} ({reached['contexts']} contexts; unigram {reached['unigram']:.4g}, bigram {reached['bigram']:.4g}).",
+            f"{record['parameters']:,} parameters in {asked['layers']} layers, trained from nothing on {record['tokens']:,} tokens",
+            f"of documentation and source of the Python standard library, seed {asked['seed']}.",
+            f"Perplexity on text of the same kind: {reached['model']:.4g} on {reached['contexts']} contexts (unigram "
+            f"{reached['unigram']:.4g}, bigram {reached['bigram']:.4g}).",
             f"It is there to try `transplant-ray organ` on, and of no other use. How it was made is in `{RECORD}`.",
             "",
         ]
