@@ -5,6 +5,7 @@
     gpt2-0/organ               its middle layers, trained on domain text
     gpt2-0/sweep.yaml, sweep/      every position, and the report
     gpt2-0/compare.yaml, compare/  organ, LoRA and full fine-tuning, and the report
+    gpt2-0/demo.json           which text it was, and what came of it
 
 What is there is taken, and what was begun goes on: a demo can be stopped at any time and given again.
 """
@@ -20,7 +21,7 @@ from typing import Any
 import yaml
 
 from transplant_ray.errors import RunError
-from transplant_ray.files import write_text
+from transplant_ray.files import write_json, write_text
 from transplant_ray.organ.folder import open_organ
 from transplant_ray.pipeline.comparing import Compared, compare
 from transplant_ray.pipeline.demo_models import SmallModel, make_model
@@ -31,6 +32,7 @@ from transplant_ray.pipeline.organ_training import Trained, train
 from transplant_ray.pipeline.watch import Silent, Watch
 from transplant_ray.recipe import DemoSpec, TrackingSpec, TrainingSpec, WorkerSpec, load_compare_recipe, load_organ_recipe
 
+RECORD = "demo.json"
 DEFAULT_FOLDER = Path("runs", "organ-demo")
 METHODS = ("organ", "lora", "full")
 TUNED = {"lr": [3e-4, 1e-3, 3e-3]}
@@ -98,7 +100,9 @@ def organ_demo(
     trained = _trained(spec, place, text, threads, tracking, watch)
     sweep = sweep_organs(load_organ_recipe(_write(place, "sweep", sweep_recipe(spec, place, text, tracking))), watch)
     compared = compare(load_compare_recipe(_write(place, "compare", compare_recipe(spec, place, text, tracking))), watch)
-    return Demo(place.here, text, model, trained, sweep, compared)
+    demo = Demo(place.here, text, model, trained, sweep, compared)
+    write_json(place.here / RECORD, _record(demo))
+    return demo
 
 
 def build(
@@ -159,6 +163,18 @@ def _write(place: Place, name: str, settings: Mapping[str, Any]) -> Path:
     path = place.here / f"{name}.yaml"
     write_text(path, yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
     return path
+
+
+def _record(demo: Demo) -> dict[str, Any]:
+    return {
+        "domain": demo.text.domain_is,
+        "stand_in": demo.text.stand_in,
+        "text": {name: demo.text.record[name]["sha256"] for name in ("general", "domain")},
+        "model": demo.model.record["perplexity"],
+        "organ": demo.trained.organ.manifest.training,
+        "sweep": demo.sweep.summary["verdict"],
+        "compare": demo.compared.summary["said"],
+    }
 
 
 def _trained(spec: DemoSpec, place: Place, text: DemoText, threads: int, tracking: TrackingSpec, watch: Watch) -> Trained:
