@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from demos import small_text, some_documents
 
 from transplant_ray.errors import DataError, RunError
 from transplant_ray.organ.text import stream_passages
-from transplant_ray.pipeline.demo_text import DemoText, find_gsm8k, make_text
+from transplant_ray.pipeline.demo_text import DemoText, find_gsm8k
 from transplant_ray.recipe import CorpusSpec, DemoSpec
 from transplant_ray.zoo.library_text import library_documents
 from transplant_ray.zoo.word_problems import rows, word_problems
@@ -55,7 +55,7 @@ def library(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> DemoText:
-    return make_text(SPEC, tmp_path_factory.mktemp("demo") / "text", None)
+    return small_text(SPEC, tmp_path_factory.mktemp("demo") / "text", None)
 
 
 def words(folder: Path, kind: str) -> str:
@@ -79,8 +79,8 @@ def test_tests_packages_and_what_is_there_twice_are_left_out(library: Path) -> N
 
 def test_text_of_this_python_is_the_same_every_time_and_within_its_size() -> None:
     pytest.importorskip("pydoc_data.topics")
-    documents = library_documents(60_000, Path(json.__file__).parent)
-    assert documents == library_documents(60_000, Path(json.__file__).parent)
+    documents = some_documents(60_000)
+    assert documents == some_documents(60_000)
     assert 30_000 < sum(len(document.text) for document in documents) <= 60_000
     assert {document.kind for document in documents} == {"prose", "source"}
 
@@ -127,7 +127,7 @@ def test_gsm8k_is_read_where_it_lies(tmp_path: Path) -> None:
     (given / "train.jsonl").write_text('{"question": "How many?", "answer": "#### 3"}\n')
     found = find_gsm8k(given)
     assert found == given / "train.jsonl"
-    made = make_text(SPEC, tmp_path / "text", found)
+    made = small_text(SPEC, tmp_path / "text", found)
     assert not made.stand_in
     assert (made.folder / "domain.jsonl").readlink() == found
 
@@ -146,6 +146,6 @@ def test_shares_have_no_document_in_common_and_leave_none_out(text: DemoText) ->
 
 
 def test_text_of_other_settings_is_not_taken(text: DemoText) -> None:
-    assert make_text(SPEC, text.folder, None) == text
+    assert small_text(SPEC, text.folder, None) == text
     with pytest.raises(RunError, match="holds other text"):
-        make_text(SPEC.model_copy(update={"problems": 300}), text.folder, None)
+        small_text(SPEC.model_copy(update={"problems": 300}), text.folder, None)

@@ -159,7 +159,8 @@ def _record(identity: Mapping[str, Any], training: Training, measured: Pack, thr
     """Both halves of what is measured together: nothing was chosen by either."""
     blocks = [measured.side(name) for name in ("select", "test")]
     losses = [loss for side in blocks for loss in _losses(training, side)]
-    counts = Counts.of(training.pack.train, training.model.config.vocab_size)
+    vocabulary = int(training.model.config.vocab_size)  # type: ignore[union-attr, arg-type]  # what transformers gives every model
+    counts = Counts.of(training.pack.train, vocabulary)
     weights = [side.num / len(losses) for side in blocks]
 
     def mean(loss_of: Any) -> float:

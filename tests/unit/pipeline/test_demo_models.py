@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from demos import small_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from transplant_ray.errors import RunError
@@ -22,12 +23,12 @@ from transplant_ray.organ.ngrams import Counts
 from transplant_ray.organ.pack import Blocks
 from transplant_ray.pipeline import demo_models
 from transplant_ray.pipeline.demo_models import SmallModel, make_model
-from transplant_ray.pipeline.demo_text import DemoText, make_text
+from transplant_ray.pipeline.demo_text import DemoText
 from transplant_ray.pipeline.watch import Silent
 from transplant_ray.recipe import DemoFamily, DemoSpec
 
 SIZES = {
-    "characters": 20_000, "problems": 100, "vocabulary": 300, "layers": 2, "width": 16, "heads": 2, "context": 16, "batch": 2,
+    "characters": 60_000, "problems": 100, "vocabulary": 300, "layers": 2, "width": 16, "heads": 2, "context": 16, "batch": 2,
     "tokens": 96, "contexts": 4,
 }  # fmt: skip
 
@@ -38,7 +39,7 @@ def spec(family: DemoFamily = "gpt2", **changes: int) -> DemoSpec:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> DemoText:
-    return make_text(spec(), tmp_path_factory.mktemp("demo") / "text", None)
+    return small_text(spec(), tmp_path_factory.mktemp("demo") / "text", None)
 
 
 @pytest.fixture(scope="module", params=SMALL_FAMILIES)
@@ -78,13 +79,6 @@ def test_three_steps_give_the_same_bytes_twice_and_other_seeds_others(model: Sma
     assert hashes[0] == hashes[1] != hashes[2]
     assert again.record["perplexity"] == model.record["perplexity"]
     assert not list(tmp_path.glob(".*"))
-
-
-class Stopped(Silent):
-    """Ctrl-C after some steps."""
-
-    def advance(self, amount: int) -> None:  # noqa: ARG002
-        raise KeyboardInterrupt
 
 
 def test_stopped_it_goes_on_and_ends_with_the_same_weights(model: SmallModel, text: DemoText, tmp_path: Path) -> None:
