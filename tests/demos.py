@@ -11,7 +11,7 @@ from transplant_ray.pipeline.demo_text import DemoText, make_text
 from transplant_ray.recipe import DemoSpec
 from transplant_ray.zoo.library_text import Document, library_documents
 
-PACKAGE = Path(json.__file__).parent
+PACKAGE = Path(json.__file__).parents[1] / "asyncio"
 
 
 def some_documents(characters: int) -> list[Document]:

@@ -13,7 +13,7 @@ from transplant_ray.organ.folder import open_organ
 
 pytestmark = pytest.mark.slow
 SIZES = {
-    "characters": 60_000, "problems": 300, "vocabulary": 300, "layers": 3, "width": 16, "heads": 2, "context": 16, "batch": 4,
+    "characters": 200_000, "problems": 300, "vocabulary": 300, "layers": 3, "width": 16, "heads": 2, "context": 16, "batch": 4,
     "tokens": 6_400, "organ_tokens": 640, "contexts": 4,
 }  # fmt: skip
 

@@ -28,7 +28,7 @@ from transplant_ray.pipeline.watch import Silent
 from transplant_ray.recipe import DemoFamily, DemoSpec
 
 SIZES = {
-    "characters": 60_000, "problems": 100, "vocabulary": 300, "layers": 2, "width": 16, "heads": 2, "context": 16, "batch": 2,
+    "characters": 150_000, "problems": 100, "vocabulary": 300, "layers": 2, "width": 16, "heads": 2, "context": 16, "batch": 2,
     "tokens": 96, "contexts": 4,
 }  # fmt: skip
 
