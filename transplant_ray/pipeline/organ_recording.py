@@ -162,7 +162,9 @@ def _described(job: OrganJob, name: str) -> dict[str, Any]:
 def _text(job: OrganJob, name: str) -> dict[str, Any]:
     """Nothing that it says, but its hash and how much was read."""
     pack, asked = job.texts[name], job.asked[name]
-    sides = {split: {"blocks": len(asked.examples[split]), "documents": pack.sides[split].documents} for split in SIDES}
+    sides: dict[str, Any] = {
+        split: {"blocks": len(asked.examples[split]), "documents": pack.sides[split].documents} for split in SIDES
+    }
     spec = getattr(job.recipe, name).model_dump(mode="json")
     return {"sha256": pack.text, "context": pack.context, "spec": spec, **sides}
 
