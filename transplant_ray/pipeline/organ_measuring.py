@@ -38,6 +38,8 @@ class Measuring:
         """Id of a trial → why it has not answered."""
         self.recalled = self.measured = 0
         """Blocks and examples, over all models."""
+        self.processes: set[int] = set()
+        """That trials ran in."""
         self.ledger = Ledger(job.folder.ledger, stopwatch.watch.note) if job.recipe.ledger else None
         with stopwatch.stage("fingerprint weights"):
             self.weights = fingerprint(job.recipient)
@@ -105,6 +107,7 @@ class Measuring:
     def _take(self, done: TrialDone) -> None:
         if done.deaths:
             self.stopwatch.watch.note(f"a process died under a trial and was started again ({done.deaths} times)")
+        self.processes |= set() if done.process is None else {done.process}
         for task, split, shard in done.said:
             self._keep(self.weights, task, split, shard)
             self._add(task, split, shard)

@@ -76,7 +76,7 @@ def record(measured: Measuring, choice: Choice, confirmed: Confirmed | None, tra
     with stopwatch.stage("record"):
         rows, tasks = list(_rows(measured, choice, confirmed)), list(_task_rows(measured, confirmed))
         write_rows(folder.results, [asdict(row) for row in rows], ORGAN_SCHEMA)
-        write_rows(folder.path / "tasks.parquet", [asdict(row) for row in tasks], TASK_SCHEMA)
+        write_rows(folder.tasks, [asdict(row) for row in tasks], TASK_SCHEMA)
         for name, answers in measured.answered.items():
             for split, outcomes in answers.outcomes.items():
                 write_rows(folder.outcomes / f"{name}-{split}.parquet", [asdict(outcome) for outcome in outcomes], OUTCOME_SCHEMA)
@@ -106,7 +106,7 @@ def record(measured: Measuring, choice: Choice, confirmed: Confirmed | None, tra
 
 
 def organ_reports(folder: RunFolder) -> tuple[Any, ...]:
-    return folder.report, folder.variants_csv, folder.path / "tasks.parquet"
+    return folder.report, folder.variants_csv, folder.tasks
 
 
 def summarise(measured: Measuring, choice: Choice, confirmed: Confirmed | None, rows: list[OrganResult]) -> dict[str, Any]:
@@ -132,6 +132,7 @@ def summarise(measured: Measuring, choice: Choice, confirmed: Confirmed | None, 
         "failed": {row.label: row.error for row in rows if row.error is not None},
         "measured": measured.measured,
         "recalled": measured.recalled,
+        "processes": len(measured.processes),
         "seconds": dict(measured.stopwatch.seconds),
         "environment": environment(),
     }  # fmt: skip

@@ -101,10 +101,9 @@ def build_organ_report(folder: RunFolder) -> Path:
 
 
 def read_organ_run(folder: RunFolder) -> OrganRun:
-    tasks = folder.path / "tasks.parquet"
     try:
         rows = [OrganResult(**row) for row in read_rows(folder.require(folder.results))]
-        asked = [TaskResult(**row) for row in read_rows(tasks)] if tasks.exists() else []
+        asked = [TaskResult(**row) for row in read_rows(folder.tasks)] if folder.tasks.exists() else []
     except TypeError as error:
         raise RunError(f"{folder.results}: not the results of an organ sweep ({error}). Run the sweep again.") from error
     recipe = folder.recipe.read_text(encoding="utf-8") if folder.recipe.exists() else ""
@@ -336,6 +335,7 @@ def _method(run: OrganRun) -> dict[str, list[tuple[str, str]]]:
                 f"{words.count(run.told('measured'))} blocks and examples; {words.count(run.told('recalled'))} from the ledger",
             ),
             ("seconds", words.text(run.told("seconds"))),
+            ("processes", f"{words.count(run.told('processes'))}, each with the weights once"),
             *((name, str(version)) for name, version in environment.items()),
         ],
     }
