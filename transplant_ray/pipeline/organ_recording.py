@@ -194,7 +194,7 @@ def _rows(measured: Measuring, choice: Choice, confirmed: Confirmed | None) -> I
 def _row(measured: Measuring, trial: Trial, split: Split, variant: str) -> OrganResult:
     tallies = {name: measured.tally(name, split, variant) for name in measured.job.asked}
     columns = {key: value for text in (DOMAIN, GENERAL) for key, value in text_columns(text, tallies[text]).items()}
-    error = measured.errors.get(variant)
+    error = measured.errors.get((variant, split))
     if error is None and any(tally is None for tally in tallies.values()):
         error = "not all was answered"
     return OrganResult(
