@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from transplant_ray.cli_organ_compare import print_comparison
-from transplant_ray.cli_organ_sweep import print_sweep
+from transplant_ray.cli_organ_sweep import print_organs
 from transplant_ray.terminal import resumable, tell
 
 if TYPE_CHECKING:
@@ -71,7 +71,8 @@ def _print_demo(made: Demo) -> None:
         _print(line)
     _print(f"organ: {made.folder / 'organ'}")
     console.rule("where it goes", align="left")
-    print_sweep(made.sweep)
+    print_organs(made.sweep.results, made.sweep.summary)
+    _print(f"results: {made.sweep.folder.path}   report: {made.sweep.folder.report}")
     console.rule("what else would do", align="left")
     print_comparison(console, made.compared.summary)
     _print(f"results: {made.compared.folder.path}   report: {made.compared.folder.report}")

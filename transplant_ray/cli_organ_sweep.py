@@ -48,7 +48,10 @@ def sweep(
     again = "goes on where it stopped" if loaded.ledger else "starts over, for `ledger: false` keeps nothing"
     with resumable(f"the same command {again}"), TerminalWatch(console) as watch:
         result = sweep_organs(loaded, watch)
-    print_sweep(result)
+    print_organs(result.results, result.summary)
+    place = result.folder.public_address or result.folder.path
+    checkpoint = f"   checkpoint: {place}/{result.folder.checkpoint.name}" if result.winner else ""
+    _print(f"results: {place}   report: {place}/{result.folder.report.name}{checkpoint}")
     if result.refused:
         tell(f"MLflow refused {len(result.refused)} of its entries, the first: {result.refused[0]}. All results are in the folder.")
     if result.failed or result.refused:
@@ -103,23 +106,17 @@ def _print_plan(grid, blocks) -> None:  # type: ignore[no-untyped-def]
         console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
 
 
-def print_sweep(result) -> None:  # type: ignore[no-untyped-def]
-    console.print(_table(result.results))
-    summary = result.summary
+def print_organs(rows, summary) -> None:  # type: ignore[no-untyped-def]
+    """The table, and the headline in sentences."""
+    console.print(_table(rows))
     if verdict := summary["verdict"]:
         _print(f"{verdict['conclusion']}: {verdict['sentence']}")
-    elif result.winner is None:
+    elif summary["winner"] is None:
         _print("no winner: no trial answered, or each loses more on general text than `sweep.most_lost`")
-    agrees = (summary["confirmed"] or {}).get("exported_agrees")
-    if agrees:
+    if agrees := (summary["confirmed"] or {}).get("exported_agrees"):
         _print(f"written checkpoint = resident model: the same loss on {agrees['equal']} of {agrees['n']} select blocks")
     if summary["recalled"]:
         _print(f"{summary['recalled']:,} outcomes were taken from the ledger of this storage, {summary['measured']:,} are new")
-    place = result.folder.public_address or result.folder.path
-    _print(
-        f"results: {place}   report: {place}/{result.folder.report.name}"
-        + (f"   checkpoint: {place}/checkpoint" if result.winner else "")
-    )
     _print(f"MLflow: run {summary['mlflow_run']}")
 
 

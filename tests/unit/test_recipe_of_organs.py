@@ -69,6 +69,7 @@ def test_what_cannot_change_a_result_is_no_part_of_the_identity() -> None:
         ({"vocabulary": "maybe"}, "`vocabulary` is 'maybe'"),
         ({"resources": {"shard_size": 3}}, "has no effect on an organ sweep"),
         ({"resources": {"labels": {"evaluator": {"a": "b"}}}}, "has no effect on an organ sweep"),
+        ({"resources": {"gpus_per_model": 2}}, "on one GPU"),
         ({"tracking": {"upload": "delta"}}, "`tracking.upload: delta`"),
         ({"tasks": {"domain": {"data": "x", "prompt": "{a}", "answer": "{b}", "max_new_tokens": 2}}}, "another name"),
     ],

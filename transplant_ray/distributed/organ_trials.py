@@ -11,8 +11,9 @@ import os
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -34,8 +35,10 @@ from transplant_ray.models.loading import load_tokenizer, placement
 from transplant_ray.organ.grid import Trial
 from transplant_ray.organ.resident import Resident
 
-MAX_FAILURES = 3
-"""Deaths of the process under one trial after which it counts as failed."""
+MAX_FAILURES = 2
+"""Deaths of the process under one trial, in one round, after which Tune gives it up."""
+ROUNDS = 2
+"""In which trials whose process died are tried: Tune also gives one up early, where two calls were under way to the process."""
 POLL_SECONDS = 0.2
 Said = Sequence[tuple[str, Split, VariantShard]]
 """Task, split, and what was answered."""
@@ -61,10 +64,28 @@ class TrialDone:
     process: int | None = None
     deaths: int = 0
     """Of processes under it, before it came to its end."""
+    died: bool = False
+    """Whether that is its end."""
 
 
 def run_organ_trials(job: Trials, capacity: Capacity) -> Iterator[TrialDone]:
     """Each trial once, as they end. RunError where Tune itself cannot go on."""
+    deaths: Counter[str] = Counter()
+    left = job
+    for number in range(1, ROUNDS + 1):
+        again = []
+        for done in _run_round(left, capacity):
+            deaths[done.id] += done.deaths
+            if done.died and number < ROUNDS:
+                again.append(done.id)
+            else:
+                yield replace(done, deaths=deaths[done.id])
+        if not again:
+            return
+        left = replace(job, trials={id: job.trials[id] for id in again})
+
+
+def _run_round(job: Trials, capacity: Capacity) -> Iterator[TrialDone]:
     ended: queue.Queue[TrialDone | BaseException | None] = queue.Queue()
     with TemporaryDirectory(prefix="transplant_ray-") as folder:
         tuner = _tuner(job, capacity, Path(folder), ended)
@@ -175,16 +196,18 @@ class _TrialCallback(Callback):
         self._tell(TrialDone(trial.config["trial"], found.get("said", ()), error, found.get("process"), trial.num_failures))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
-        self._tell(TrialDone(trial.config["trial"], (), _reason(trial), None, trial.num_failures))
+        reason = _reason(trial)
+        died = "ResourceError: its process died again and again; memory may have run out"
+        self._tell(TrialDone(trial.config["trial"], (), reason or died, None, trial.num_failures, died=reason is None))
 
     def _tell(self, done: TrialDone) -> None:
         if self.ended is not None:
             self.ended.put(done)
 
 
-def _reason(trial: Any) -> str:
-    """Why a trial was given up."""
+def _reason(trial: Any) -> str | None:
+    """What a process has raised that is no error of ours; None where it died."""
     error = trial.get_pickled_error()
     if error is None or isinstance(error, RayActorError):
-        return f"ResourceError: its process died {trial.num_failures} times; memory may have run out"
+        return None
     return (str(error).strip().splitlines() or [repr(error)])[-1][:300]

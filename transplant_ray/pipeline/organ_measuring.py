@@ -34,10 +34,12 @@ class Measuring:
     def __init__(self, job: OrganJob, stopwatch: Stopwatch, cluster: ExitStack) -> None:
         self.job, self.stopwatch = job, stopwatch
         self.answered = {name: Answers() for name in job.asked}
-        self.errors: dict[str, str] = {}
-        """Id of a trial → why it has not answered."""
+        self.errors: dict[tuple[str, Split], str] = {}
+        """Id of a trial and split → why it has not answered."""
         self.recalled = self.measured = 0
         """Blocks and examples, over all models."""
+        self.processes: set[int] = set()
+        """That trials ran in."""
         self.ledger = Ledger(job.folder.ledger, stopwatch.watch.note) if job.recipe.ledger else None
         with stopwatch.stage("fingerprint weights"):
             self.weights = fingerprint(job.recipient)
@@ -63,7 +65,7 @@ class Measuring:
             return
         job = Trials({id: distinct[id] for id in waiting}, waiting, self.workload)
         for done in run_organ_trials(job, self._connected()):
-            self._take(done)
+            self._take(done, split)
 
     def measure_exported(self, checkpoint: Checkpoint, splits: Sequence[Split]) -> None:
         """What the written checkpoint says when it is loaded by itself."""
@@ -102,14 +104,15 @@ class Measuring:
                 left.append(replace(one, examples=unknown))
         return left
 
-    def _take(self, done: TrialDone) -> None:
-        if done.deaths:
-            self.stopwatch.watch.note(f"a process died under a trial and was started again ({done.deaths} times)")
-        for task, split, shard in done.said:
-            self._keep(self.weights, task, split, shard)
-            self._add(task, split, shard)
+    def _take(self, done: TrialDone, split: Split) -> None:
+        if done.deaths and done.error is None:
+            self.stopwatch.watch.note("a process died under a trial and was started again")
+        self.processes |= set() if done.process is None else {done.process}
+        for task, of, shard in done.said:
+            self._keep(self.weights, task, of, shard)
+            self._add(task, of, shard)
         if done.error is not None:
-            self.errors[done.id] = done.error
+            self.errors[done.id, split] = done.error
             self.stopwatch.watch.hear(VariantFailed(done.id, done.error))
         if self.ledger is not None:
             self.ledger.write()  # a trial takes long, and whoever kills us now should not lose it
@@ -123,7 +126,7 @@ class Measuring:
     def _add(self, task: str, split: Split, shard: VariantShard) -> None:
         self.answered[task].add(split, shard)
         if shard.error is not None:
-            self.errors.setdefault(shard.variant, shard.error)
+            self.errors.setdefault((shard.variant, split), shard.error)
         if shard.recalled:
             self.recalled += len(shard.outcomes)
         else:

@@ -76,7 +76,7 @@ def record(measured: Measuring, choice: Choice, confirmed: Confirmed | None, tra
     with stopwatch.stage("record"):
         rows, tasks = list(_rows(measured, choice, confirmed)), list(_task_rows(measured, confirmed))
         write_rows(folder.results, [asdict(row) for row in rows], ORGAN_SCHEMA)
-        write_rows(folder.path / "tasks.parquet", [asdict(row) for row in tasks], TASK_SCHEMA)
+        write_rows(folder.tasks, [asdict(row) for row in tasks], TASK_SCHEMA)
         for name, answers in measured.answered.items():
             for split, outcomes in answers.outcomes.items():
                 write_rows(folder.outcomes / f"{name}-{split}.parquet", [asdict(outcome) for outcome in outcomes], OUTCOME_SCHEMA)
@@ -106,7 +106,7 @@ def record(measured: Measuring, choice: Choice, confirmed: Confirmed | None, tra
 
 
 def organ_reports(folder: RunFolder) -> tuple[Any, ...]:
-    return folder.report, folder.variants_csv, folder.path / "tasks.parquet"
+    return folder.report, folder.variants_csv, folder.tasks
 
 
 def summarise(measured: Measuring, choice: Choice, confirmed: Confirmed | None, rows: list[OrganResult]) -> dict[str, Any]:
@@ -132,6 +132,7 @@ def summarise(measured: Measuring, choice: Choice, confirmed: Confirmed | None, 
         "failed": {row.label: row.error for row in rows if row.error is not None},
         "measured": measured.measured,
         "recalled": measured.recalled,
+        "processes": len(measured.processes),
         "seconds": dict(measured.stopwatch.seconds),
         "environment": environment(),
     }  # fmt: skip
@@ -162,7 +163,9 @@ def _described(job: OrganJob, name: str) -> dict[str, Any]:
 def _text(job: OrganJob, name: str) -> dict[str, Any]:
     """Nothing that it says, but its hash and how much was read."""
     pack, asked = job.texts[name], job.asked[name]
-    sides = {split: {"blocks": len(asked.examples[split]), "documents": pack.sides[split].documents} for split in SIDES}
+    sides: dict[str, Any] = {
+        split: {"blocks": len(asked.examples[split]), "documents": pack.sides[split].documents} for split in SIDES
+    }
     spec = getattr(job.recipe, name).model_dump(mode="json")
     return {"sha256": pack.text, "context": pack.context, "spec": spec, **sides}
 
@@ -191,7 +194,7 @@ def _rows(measured: Measuring, choice: Choice, confirmed: Confirmed | None) -> I
 def _row(measured: Measuring, trial: Trial, split: Split, variant: str) -> OrganResult:
     tallies = {name: measured.tally(name, split, variant) for name in measured.job.asked}
     columns = {key: value for text in (DOMAIN, GENERAL) for key, value in text_columns(text, tallies[text]).items()}
-    error = measured.errors.get(variant)
+    error = measured.errors.get((variant, split))
     if error is None and any(tally is None for tally in tallies.values()):
         error = "not all was answered"
     return OrganResult(

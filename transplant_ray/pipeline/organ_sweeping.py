@@ -55,7 +55,7 @@ def plan_organs(recipe: OrganRecipe, watch: Watch | None = None) -> tuple[Grid, 
 def _choose(measured: Measuring) -> Choice:
     """NumericsError where the recipient itself cannot be measured: then there is nothing to compare with."""
     grid = measured.job.grid
-    if (error := measured.errors.get(grid.recipient.id)) is not None:
+    if (error := measured.errors.get((grid.recipient.id, "select"))) is not None:
         raise NumericsError(f"{measured.job.recipient.model}: the recipient itself could not be measured: {error}")
     losses = {text: _losses(measured, text) for text in (DOMAIN, GENERAL)}
     return choose_trial(
@@ -69,7 +69,9 @@ def _choose(measured: Measuring) -> Choice:
 def _losses(measured: Measuring, text: str) -> dict[str, float]:
     """Of all that have answered everything."""
     tallies = {
-        trial.id: measured.tally(text, "select", trial.id) for trial in measured.job.grid.trials if trial.id not in measured.errors
+        trial.id: measured.tally(text, "select", trial.id)
+        for trial in measured.job.grid.trials
+        if (trial.id, "select") not in measured.errors
     }
     return {id: tally.loss for id, tally in tallies.items() if tally is not None and tally.loss is not None}
 
@@ -98,7 +100,9 @@ def _judged(measured: Measuring, winner: Trial, untrained: Trial | None, opened:
     verdict = None
     if domain is not None and general is not None:
         why_not = (
-            job.grid.without.get(str(winner.organ), "not asked for") if untrained is None else measured.errors.get(untrained.id)
+            job.grid.without.get(str(winner.organ), "not asked for")
+            if untrained is None
+            else measured.errors.get((untrained.id, "test"))
         )
         place = f"organ {winner.organ}, {'before' if winner.mode == 'insert' else 'in place of layers from'} layer {winner.at},"
         verdict = judge(place, domain, general, control, why_not)

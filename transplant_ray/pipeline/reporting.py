@@ -5,8 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from transplant_ray.report.build import build_report
-from transplant_ray.report.organs import KIND, build_organ_report
+from transplant_ray.report.organs import KIND, OrganRun, build_organ_report, read_organ_run
 from transplant_ray.storage import RunFolder
+
+
+def show_organs(run: str | Path) -> OrganRun | None:
+    """What a finished organ sweep found; None for a run of another kind."""
+    folder = RunFolder.open(str(run))
+    return read_organ_run(folder) if _is_of_organs(folder) else None
 
 
 def report(run: str | Path) -> Path:
@@ -17,7 +23,7 @@ def report(run: str | Path) -> Path:
     RunError where the run is not there, or a file of it is damaged.
     """
     folder = RunFolder.open(str(run))
-    if folder.summary.exists() and folder.read_summary().get("kind") == KIND:
+    if _is_of_organs(folder):
         page = build_organ_report(folder)
         folder.send(folder.report, folder.variants_csv)
         return page
@@ -26,3 +32,7 @@ def report(run: str | Path) -> Path:
     page = build_report(folder)
     folder.send(*folder.reports)
     return page
+
+
+def _is_of_organs(folder: RunFolder) -> bool:
+    return folder.summary.exists() and folder.read_summary().get("kind") == KIND

@@ -101,6 +101,8 @@ class OrganRecipe(Part):
         plain = ResourceSpec()
         if idle := [name for name in IDLE if getattr(value, name) != getattr(plain, name)]:
             raise ValueError(f"{idle} has no effect on an organ sweep; leave it out")
+        if value.gpus_per_model > 1:
+            raise ValueError("`gpus_per_model`: a model of an organ sweep is on one GPU; give 1, or a share of one")
         return value
 
     @model_validator(mode="after")

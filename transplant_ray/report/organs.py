@@ -101,10 +101,9 @@ def build_organ_report(folder: RunFolder) -> Path:
 
 
 def read_organ_run(folder: RunFolder) -> OrganRun:
-    tasks = folder.path / "tasks.parquet"
     try:
         rows = [OrganResult(**row) for row in read_rows(folder.require(folder.results))]
-        asked = [TaskResult(**row) for row in read_rows(tasks)] if tasks.exists() else []
+        asked = [TaskResult(**row) for row in read_rows(folder.tasks)] if folder.tasks.exists() else []
     except TypeError as error:
         raise RunError(f"{folder.results}: not the results of an organ sweep ({error}). Run the sweep again.") from error
     recipe = folder.recipe.read_text(encoding="utf-8") if folder.recipe.exists() else ""
@@ -178,9 +177,16 @@ def _cards(run: OrganRun) -> Iterator[Card]:
     yield Card(
         "Layers", str(winner.num_layers), "", f"{winner.num_put} of them put in; {words.count(winner.num_parameters)} parameters"
     )
-    alone = next((row for row in run.on("select") if row.role == "alone" and row.organ == winner.organ), None)
-    if alone is not None:
+    if (alone := _alone(run)) is not None:
         yield Card("Organ alone", _perplexity(alone.domain_perplexity), "", "domain text, select: between embedding and head")
+
+
+def _alone(run: OrganRun) -> OrganResult | None:
+    """The winner's organ between embedding and head, where that was measured."""
+    organ = None if run.winner is None else run.winner.organ
+    return next(
+        (row for row in run.on("select") if row.role == "alone" and row.organ == organ and row.domain_loss is not None), None
+    )
 
 
 def _cautions(run: OrganRun) -> Iterator[str]:
@@ -192,6 +198,12 @@ def _cautions(run: OrganRun) -> Iterator[str]:
     blocks = [run.told("texts", text, "test", "blocks") for text in TEXTS]
     if any(isinstance(number, int) and number < 30 for number in blocks):
         yield f"The test halves have {' and '.join(map(str, blocks))} blocks: tests of so few lean on differences being normal."
+    alone = _alone(run)
+    if run.winner is not None and alone is not None and (alone.domain_loss or 0) <= (run.winner.domain_loss or 0):
+        yield (
+            f"On the select half of the domain text organ {alone.organ} alone, with no layer of the recipient, does as well as the "
+            f"winner ({_perplexity(alone.domain_perplexity)} against {_perplexity(run.winner.domain_perplexity)})."
+        )
     if run.winner is not None:
         yield "Blocks of one document follow one another, so neighbours are alike; the tests take blocks as independent."
 
@@ -323,6 +335,7 @@ def _method(run: OrganRun) -> dict[str, list[tuple[str, str]]]:
                 f"{words.count(run.told('measured'))} blocks and examples; {words.count(run.told('recalled'))} from the ledger",
             ),
             ("seconds", words.text(run.told("seconds"))),
+            ("processes", f"{words.count(run.told('processes'))}, each with the weights once"),
             *((name, str(version)) for name, version in environment.items()),
         ],
     }
@@ -338,7 +351,9 @@ def _text(told: Any) -> str:
 
 
 def _perplexity(value: Any) -> str:
-    return f"{value:,.4g}" if isinstance(value, int | float) and value < 1e5 else words.NOTHING if value is None else f"{value:.3g}"
+    if not isinstance(value, int | float):
+        return words.NOTHING
+    return f"{value:.2f}" if value < 1_000 else f"{value:,.0f}" if value < 1_000_000 else f"{value:.2e}"
 
 
 def _signed(value: Any) -> str:

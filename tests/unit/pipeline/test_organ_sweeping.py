@@ -29,7 +29,7 @@ from transplant_ray.organ.pack import measuring_cut, pack_text
 from transplant_ray.organ.resident import Resident
 from transplant_ray.organ.text import stream_passages
 from transplant_ray.pipeline import organ_measuring as module
-from transplant_ray.pipeline import organ_sweeping
+from transplant_ray.pipeline import organ_recording, organ_sweeping
 from transplant_ray.pipeline.organ_recording import OrganSweepResult
 from transplant_ray.pipeline.organ_sweeping import plan_organs, sweep_organs
 from transplant_ray.pipeline.organs import extract
@@ -95,6 +95,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     monkeypatch.setattr(module, "run_organ_trials", cluster.run)
     monkeypatch.setattr(module, "answer_made", cluster.answer)
     monkeypatch.setattr(organ_sweeping, "tracked", nothing)
+    monkeypatch.setattr(organ_recording, "build_organ_report", lambda _: None)  # figures take most of the time
+    monkeypatch.setattr(organ_recording, "position_figures", lambda _: {})
     return cluster
 
 
@@ -225,7 +227,7 @@ def test_what_costs_too_much_does_not_win(made: Path, tmp_path: Path) -> None:
     assert set(result.summary["vetoed"]) == vetoed
     assert result.winner is None or result.winner.label not in vetoed
     if result.winner is None:
-        assert "No winner" in Page.of(result.folder.report.read_text()).text
+        assert "No winner" in Page.of(report(result.folder.path).read_text()).text
 
 
 def test_a_task_is_asked_beside_and_chooses_nothing(made: Path, tmp_path: Path) -> None:
