@@ -55,19 +55,17 @@ def print_comparison(console: Console, summary: Mapping[str, Any]) -> None:
     from transplant_ray.report.comparison import budget
 
     for model in summary["models"]:
-        console.print(_table(summary, model), markup=False)
-    _print(budget(summary))
-    for line in summary["said"]:
-        _print(f"- {line}")
+        console.print(_table(summary, model))
+    for line in (budget(summary), *(f"- {line}" for line in summary["said"])):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _table(summary: Mapping[str, Any], model: str) -> Table:
     """In 80 columns: where organs were put in is a line of its own."""
     from transplant_ray.report.comparison import COLUMNS, method_rows
 
-    table = Table(
-        title=Text(f"{model}: perplexity on test"), title_justify="left", caption_justify="left", box=SIMPLE_HEAD, pad_edge=False
-    )
+    table = Table(title=Text(f"{model}: perplexity on test"), title_justify="left", caption_justify="left", box=SIMPLE_HEAD)
+    table.pad_edge, table.padding = False, (0, 1, 0, 0)
     shown = [number for number, column in enumerate(COLUMNS) if column not in ("model", "× before", "put in")]
     for number in shown:
         table.add_column(COLUMNS[number], justify="left" if number == 1 else "right", no_wrap=number == 1)

@@ -177,7 +177,7 @@ def plan(recipe: CompareRecipe, checkpoints: Mapping[str, Checkpoint] | None = N
             Planned(
                 name,
                 recipient,
-                {method: f"{layers[0]}-{layers[-1]}" for method, layers in ranges.items()},
+                {method: str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}" for method, layers in ranges.items()},
                 num * len(recipe.methods.wanted),
                 training.num_steps,
                 training.num_tokens,
