@@ -10,6 +10,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from transplant_ray.terminal import resumable, tell
 
@@ -51,23 +52,29 @@ def compare(
 
 
 def print_comparison(console: Console, summary: Mapping[str, Any]) -> None:
-    console.print(_table(summary))
-    for line in summary["said"]:
-        console.print(f"- {line}", markup=False, highlight=False, soft_wrap=True)
+    from transplant_ray.report.comparison import budget
+
+    for model in summary["models"]:
+        console.print(_table(summary, model))
+    for line in (budget(summary), *(f"- {line}" for line in summary["said"])):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _table(summary: Mapping[str, Any]) -> Table:
+def _table(summary: Mapping[str, Any], model: str) -> Table:
+    """In 80 columns: where organs were put in is a line of its own."""
     from transplant_ray.report.comparison import COLUMNS, method_rows
 
-    table = Table(title="perplexity on test, with 95 % intervals over seeds", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for number, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if number < 2 else "right")
-    last = None
-    for row in method_rows(summary):
-        if last is not None and row[0] != last:
-            table.add_section()
-        table.add_row(*(("", *row[1:]) if row[0] == last else row))
-        last = row[0]
+    table = Table(title=Text(f"{model}: perplexity on test"), title_justify="left", caption_justify="left", box=SIMPLE_HEAD)
+    table.pad_edge, table.padding = False, (0, 1, 0, 0)
+    shown = [number for number, column in enumerate(COLUMNS) if column not in ("model", "× before", "put in")]
+    for number in shown:
+        table.add_column(COLUMNS[number], justify="left" if number == 1 else "right", no_wrap=number == 1)
+    rows = [row for row in method_rows(summary) if row[0] == model]
+    for row in rows:
+        table.add_row(*(Text(row[number].replace(" (edge)", " *")) for number in shown))
+    notes = [f"{row[1]} put in: {row[-1]}" for row in rows if row[-1]]
+    notes += ["* the edge of the grid"] if any("(edge)" in row[2] for row in rows) else []
+    table.caption = Text("[ ] are 95 % intervals over seeds" + "".join(f"; {note}" for note in notes))
     return table
 
 

@@ -21,6 +21,7 @@ from transplant_ray.organ.lessons import TEXTS, Learnt
 PAIRS = (("organ", "lora"), ("organ", "full"), ("organ", "in_place"), ("in_place", "full"), ("lora", "full"))
 """What is held against what, decided before anything is measured."""
 SPOKEN = {"organ": "the organ", "lora": "LoRA", "full": "full fine-tuning", "in_place": "the layers in place"}
+PLURAL = (SPOKEN["in_place"], "early positions")
 Interval = tuple[float, float] | None
 
 
@@ -230,7 +231,7 @@ def _better(first: str, second: str, difference: float, interval: Interval, wher
     if interval is None:
         return f"{first} against {second} {where}: a single seed, so nothing can be said of chance"
     low, high = interval
-    are = "are" if first.endswith("s") else "is"
+    are = "are" if first in PLURAL else "is"
     if low <= 0 <= high:
         return f"{first} and {second} cannot be told apart {where}"
     return f"{first} {are} {'better' if difference < 0 else 'worse'} than {second} {where}"

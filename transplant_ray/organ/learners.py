@@ -76,7 +76,8 @@ class OrganLearner:
     method: ClassVar[str] = "organ"
 
     def load(self, seed: int) -> nn.Module:  # noqa: ARG002  # nothing starts at random
-        return load_wrapper(self.recipient, self.organ)
+        model: nn.Module = load_wrapper(self.recipient, self.organ)
+        return model
 
     def ship(self, weights: Weights, out: Path, record: Mapping[str, Any]) -> Path:
         return _write_organ(self.recipient, self.organ, weights, out, record)

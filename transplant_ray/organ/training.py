@@ -85,8 +85,10 @@ class Training:
             due = self.done or self.step % self.spec.pause == 0
             if due or self.step % self.spec.report_every == 0:
                 loss = float(self.rank.total(sum_of_losses)) / (self.rank.of * (self.step - since))
+                held_out = self.held_out_loss() if due else None
                 self._check_finite(loss)
-                yield self._point(loss, self.held_out_loss() if due else None)
+                self._check_finite(held_out)
+                yield self._point(loss, held_out)
                 sum_of_losses, since = torch.zeros_like(sum_of_losses), self.step
 
     def is_due(self, point: Point) -> bool:
@@ -170,8 +172,8 @@ class Training:
         self.curve.append(point)
         return point
 
-    def _check_finite(self, loss: float) -> None:
-        if not isfinite(loss):
+    def _check_finite(self, loss: float | None) -> None:
+        if loss is not None and not isfinite(loss):
             raise NumericsError(
                 f"the loss is {loss} at step {self.step}: the training has diverged. Give a lower `lr` than {self.spec.lr:g}."
             )

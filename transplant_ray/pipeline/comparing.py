@@ -177,7 +177,7 @@ def plan(recipe: CompareRecipe, checkpoints: Mapping[str, Checkpoint] | None = N
             Planned(
                 name,
                 recipient,
-                {method: f"{layers[0]}-{layers[-1]}" for method, layers in ranges.items()},
+                {method: str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}" for method, layers in ranges.items()},
                 num * len(recipe.methods.wanted),
                 training.num_steps,
                 training.num_tokens,
@@ -433,7 +433,7 @@ def _record(run: Run, benches: Sequence[Bench], before: list[Learnt], tuned: lis
         "said": sentences(findings),
         **findings.to_json(),
         "learnt": [{**each.to_json(), "test": {text: each.mean(text) for text in TEXTS}, "curve": None} for each in learnt],
-        "shipped": {each.key: str(Path("lessons") / each.key[:24] / SHIPPED) for each in confirmed if run.recipe.keep},
+        "shipped": _link(run, confirmed) if run.recipe.keep else {},
         "recalled": run.recalled,
         "seconds": run.watch.seconds,
         "environment": environment(),
@@ -442,6 +442,18 @@ def _record(run: Run, benches: Sequence[Bench], before: list[Learnt], tuned: lis
     files = write_comparison(run.folder, summary)
     run.tracker.log_findings("\n\n".join(summary["said"]), summary_numbers(summary["standings"]), files)
     return Compared(run.folder, findings, learnt, summary)
+
+
+def _link(run: Run, confirmed: Sequence[Learnt]) -> dict[str, str]:
+    """`shipped/MODEL-METHOD-SEED`: names for what lies in the folders of lessons. Returns name → folder, inside of the run."""
+    shutil.rmtree(run.folder.path / SHIPPED, ignore_errors=True)
+    folder, found = writable_folder(run.folder.path / SHIPPED), {}
+    for learnt in confirmed:
+        if learnt.error is None:
+            place = Path("lessons", learnt.key[:24], SHIPPED)
+            (folder / f"{learnt.model}-{learnt.method}-{learnt.seed}").symlink_to(Path("..", place))
+            found[f"{learnt.model}-{learnt.method}-{learnt.seed}"] = str(place)
+    return found
 
 
 def _text(bench: Bench) -> dict[str, Any]:

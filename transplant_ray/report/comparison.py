@@ -157,12 +157,22 @@ def render(summary: Mapping[str, Any]) -> str:
 
 
 def headline(summary: Mapping[str, Any]) -> str:
-    """The organ on domain text, in a line; where there is no organ, what was compared."""
-    verdicts = [said["verdict"] for said in summary["differences"] if said["text"] == "domain" and said["first"] == "organ"]
-    if len(summary["models"]) == 1 and verdicts:
-        return verdicts[0][0].upper() + verdicts[0][1:]
+    """What the organ came to on domain text, against each of the others; without one, or on several models, what was compared."""
+    found = [said for said in summary["differences"] if said["text"] == "domain" and said["first"] == "organ"]
+    if len(summary["models"]) == 1 and found and all(said["interval"] for said in found):
+        ways = {"better than": [], "worse than": [], "not told apart from": []}  # type: dict[str, list[str]]
+        for said in found:
+            low, high = said["interval"]
+            way = "better than" if high < 0 else "worse than" if low > 0 else "not told apart from"
+            ways[way].append(NAMES[said["second"]])
+        return f"On domain text the organ is {'; '.join(f'{way} {_listed(names)}' for way, names in ways.items() if names)}"
     methods = [NAMES[method] for method in dict.fromkeys(said["method"] for said in summary["choices"])]
-    return f"{', '.join(methods)} on {len(summary['models'])} model{'s' if len(summary['models']) > 1 else ''}"
+    text = f"{_listed(methods)} on {len(summary['models'])} model{'s' if len(summary['models']) > 1 else ''}"
+    return text[0].upper() + text[1:]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def budget(summary: Mapping[str, Any]) -> str:
