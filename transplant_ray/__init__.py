@@ -27,6 +27,9 @@ _HOMES = {
     "extract": "pipeline.organs",
     "insert": "pipeline.organs",
     "remove": "pipeline.organs",
+    "compare": "pipeline.comparing",
+    "CompareRecipe": "recipe",
+    "load_compare_recipe": "recipe",
     "TransplantError": "errors",
 }
 

@@ -8,8 +8,8 @@ import pytest
 import transplant_ray
 
 PUBLIC = {
-    "Engine", "Recipe", "ResidentPair", "TransplantError", "Variant", "load_recipe",
-    "apply", "demo", "export", "extract", "insert", "plan", "rank", "remove", "show", "sweep",
+    "Engine", "Recipe", "ResidentPair", "TransplantError", "Variant", "load_recipe", "CompareRecipe", "load_compare_recipe",
+    "apply", "compare", "demo", "export", "extract", "insert", "plan", "rank", "remove", "show", "sweep",
 }  # fmt: skip
 
 

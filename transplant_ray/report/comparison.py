@@ -237,7 +237,7 @@ def _before(summary: Mapping[str, Any], model: str) -> Mapping[str, float]:
 
 def _ratio(change: float) -> str:
     value = perplexity(change)
-    return "∞" if value is None else f"{value:.3g}"
+    return _short(value, 3)
 
 
 def _nats(interval: Sequence[float] | None) -> str:
@@ -258,7 +258,13 @@ def _perplexity(loss: float | None, interval: Sequence[float] | None) -> str:
 def _number(loss: float) -> str:
     """A perplexity, of a loss."""
     value = perplexity(loss)
-    return "∞" if value is None else f"{value:.4g}"
+    return _short(value, 4)
+
+
+def _short(value: float | None, digits: int) -> str:
+    if value is None:
+        return "∞"
+    return f"{value:,.0f}" if 1000 <= value < 1e7 else f"{value:.{digits}g}"
 
 
 def size(number: int) -> str:
