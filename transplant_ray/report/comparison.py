@@ -194,7 +194,13 @@ def _difference(said: Mapping[str, Any]) -> tuple[str, ...]:
     within = "; ".join(f"{each['difference']:+.3f} ({_p(each['p'])})" for each in said["within"])
     pair = f"{NAMES[said['first']]} − {NAMES[said['second']]}"
     ends = _nats(said["interval"])
-    return said["model"], said["text"], pair, f"{said['difference']:+.4f}", ends, str(said["n"]), within, said["verdict"]
+    return said["model"], said["text"], pair, f"{said['difference']:+.4f}", ends, str(said["n"]), within, _word(said["interval"])
+
+
+def _word(interval: Sequence[float] | None) -> str:
+    if interval is None:
+        return "one seed"
+    return "better" if interval[1] < 0 else "worse" if interval[0] > 0 else "not told apart"
 
 
 def _failure(said: Mapping[str, Any]) -> str:
