@@ -113,10 +113,10 @@ LONG = {"steps": 400, "batch": 4, "context": 16, "share": [0.5, 1], "checkpoint_
 
 @pytest.mark.slow
 def test_trials_that_are_killed_go_on_and_nothing_is_trained_twice(
-    cluster: None,
+    cluster: None,  # noqa: ARG001
     folder: Path,
     template: Place,
-    tmp_path: Path,  # noqa: ARG001
+    tmp_path: Path,
 ) -> None:
     changes: dict[str, Any] = {"methods": {"full": {}}, "tune": {"lr": [1e-3]}, "seeds": [0]}
     changes["training"] = {"data": str(folder / "domain.jsonl"), **LONG}
@@ -137,10 +137,10 @@ def test_trials_that_are_killed_go_on_and_nothing_is_trained_twice(
 
 @pytest.mark.slow
 def test_a_driver_that_is_told_to_stop_says_so_and_the_same_command_goes_on(
-    cluster: None,
+    cluster: None,  # noqa: ARG001
     folder: Path,
     template: Place,
-    tmp_path: Path,  # noqa: ARG001
+    tmp_path: Path,
 ) -> None:
     training = {"data": str(folder / "domain.jsonl"), **LONG}
     path = write(folder, tmp_path, template.uri, training=training, methods={"full": {}}, tune={"lr": [1e-3, 2e-3]}, seeds=[0])
