@@ -30,6 +30,9 @@ _HOMES = {
     "OrganRecipe": "recipe",
     "load_organ_recipe": "recipe",
     "sweep_organs": "pipeline.organ_sweeping",
+    "compare": "pipeline.comparing",
+    "CompareRecipe": "recipe",
+    "load_compare_recipe": "recipe",
     "TransplantError": "errors",
 }
 

@@ -194,7 +194,13 @@ def _difference(said: Mapping[str, Any]) -> tuple[str, ...]:
     within = "; ".join(f"{each['difference']:+.3f} ({_p(each['p'])})" for each in said["within"])
     pair = f"{NAMES[said['first']]} − {NAMES[said['second']]}"
     ends = _nats(said["interval"])
-    return said["model"], said["text"], pair, f"{said['difference']:+.4f}", ends, str(said["n"]), within, said["verdict"]
+    return said["model"], said["text"], pair, f"{said['difference']:+.4f}", ends, str(said["n"]), within, _word(said["interval"])
+
+
+def _word(interval: Sequence[float] | None) -> str:
+    if interval is None:
+        return "one seed"
+    return "better" if interval[1] < 0 else "worse" if interval[0] > 0 else "not told apart"
 
 
 def _failure(said: Mapping[str, Any]) -> str:
@@ -237,7 +243,7 @@ def _before(summary: Mapping[str, Any], model: str) -> Mapping[str, float]:
 
 def _ratio(change: float) -> str:
     value = perplexity(change)
-    return "∞" if value is None else f"{value:.3g}"
+    return _short(value, 3)
 
 
 def _nats(interval: Sequence[float] | None) -> str:
@@ -258,7 +264,13 @@ def _perplexity(loss: float | None, interval: Sequence[float] | None) -> str:
 def _number(loss: float) -> str:
     """A perplexity, of a loss."""
     value = perplexity(loss)
-    return "∞" if value is None else f"{value:.4g}"
+    return _short(value, 4)
+
+
+def _short(value: float | None, digits: int) -> str:
+    if value is None:
+        return "∞"
+    return f"{value:,.0f}" if 1000 <= value < 1e7 else f"{value:.{digits}g}"
 
 
 def size(number: int) -> str:
