@@ -168,6 +168,10 @@ def _positions(spec: PlacesSpec, mode: Mode, num_layers: int, length: int) -> Se
 
 
 def _check_fits(trials: Sequence[Trial], misfits: Sequence[Misfit], spec: PlacesSpec) -> None:
+    for at in () if spec.positions == "all" else spec.positions:
+        if all(trial.at != at for trial in trials):
+            reason = next(misfit.reason for misfit in misfits if misfit.at == at)
+            raise OrganError(f"`sweep.positions`: {reason}")
     fits = {(trial.organ, trial.mode) for trial in trials}
     for misfit in misfits:
         if (misfit.organ, misfit.mode) not in fits:
@@ -175,10 +179,6 @@ def _check_fits(trials: Sequence[Trial], misfits: Sequence[Misfit], spec: Places
                 f"`sweep.modes`: organ {misfit.organ} can be put nowhere with `{misfit.mode}`: {misfit.reason} Leave out that "
                 "mode, or the organ."
             )
-    for at in () if spec.positions == "all" else spec.positions:
-        if all(trial.at != at for trial in trials):
-            reason = next(misfit.reason for misfit in misfits if misfit.at == at)
-            raise OrganError(f"`sweep.positions`: {reason}")
 
 
 def _untrained(trials: Sequence[Trial], untrained: Mapping[str, Organ | str], vocabulary: VocabularyChoice) -> Iterator[Trial]:
