@@ -14,8 +14,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from transplant_ray.models.checkpoint import Checkpoint, open_checkpoint
+from transplant_ray.models.loading import load_tensors
 from transplant_ray.organ.extract import extract_organ
-from transplant_ray.organ.folder import Organ, open_organ
+from transplant_ray.organ.folder import Organ, open_organ, write_organ
 
 NUM_LAYERS = 6
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -122,3 +123,19 @@ def greedy(model: PreTrainedModel) -> list[int]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def trained_copy(organ: Organ, out: Path, **record: Any) -> Organ:
+    """The organ with every weight a little larger, and a record of a training."""
+    tensors = load_tensors(organ.checkpoint, organ.checkpoint.tensors)
+    write_organ(
+        out,
+        organ.checkpoint.tensors,
+        {name: lambda tensor=tensor: tensor * 1.05 for name, tensor in tensors.items()},
+        config=organ.checkpoint.config,
+        source=organ.manifest.source,
+        vocabulary=organ.manifest.vocabulary,
+        licence=None,
+        training={"before": organ.manifest.fingerprint, "earlier": None, **record},
+    )
+    return open_organ(out)

@@ -27,6 +27,12 @@ _HOMES = {
     "extract": "pipeline.organs",
     "insert": "pipeline.organs",
     "remove": "pipeline.organs",
+    "OrganRecipe": "recipe",
+    "load_organ_recipe": "recipe",
+    "sweep_organs": "pipeline.organ_sweeping",
+    "compare": "pipeline.comparing",
+    "CompareRecipe": "recipe",
+    "load_compare_recipe": "recipe",
     "TransplantError": "errors",
 }
 

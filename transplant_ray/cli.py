@@ -19,6 +19,7 @@ from rich.table import Column, Table
 
 from transplant_ray import zoo
 from transplant_ray.cli_organ import organ_app
+from transplant_ray.cli_organ_sweep import print_organs
 from transplant_ray.errors import TransplantError
 from transplant_ray.named_tasks import NAMED_TASKS
 from transplant_ray.terminal import INTERRUPTED, complaints, resumable, tell
@@ -128,7 +129,11 @@ def apply(
 def show(run: RunPath, every: Annotated[bool, typer.Option("--all", help="Every row of every split.")] = False) -> None:
     """Print the results of a finished sweep again."""
     from transplant_ray.pipeline.exporting import show as run_show
+    from transplant_ray.pipeline.reporting import show_organs
 
+    if (organs := show_organs(run)) is not None:
+        print_organs(organs.rows, organs.summary)
+        return
     _print_results(*run_show(run), every=every)
 
 

@@ -8,6 +8,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from transplant_ray.cli_organ_compare import compare
+from transplant_ray.cli_organ_demo import demo
+from transplant_ray.cli_organ_sweep import sweep
 from transplant_ray.errors import OrganError
 from transplant_ray.terminal import resumable
 
@@ -119,6 +122,11 @@ def train(
     for line in describe_training(trained):
         _print(line)
     _print(f"wrote {out}: organ {trained.organ.manifest.id}, layers {trained.organ.manifest.layers}")
+
+
+organ_app.command()(sweep)
+organ_app.command()(compare)
+organ_app.command()(demo)
 
 
 @organ_app.command()

@@ -100,9 +100,9 @@ class RunFolder:
             return cls(_expanded(run))
         folder = cls(_local_copy(run), run)
         writable_folder(folder.path)
-        for path in (folder.recipe, folder.rankings, folder.results, folder.summary):
+        for path in (folder.recipe, folder.results, folder.summary):
             folder.fetch(path)
-        folder.fetch_present(folder.variants, folder.guards, folder.examples)
+        folder.fetch_present(folder.rankings, folder.variants, folder.guards, folder.examples, folder.tasks)
         return folder
 
     def fetch(self, path: Path) -> None:
@@ -198,6 +198,11 @@ class RunFolder:
     @property
     def examples(self) -> Path:
         return self.path / "examples.parquet"
+
+    @property
+    def tasks(self) -> Path:
+        """Of an organ sweep."""
+        return self.path / "tasks.parquet"
 
     @property
     def report(self) -> Path:

@@ -29,7 +29,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-COMMANDS = ("extract", "insert", "remove", "show", "train")
+COMMANDS = ("compare", "extract", "insert", "remove", "show", "train")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -8,8 +8,9 @@ import pytest
 import transplant_ray
 
 PUBLIC = {
-    "Engine", "Recipe", "ResidentPair", "TransplantError", "Variant", "load_recipe",
-    "apply", "demo", "export", "extract", "insert", "plan", "rank", "remove", "show", "sweep",
+    "CompareRecipe", "Engine", "OrganRecipe", "Recipe", "ResidentPair", "TransplantError", "Variant", "load_compare_recipe",
+    "load_organ_recipe", "load_recipe", "apply", "compare", "demo", "export", "extract", "insert", "plan", "rank", "remove", "show",
+    "sweep", "sweep_organs",
 }  # fmt: skip
 
 

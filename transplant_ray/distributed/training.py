@@ -1,4 +1,4 @@
-"""The training of an organ as Ray Train runs it: workers that die are replaced and go on from the last checkpoint.
+"""A training as Ray Train runs it: workers that die are replaced and go on from the last checkpoint.
 
 What the workers say on the way goes through a bulletin that the driver reads; what must outlive them is in checkpoints.
 """
@@ -24,12 +24,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from transplant_ray.distributed.bulletin import Bulletin
 from transplant_ray.errors import ResourceError, RunError, TransplantError
-from transplant_ray.models.checkpoint import Checkpoint
-from transplant_ray.organ.folder import Organ
+from transplant_ray.organ.learners import Learner
 from transplant_ray.organ.pack import Pack
 from transplant_ray.organ.progress import Progress, latest_progress, read_progress, save_progress
 from transplant_ray.organ.training import Point, Rank, Training
-from transplant_ray.organ.wrapper import load_wrapper
 from transplant_ray.recipe import TrainingSpec, WorkerSpec
 
 POLL_SECONDS = 0.5
@@ -42,8 +40,7 @@ ATTEMPT, CHECKPOINT = "attempt-", "checkpoint_"
 class TrainingJob:
     """All that a worker needs to know; paths are absolute, for workers run in a folder of Ray's."""
 
-    recipient: Checkpoint
-    organ: Organ
+    learner: Learner
     spec: TrainingSpec
     pack: Path
     folder: Path
@@ -170,7 +167,7 @@ def _train(job: TrainingJob, bulletin: ActorHandle) -> None:
     transformers.logging.set_verbosity_error()
     context = train.get_context()
     rank = Rank(context.get_world_rank(), context.get_world_size(), get_device())
-    training = Training(load_wrapper(job.recipient, job.organ), Pack.open(job.pack), job.spec, rank)
+    training = Training(job.learner.load(job.spec.seed), Pack.open(job.pack), job.spec, rank)
     if progress := _last(job):
         progress.restore(training)
     first = rank.number == 0

@@ -9,9 +9,10 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import is_accelerate_available
+from transformers.utils import is_accelerate_available, logging
 
 from transplant_ray.errors import CheckpointError, NumericsError
+from transplant_ray.models.catalogue import skeleton
 from transplant_ray.models.checkpoint import CONFIG_ERRORS, Checkpoint
 
 LoadTensor = Callable[[str], torch.Tensor]
@@ -47,6 +48,31 @@ def load_model(checkpoint: Checkpoint, dtype: str, device_map: str = "cpu") -> P
     if not is_accelerate_available():  # a bare machine has one device to put a model on
         model = model.to(device_map)
     return cast(PreTrainedModel, model.eval().requires_grad_(False))
+
+
+def assemble(
+    checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, device: str = "cpu"
+) -> PreTrainedModel:
+    """The model of a checkpoint's config with `tensors`, by their names on disk, as its weights; nothing is read.
+
+    Where they have `dtype` and are on `device` already, and the family stores its weights as it uses them, they are the model's own
+    and not copied. CheckpointError where some are missing.
+    """
+    logging.disable_progress_bar()
+    try:
+        model, report = type(skeleton(checkpoint)).from_pretrained(  # type: ignore[attr-defined]  # a PreTrainedModel's
+            None,
+            config=checkpoint.config,
+            state_dict=dict(tensors),
+            dtype=dtype,
+            device_map=device if is_accelerate_available() else None,
+            output_loading_info=True,
+        )
+    except CONFIG_ERRORS as error:
+        raise CheckpointError(f"{checkpoint.model}: cannot be loaded: {error}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise CheckpointError(f"{checkpoint.model}: {len(missing)} tensors are missing, e.g. {missing[0]}. Download it again.")
+    return cast(PreTrainedModel, model if is_accelerate_available() else model.to(device))
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:

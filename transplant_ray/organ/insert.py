@@ -51,11 +51,11 @@ class Part:
         return [tensor_bytes(load_tensors(self.origin, [self.stored], DTYPES[self.info.dtype])[self.stored])]
 
 
-def write_insertion(insertion: Insertion, out: Path) -> Path:
+def write_insertion(insertion: Insertion, out: Path, *, replace_old: bool = False) -> Path:
     """Write the new model. RunError where `out` exists or there is no room, and then nothing is left behind."""
     recipient = insertion.recipient
     source = recipient.fetch()
-    with whole_folder(out) as folder:
+    with whole_folder(out, replace=replace_old) as folder:
         record = make_record(insertion)
         copy_companions(recipient, folder)
         _keep_changed_files(source, folder / UNDO)
@@ -97,6 +97,13 @@ def _lay_out(insertion: Insertion, record: Record, source: Path) -> dict[str, li
         info = replace(like, shape=shape, start=-1, num_bytes=prod(shape) * DTYPES[like.dtype].itemsize)
         files[like.file].append(Part(name, info, origin, stored))
     return files
+
+
+def stored_dtype(insertion: Insertion, name: str) -> str:
+    """In which the new model's file holds a tensor of an organ: that of the one which it replaces, or of its neighbour."""
+    recipient = insertion.recipient
+    replaced = insertion.mode == "replace" and name in recipient.tensors
+    return (recipient.tensors[name] if replaced else _neighbour(insertion, name)).dtype
 
 
 def _neighbour(insertion: Insertion, name: str) -> TensorInfo:

@@ -1,4 +1,4 @@
-"""The training of an organ on one rank: AdamW on blocks of tokens, the same to the bit however often it is stopped.
+"""A training on one rank: AdamW on blocks of tokens, the same to the bit however often it is stopped.
 
 Order, learning rate and dropout of a step follow from the settings and the number of the step alone, so that a checkpoint is
 weights, moments and that number.
@@ -20,7 +20,6 @@ from torch.nn.parallel import DistributedDataParallel
 from transplant_ray.errors import NumericsError, ResourceError
 from transplant_ray.organ.losses import block_losses
 from transplant_ray.organ.pack import Blocks, Order, Pack
-from transplant_ray.organ.wrapper import organ_parameters
 from transplant_ray.recipe import TrainingSpec
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -60,12 +59,12 @@ class Point:
 
 
 class Training:
-    """The organ inside of its wrapper, its optimizer, and how far it is."""
+    """A model, of which whatever has gradients is trained; its optimizer, and how far it is."""
 
     def __init__(self, model: nn.Module, pack: Pack, spec: TrainingSpec, rank: Rank = Rank()) -> None:  # frozen
         self.pack, self.spec, self.rank = pack, spec, rank
         self.model = model.to(rank.device).train()
-        self.parameters = organ_parameters(self.model)
+        self.parameters = trained_parameters(self.model)
         self.optimizer = make_optimizer(self.parameters, spec, rank.device)
         self.copies = _with_others(self.model, rank)
         self.order = Order(pack.train.num, spec.seed)
@@ -86,8 +85,10 @@ class Training:
             due = self.done or self.step % self.spec.pause == 0
             if due or self.step % self.spec.report_every == 0:
                 loss = float(self.rank.total(sum_of_losses)) / (self.rank.of * (self.step - since))
+                held_out = self.held_out_loss() if due else None
                 self._check_finite(loss)
-                yield self._point(loss, self.held_out_loss() if due else None)
+                self._check_finite(held_out)
+                yield self._point(loss, held_out)
                 sum_of_losses, since = torch.zeros_like(sum_of_losses), self.step
 
     def is_due(self, point: Point) -> bool:
@@ -171,11 +172,16 @@ class Training:
         self.curve.append(point)
         return point
 
-    def _check_finite(self, loss: float) -> None:
-        if not isfinite(loss):
+    def _check_finite(self, loss: float | None) -> None:
+        if loss is not None and not isfinite(loss):
             raise NumericsError(
                 f"the loss is {loss} at step {self.step}: the training has diverged. Give a lower `lr` than {self.spec.lr:g}."
             )
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """By their names in the model; of the wrapper of an organ, those of its file."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def learning_rate(step: int, spec: TrainingSpec) -> float:

@@ -1,25 +1,21 @@
-"""What an organ is trained in: a recipient's embedding, the organ's layers, the recipient's final norm and head.
+"""Models in memory whose layers are other ones: what an organ is trained in, and a recipient with organs.
 
-It is the recipient's own class with a config of so few layers, loaded by `transformers`: nothing of masks or positions is ours.
+An organ's wrapper is a recipient's embedding, the organ's layers, the recipient's final norm and head. Both are the recipient's own
+class with a config of so many layers, loaded by `transformers`: nothing of masks or positions is ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import cast
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
-from transplant_ray.errors import CheckpointError, IncompatibleModels
-from transplant_ray.models.catalogue import skeleton
-from transplant_ray.models.checkpoint import CONFIG_ERRORS, Checkpoint
-from transplant_ray.models.loading import load_tensors
+from transplant_ray.errors import IncompatibleModels
+from transplant_ray.models.checkpoint import Checkpoint
+from transplant_ray.models.loading import assemble, load_tensors
 from transplant_ray.organ.folder import Organ
-from transplant_ray.organ.insertion import Placement, check_compatible
+from transplant_ray.organ.insertion import Insertion, Placement, check_compatible
 from transplant_ray.organ.settings import depends_on_index, with_layers
 from transplant_ray.organ.stack import read_stack, split_name
 from transplant_ray.organ.vocabulary import VocabularyChoice
@@ -46,25 +42,21 @@ def load_wrapper(recipient: Checkpoint, organ: Organ) -> PreTrainedModel:
         names = {stack.name(layer, path): organ.stack.name(layer, path) for path in paths}
         stored = load_tensors(organ.checkpoint, names.values(), torch.float32)
         tensors |= {name: stored[theirs] for name, theirs in names.items()}
-    model = _build(replace(recipient, config=with_layers(recipient.config, organ.types)), tensors)
+    model = assemble(replace(recipient, config=with_layers(recipient.config, organ.types)), tensors, torch.float32)
     model.requires_grad_(False)
     model.get_submodule(stack.home).requires_grad_(True)
     return model
 
 
-def organ_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What is trained, by the names that it has in an organ's file."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def _build(checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor]) -> PreTrainedModel:
-    logging.disable_progress_bar()
-    try:
-        model, report = type(skeleton(checkpoint)).from_pretrained(  # type: ignore[attr-defined]  # a PreTrainedModel's
-            None, config=checkpoint.config, state_dict=dict(tensors), dtype=torch.float32, output_loading_info=True
-        )
-    except CONFIG_ERRORS as error:
-        raise CheckpointError(f"{checkpoint.model}: cannot be loaded: {error}") from error
-    if missing := sorted(report["missing_keys"]):
-        raise CheckpointError(f"{checkpoint.model}: {len(missing)} tensors are missing, e.g. {missing[0]}. Download it again.")
-    return cast(PreTrainedModel, model)
+def load_insertion(insertion: Insertion) -> PreTrainedModel:
+    """The recipient with organs, in float32 on CPU: what `write_insertion` writes, without a file."""
+    recipient, stack = insertion.recipient, insertion.stack
+    outside = {name: name for name in recipient.tensors if split_name(name, stack.prefix) is None}
+    wanted: dict[str, tuple[Checkpoint, dict[str, str]]] = {"": (recipient, outside)}
+    for name, origin, stored in insertion.tensors():
+        wanted.setdefault("" if origin is recipient else str(origin.folder), (origin, {}))[1][name] = stored
+    tensors: dict[str, torch.Tensor] = {}
+    for origin, names in wanted.values():
+        found = load_tensors(origin, names.values(), torch.float32)
+        tensors |= {name: found[stored] for name, stored in names.items()}
+    return assemble(replace(recipient, config=insertion.config), tensors, torch.float32)

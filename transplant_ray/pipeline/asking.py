@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
+from transplant_ray.distributed.actors import Workload
 from transplant_ray.distributed.cluster import Capacity
 from transplant_ray.distributed.pool import Pool, Work, packed
 from transplant_ray.distributed.probing import Asked, Said, answer_alone
@@ -16,6 +17,7 @@ from transplant_ray.graft.variant import Variant
 from transplant_ray.models.checkpoint import Checkpoint
 from transplant_ray.models.fingerprint import fingerprint
 from transplant_ray.pipeline.run import Memory, Run
+from transplant_ray.storage import RunFolder
 
 ALONE = "alone"
 """Under which the ledger has a checkpoint that answers by itself: who it is, its weights say."""
@@ -85,18 +87,20 @@ def ask_alone(run: Run, checkpoint: Checkpoint, name: str, asked: Sequence[Asked
     weights = fingerprint(checkpoint) if run.memory else ""
     said, unknown = recall_alone(run, weights, name, asked)
     if unknown:
-        heard = _answer_alone(run, checkpoint, name, unknown, capacity)
+        heard = answer_made(run.folder, checkpoint, name, unknown, run.workload, capacity)
         keep_alone(run, weights, heard)
         said = [*said, *heard]
     return said
 
 
-def _answer_alone(run: Run, checkpoint: Checkpoint, name: str, asked: Sequence[Asked], capacity: Capacity) -> Said:
-    """A checkpoint that this run has made is in a folder of the driver's machine, where other nodes need not see it."""
+def answer_made(
+    folder: RunFolder, checkpoint: Checkpoint, name: str, asked: Sequence[Asked], workload: Workload, capacity: Capacity
+) -> Said:
+    """A checkpoint that a run has made is in a folder of the driver's machine, where other nodes need not see it."""
     if checkpoint.folder is None or capacity.num_nodes == 1:
-        return answer_alone(checkpoint, name, asked, run.workload, capacity)
-    with run.folder.lent(checkpoint.folder) as home:
-        return answer_alone(replace(checkpoint, home=home), name, asked, run.workload, capacity)
+        return answer_alone(checkpoint, name, asked, workload, capacity)
+    with folder.lent(checkpoint.folder) as home:
+        return answer_alone(replace(checkpoint, home=home), name, asked, workload, capacity)
 
 
 def recall_alone(run: Run, weights: str, name: str, asked: Sequence[Asked]) -> tuple[Said, list[Asked]]:

@@ -23,7 +23,16 @@ from transplant_ray.models.checkpoint import Checkpoint, open_checkpoint, read_g
 from transplant_ray.models.compare import Comparison, check_segmentation, check_vocabulary, compare
 from transplant_ray.models.loading import load_tokenizer
 from transplant_ray.models.rope import max_positions
-from transplant_ray.recipe import ACTIVATION_RANKERS, CHANNEL_RANKERS, MAIN, RESIDENT_RANKERS, SPARSE_MERGES, Recipe, TaskSpec
+from transplant_ray.recipe import (
+    ACTIVATION_RANKERS,
+    CHANNEL_RANKERS,
+    MAIN,
+    RESIDENT_RANKERS,
+    SPARSE_MERGES,
+    OrganRecipe,
+    Recipe,
+    TaskSpec,
+)
 
 DEFAULT_ROWS = 64
 """Rows of a batch where one model answers by itself and the recipe names no number."""
@@ -125,7 +134,7 @@ def prepare(recipe: Recipe) -> Job:
     ours, theirs = load_tokenizer(target), load_tokenizer(source)
     ends = end_ids(read_generation_ends(target), ours)
     specs: dict[str, TaskSpec] = {MAIN: recipe.task, **recipe.guards.tasks}
-    tasks = {name: _prepare_task(recipe, spec, ours, ends) for name, spec in specs.items()}
+    tasks = {name: make_task(recipe, spec, ours, ends) for name, spec in specs.items()}
     check_apart({name: list(task.prompts.values()) for name, task in tasks.items()})
     ours, theirs = load_tokenizer(target), load_tokenizer(source)
     check_vocabulary(theirs.get_vocab(), ours.get_vocab(), recipe.accept)
@@ -138,14 +147,21 @@ def prepare(recipe: Recipe) -> Job:
     return job
 
 
-def _prepare_task(recipe: Recipe, spec: TaskSpec, tokenizer: PreTrainedTokenizerBase, ends: tuple[int, ...]) -> PreparedTask:
+def make_task(
+    recipe: Recipe | OrganRecipe, spec: TaskSpec, tokenizer: PreTrainedTokenizerBase, ends: tuple[int, ...]
+) -> PreparedTask:
+    """A task as models are asked it; `ends` are the tokens that end an answer. The error of whatever does not fit."""
     check_scorer(spec.scorer)
     task = prepare_task(spec, tokenizer, recipe.accept)
     if spec.scorer == FORCED:
         check_answers([example for split in SPLITS for example in task.examples[split]], task.max_new_tokens, ends)
-    rows = DEFAULT_ROWS if recipe.resources.batch_size == "auto" else recipe.resources.batch_size
-    rules = Rules(GenerationSettings(task.max_new_tokens, ends, task.stop, rows), task.scorer)
+    rules = Rules(GenerationSettings(task.max_new_tokens, ends, task.stop, batch_rows(recipe)), task.scorer)
     return PreparedTask(task.examples, task.prompts, task.texts, rules)
+
+
+def batch_rows(recipe: Recipe | OrganRecipe) -> int:
+    """Of a model that answers by itself."""
+    return DEFAULT_ROWS if recipe.resources.batch_size == "auto" else recipe.resources.batch_size
 
 
 def _check_positions(job: Job, positions: int | None) -> None:
@@ -154,15 +170,20 @@ def _check_positions(job: Job, positions: int | None) -> None:
     read = {MAIN: job.recipe.sweep.screen is not None or bool(job.resident_rankers) or searched}
     read |= dict.fromkeys(job.recipe.guards.choosing, searched)
     for name, task in job.tasks.items():
-        everything = [example for split in SPLITS for example in task.examples[split]]
-        if task.decodes:
-            check_lengths(everything, task.rules.generation.max_new_tokens, positions)
-        if read.get(name) or not task.decodes:
-            check_references(everything, positions)
+        check_task_positions(task, positions, read=read.get(name, False))
     if job.activations:
         check_lengths(job.examples["probe"], job.probe_settings.max_new_tokens, positions)
     for passages in job.passages.values():
         check_references(passages, positions)
+
+
+def check_task_positions(task: PreparedTask, positions: int | None, *, read: bool = False) -> None:
+    """`read` where references are read although answers are decoded."""
+    everything = [example for split in SPLITS for example in task.examples[split]]
+    if task.decodes:
+        check_lengths(everything, task.rules.generation.max_new_tokens, positions)
+    if read or not task.decodes:
+        check_references(everything, positions)
 
 
 def _base(recipe: Recipe, target: Checkpoint) -> Comparison | None:

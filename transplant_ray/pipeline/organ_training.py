@@ -6,14 +6,11 @@ the text as token ids, the layers as they were, and checkpoints. The same comman
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from transplant_ray.distributed.cluster import connect
 from transplant_ray.distributed.facts import StepsDone
@@ -21,15 +18,15 @@ from transplant_ray.distributed.training import TrainingJob, find_progress, run_
 from transplant_ray.errors import OrganError, RecipeError, RunError
 from transplant_ray.evaluate.metrics import perplexity
 from transplant_ray.models.checkpoint import Checkpoint, open_checkpoint
-from transplant_ray.models.header import DTYPES
-from transplant_ray.models.loading import load_tensors, read_tokenizer
+from transplant_ray.models.loading import read_tokenizer
 from transplant_ray.organ.extract import extract_organ
-from transplant_ray.organ.folder import Organ, open_organ, write_organ
+from transplant_ray.organ.folder import Organ, open_organ
+from transplant_ray.organ.learners import OrganLearner
 from transplant_ray.organ.pack import RECORD, Pack, pack_text, training_cut
 from transplant_ray.organ.progress import Progress
 from transplant_ray.organ.text import Passage, data_files, stream_passages
 from transplant_ray.organ.training import Point
-from transplant_ray.organ.vocabulary import CHOICES, read_vocabulary
+from transplant_ray.organ.vocabulary import CHOICES
 from transplant_ray.organ.wrapper import check_wrapper
 from transplant_ray.pipeline.ending import terminable
 from transplant_ray.pipeline.watch import Silent, Watch
@@ -58,6 +55,10 @@ class Prepared:
     """As it was before."""
     pack: Pack
     place: Workplace
+
+    @property
+    def learner(self) -> OrganLearner:
+        return OrganLearner(self.recipient, self.organ)
 
 
 def train(
@@ -98,7 +99,7 @@ def train(
         with tracked_training(target.name, training, tracking, watch.note) if tracking else nullcontext() as tracker:
             progress = _train(ready, tracker, watch)
             record = training_record(ready, progress)
-            _write(ready, progress, record, target)
+            ready.learner.ship(progress.weights(), target, record)
             if tracker is not None:
                 tracker.log_record(record)
     place.remove()
@@ -226,7 +227,7 @@ def _train(ready: Prepared, tracker: TrainingTracker | None, watch: Watch) -> Pr
     with connect(ResourceSpec(address=ready.workers.address, cpus_per_model=0.01)), terminable():
         threads = share_out(ready.workers)
         start = None if so_far is None else so_far.folder
-        job = TrainingJob(ready.recipient, ready.organ, training, ready.pack.folder, ready.place.folder, start, threads)
+        job = TrainingJob(ready.learner, training, ready.pack.folder, ready.place.folder, start, threads)
         return run_training(job, ready.workers, told.point, watch.note)
 
 
@@ -247,24 +248,3 @@ class _Told:
         self.last = point
         if self.tracker is not None:
             self.tracker.log_point(point)
-
-
-def _write(ready: Prepared, progress: Progress, record: Mapping[str, Any], out: Path) -> None:
-    organ = ready.organ
-    layout, weights = organ.checkpoint.tensors, progress.weights()
-
-    def make(name: str) -> torch.Tensor:  # what has no gradient, if a family has such, stays what it was
-        trained = weights.get(name)
-        return load_tensors(organ.checkpoint, [name])[name] if trained is None else trained.to(DTYPES[layout[name].dtype])
-
-    write_organ(
-        out,
-        layout,
-        {name: partial(make, name) for name in layout},
-        config=organ.checkpoint.config,
-        source=organ.manifest.source,
-        vocabulary=read_vocabulary(ready.recipient),
-        licence=organ.manifest.licence,
-        licences=organ.checkpoint.fetch(),
-        training=record,
-    )

@@ -1,8 +1,21 @@
 """The recipe: everything a user decides, as frozen pydantic models; unknown keys are refused. `file` reads one from YAML."""
 
+from transplant_ray.recipe.compare import CompareRecipe, InPlaceMethod, LoraMethod, MethodsSpec, OrganMethod, RoomSpec
 from transplant_ray.recipe.corpus import CorpusSpec, MeasuredSpec
-from transplant_ray.recipe.file import carry_recipe, load_recipe, parse_recipe, parse_training
+from transplant_ray.recipe.demo import DemoFamily, DemoSpec
+from transplant_ray.recipe.file import (
+    carry_recipe,
+    load_compare_recipe,
+    load_organ_recipe,
+    load_recipe,
+    make_organ_recipe,
+    parse_demo,
+    parse_organ_recipe,
+    parse_recipe,
+    parse_training,
+)
 from transplant_ray.recipe.guards import GENERAL_TEXT, MAIN, GuardSpec, GuardTask, TextSpec
+from transplant_ray.recipe.organs import DOMAIN, GENERAL, OrganControlSpec, OrganRecipe, PlacesSpec
 from transplant_ray.recipe.part import Kind
 from transplant_ray.recipe.ranking import ACTIVATION_RANKERS, CHANNEL_RANKERS, RANKERS, RESIDENT_RANKERS, REVERSE, RankSpec
 from transplant_ray.recipe.search import SEARCHES, GatesSpec, GreedySpec, SearchSettings, SearchSpec
@@ -18,7 +31,7 @@ from transplant_ray.recipe.sweep import (
     SweepSpec,
 )
 from transplant_ray.recipe.tasks import CHOICE_SCORERS, HARNESS, REGEX, SCORERS, HubData, ShotSpec, SplitSpec, TaskSpec
-from transplant_ray.recipe.training import TrainingSpec, WorkerSpec
+from transplant_ray.recipe.training import BudgetSpec, TrainingSpec, WorkerSpec
 from transplant_ray.recipe.whole import CARRIED, Acceptance, ModelSpec, Place, Recipe, ResourceSpec, TrackingSpec, redact
 
 __all__ = [
@@ -26,7 +39,9 @@ __all__ = [
     "CARRIED",
     "CHANNEL_RANKERS",
     "CHOICE_SCORERS",
+    "DOMAIN",
     "FEWEST_ARMS",
+    "GENERAL",
     "GENERAL_TEXT",
     "HARNESS",
     "MAIN",
@@ -39,23 +54,35 @@ __all__ = [
     "SEARCHES",
     "SPARSE_MERGES",
     "Acceptance",
+    "BudgetSpec",
+    "CompareRecipe",
     "ControlSpec",
     "CorpusSpec",
+    "DemoFamily",
+    "DemoSpec",
     "GatesSpec",
     "GreedySpec",
     "GuardSpec",
     "GuardTask",
     "HubData",
+    "InPlaceMethod",
     "Kind",
+    "LoraMethod",
     "MeasuredSpec",
+    "MethodsSpec",
     "ModelSpec",
     "ObjectiveSpec",
+    "OrganControlSpec",
+    "OrganMethod",
+    "OrganRecipe",
     "Place",
+    "PlacesSpec",
     "PrimarySpec",
     "RaceSpec",
     "RankSpec",
     "Recipe",
     "ResourceSpec",
+    "RoomSpec",
     "ScreenSpec",
     "SearchSettings",
     "SearchSpec",
@@ -68,7 +95,12 @@ __all__ = [
     "TrainingSpec",
     "WorkerSpec",
     "carry_recipe",
+    "load_compare_recipe",
+    "load_organ_recipe",
     "load_recipe",
+    "make_organ_recipe",
+    "parse_demo",
+    "parse_organ_recipe",
     "parse_recipe",
     "parse_training",
     "redact",

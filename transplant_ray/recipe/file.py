@@ -21,6 +21,10 @@ from pydantic import BaseModel, ValidationError
 
 from transplant_ray import zoo
 from transplant_ray.errors import RecipeError
+from transplant_ray.recipe.compare import CompareRecipe
+from transplant_ray.recipe.corpus import HUB
+from transplant_ray.recipe.demo import DemoSpec
+from transplant_ray.recipe.organs import OrganRecipe
 from transplant_ray.recipe.part import Part
 from transplant_ray.recipe.training import TrainingSpec
 from transplant_ray.recipe.whole import Recipe
@@ -44,6 +48,28 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises RecipeError for a missing file, broken YAML, an unknown key or a value out of range.
     """
     return parse_recipe(_settings(Path(path), overrides, _absolute), where=str(path))
+
+
+def load_organ_recipe(path: str | Path, overrides: Sequence[str] = ()) -> OrganRecipe:
+    """The same for the sweep of organs, e.g. `sweep.positions=[0,1]`."""
+    return parse_organ_recipe(_settings(Path(path), overrides, _absolute), where=str(path))
+
+
+def parse_organ_recipe(mapping: dict[str, Any], where: str = "recipe") -> OrganRecipe:
+    return _validated(OrganRecipe, mapping, where)
+
+
+def make_organ_recipe(settings: dict[str, Any], overrides: Sequence[str] = ()) -> OrganRecipe:
+    """One that is said on the command line alone: its paths are relative to the working directory."""
+    _place_inputs(settings, Path.cwd(), _absolute)
+    changes = _overrides(overrides)
+    _place_inputs(changes, Path.cwd(), _absolute)
+    return parse_organ_recipe(_merge(settings, changes), where="sweep")
+
+
+def load_compare_recipe(path: str | Path, overrides: Sequence[str] = ()) -> CompareRecipe:
+    """Read the recipe of a comparison and apply overrides, as `load_recipe` does."""
+    return _validated(CompareRecipe, _settings(Path(path), overrides, _absolute), where=str(path))
 
 
 def carry_recipe(path: str | Path, overrides: Sequence[str], carry: Carry) -> dict[str, Any]:
@@ -84,6 +110,11 @@ def parse_recipe(mapping: dict[str, Any], where: str = "recipe") -> Recipe:
 def parse_training(data: Sequence[str], overrides: Sequence[str] = ()) -> TrainingSpec:
     """How an organ is trained, from the command line: `key=value` as `load_recipe` reads them. RecipeError where it cannot be."""
     return _validated(TrainingSpec, {**_overrides(overrides), "data": list(data)}, "training")
+
+
+def parse_demo(overrides: Sequence[str] = ()) -> DemoSpec:
+    """How large the organ demo is, with `key=value` changes. RecipeError where it cannot be."""
+    return _validated(DemoSpec, _overrides(overrides), "demo")
 
 
 def _validated(model: type[P], mapping: dict[str, Any], where: str) -> P:
@@ -176,15 +207,26 @@ def _place_inputs(mapping: dict[str, Any], base: Path, place: Place) -> None:
     """Put the models and data of a mapping where `place` says, in place."""
     for section in _sections(mapping):
         for key in ("model", "data", "lm_eval"):
-            if isinstance(section.get(key), str):
-                section[key] = place(section[key], base, key)
+            section.update({key: _placed(section[key], base, key, place)} if key in section else {})
+    organs = _mapping(mapping.get("organs"))
+    for name, folder in organs.items():
+        organs[name] = place(folder, base, "organ") if isinstance(folder, str) else folder
+
+
+def _placed(value: Any, base: Path, key: str, place: Place) -> Any:
+    """One input, or a list of them; what is on the hub stays."""
+    if isinstance(value, list):
+        return [_placed(each, base, key, place) for each in value]
+    return place(value, base, key) if isinstance(value, str) and not value.startswith(HUB) else value
 
 
 def _sections(mapping: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The parts of a recipe that name a model or data."""
     guards = _mapping(mapping.get("guards"))
-    tasks = [_mapping(task) for task in (mapping.get("task"), *_mapping(guards.get("tasks")).values())]
-    parts = [mapping.get(name) for name in ("source", "target", "base")]
+    named = (*_mapping(guards.get("tasks")).values(), *_mapping(mapping.get("tasks")).values())
+    tasks = [_mapping(task) for task in (mapping.get("task"), *named)]
+    parts = [mapping.get(name) for name in ("source", "target", "base", "recipient", "model", "training", "domain", "general")]
+    parts += _mapping(mapping.get("models")).values()
     yield from map(_mapping, (*parts, guards.get("text"), *tasks, *(task.get("shots") for task in tasks)))
 
 
@@ -194,9 +236,9 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 def _absolute(text: str, base: Path, key: str) -> str:
     """The absolute path of an input; what is not a path (a hub id, `zoo:`) stays."""
-    if text.startswith(zoo.PREFIX):
+    if text.startswith((zoo.PREFIX, HUB)):
         return text
-    is_file = key == "data" or text.endswith((".yaml", ".yml"))
+    is_file = key in ("data", "organ") or text.endswith((".yaml", ".yml"))
     try:
         path = base / Path(text).expanduser()
         return str(path) if is_file or text.startswith((".", "/", "~")) or path.exists() else text
@@ -210,7 +252,7 @@ _UNION = ("str", "HubData")
 
 def _explain(problem: Any, model: type[Part]) -> str:
     """One pydantic problem in our words: place, finding, expectation."""
-    what = "recipe" if model is Recipe else "training"
+    what = "training" if model is TrainingSpec else "recipe"
     place = ".".join(str(part) for part in problem["loc"] if part not in _UNION) or f"the {what}"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":

@@ -13,8 +13,8 @@ from transplant_ray.recipe.part import Part
 DEFAULT_STEPS = 1000
 
 
-class TrainingSpec(CorpusSpec):
-    """What decides the weights of a trained organ; how many workers there are only moves the last bits of sums."""
+class BudgetSpec(CorpusSpec):
+    """What is trained on, how long, and how: all of a training but its learning rate and its seed."""
 
     context: int = Field(512, ge=2)
     """Tokens that are read at a time."""
@@ -26,17 +26,15 @@ class TrainingSpec(CorpusSpec):
     """Contexts a step, over all workers."""
     micro_batch: int | None = Field(None, ge=1)
     """Contexts that a worker reads at a time; all of its share of the batch by default."""
-    lr: float = Field(3e-4, gt=0)
-    """The highest learning rate: it rises to it over `warmup`, and then falls as a cosine to `floor` of it."""
     warmup: float = Field(0.05, ge=0, lt=1)
-    """Share of the steps."""
+    """Share of the steps over which the learning rate rises."""
     floor: float = Field(0.1, ge=0, le=1)
+    """Share of the learning rate that is left at the end."""
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(0.1, ge=0)
     """Of AdamW; biases and norms are spared."""
     clip: float = Field(1.0, gt=0)
     """The largest norm of a step's gradient."""
-    seed: int = Field(0, ge=0)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What is computed in: by default bfloat16 on GPUs and float32 on CPU. Weights and their optimizer are float32."""
     held_out: float = Field(0.02, ge=0, lt=1)
@@ -56,7 +54,7 @@ class TrainingSpec(CorpusSpec):
         return value
 
     @model_validator(mode="after")
-    def _one_length(self) -> TrainingSpec:
+    def _one_length(self) -> BudgetSpec:
         if self.steps is not None and self.tokens is not None:
             raise ValueError("`steps` and `tokens` both say how long; give one of them")
         if self.micro_batch is not None and self.batch % self.micro_batch:
@@ -78,6 +76,14 @@ class TrainingSpec(CorpusSpec):
     def pause(self) -> int:
         """Steps between two checkpoints."""
         return self.checkpoint_every or max(1, ceil(self.num_steps / 10))
+
+
+class TrainingSpec(BudgetSpec):
+    """What decides the weights of a trained organ; how many workers there are only moves the last bits of sums."""
+
+    lr: float = Field(3e-4, gt=0)
+    """The highest learning rate: it rises to it over `warmup`, and then falls as a cosine to `floor` of it."""
+    seed: int = Field(0, ge=0)
 
 
 class WorkerSpec(Part):

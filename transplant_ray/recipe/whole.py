@@ -184,12 +184,17 @@ class Recipe(Part):
 
     def to_yaml(self) -> str:
         """For the record: addresses come without the user and password in them."""
-        content = self.model_dump(mode="json")
-        content["storage"], content["tracking"]["uri"] = redact(self.storage), redact(self.tracking.uri)
-        text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-        if "\x85" in text:  # PyYAML writes this line end as it is, and reads it back as another
-            text = yaml.safe_dump(content, sort_keys=False)
-        return text
+        return record_yaml(self)
+
+
+def record_yaml(recipe: Part) -> str:
+    """A recipe with `storage` and `tracking` as YAML, without users and passwords."""
+    content = recipe.model_dump(mode="json")
+    content["storage"], content["tracking"]["uri"] = redact(content["storage"]), redact(content["tracking"]["uri"])
+    text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    if "\x85" in text:  # PyYAML writes this line end as it is, and reads it back as another
+        text = yaml.safe_dump(content, sort_keys=False)
+    return text
 
 
 def redact(address: str) -> str:

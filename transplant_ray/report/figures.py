@@ -118,7 +118,7 @@ def legend(rows: Sequence[Row], *, lines: bool, merges: bool) -> list[tuple[str,
     styles += [CONTROLS[ranker] for ranker in CONTROLS if ranker in controls]
     styles += [BASELINES[role] for role in BASELINES if lines and any(row.role == role for row in every)]
     styles += [("winner", WINNER)] if any(row.winner for row in every) else []
-    return [(name, _swatch(look if lines or look is UNIFORM else replace(look, line=""))) for name, look in styles]
+    return [(name, swatch(look if lines or look is UNIFORM else replace(look, line=""))) for name, look in styles]
 
 
 def tracking_figures(folder: RunFolder) -> dict[str, Figure]:
@@ -144,7 +144,8 @@ SHAPES = {
 DASHES = {"-": "", "--": "5 3", ":": "1.5 2.5", "-.": "6 2.5 1.5 2.5"}
 
 
-def _swatch(look: Look) -> Markup:
+def swatch(look: Look) -> Markup:
+    """Of a legend."""
     dash = f' stroke-dasharray="{DASHES[look.line]}"' if DASHES.get(look.line) else ""
     line = f'<path d="M1 7h26" fill="none" stroke-width="2"{dash}/>' if look.line and look.marker != "." else ""
     return Markup(

@@ -55,8 +55,8 @@ class Line:
     cells: Sequence[str]
 
 
-def render(sweep: Sweep) -> str:
-    """The whole page as HTML."""
+def page_environment() -> Environment:
+    """How templates of pages are filled in: everything that comes from a run is escaped, and nothing in it hides."""
     environment = Environment(
         loader=FileSystemLoader(HERE),
         autoescape=True,
@@ -66,8 +66,16 @@ def render(sweep: Sweep) -> str:
         finalize=_visible,
     )
     environment.filters |= {"shown": shown, "number": words.number, "percent": words.percent, "count": words.count}
-    css = Markup((HERE / "report.css").read_text(encoding="utf-8"))
-    return environment.get_template("report.html.jinja").render(css=css, **_context(sweep))
+    return environment
+
+
+def stylesheet() -> Markup:
+    return Markup((HERE / "report.css").read_text(encoding="utf-8"))
+
+
+def render(sweep: Sweep) -> str:
+    """The whole page as HTML."""
+    return page_environment().get_template("report.html.jinja").render(css=stylesheet(), **_context(sweep))
 
 
 def _visible(value: Any) -> Any:

@@ -27,7 +27,7 @@ from mlflow.exceptions import MlflowException
 from transplant_ray.errors import TrackingError
 from transplant_ray.evaluate.results import Result
 from transplant_ray.evaluate.verdict import Verdict
-from transplant_ray.recipe import Recipe, TrackingSpec, redact
+from transplant_ray.recipe import OrganRecipe, Recipe, TrackingSpec, redact
 from transplant_ray.storage import RunFolder
 from transplant_ray.tracking.outages import is_outage
 from transplant_ray.tracking.outbox import Outbox, num_entries
@@ -63,7 +63,12 @@ class Tracker:
     """One parent run. Made by `Tracker.start`; what it is told then goes through an outbox, so that nobody waits for a server."""
 
     def __init__(
-        self, client: MlflowClient, experiment_id: str, run_id: str, recipe: Recipe, say: Callable[[str], None] = lambda _: None
+        self,
+        client: MlflowClient,
+        experiment_id: str,
+        run_id: str,
+        recipe: Recipe | OrganRecipe,
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.client = client
         self.experiment_id = experiment_id
@@ -77,7 +82,7 @@ class Tracker:
         self._tried_again = False
 
     @classmethod
-    def start(cls, recipe: Recipe, say: Callable[[str], None] = lambda _: None) -> Tracker:
+    def start(cls, recipe: Recipe | OrganRecipe, say: Callable[[str], None] = lambda _: None) -> Tracker:
         """Reach the server and open the parent run. TrackingError where that, or an artifact, does not go well at once.
 
         `say` gets what a user should read while the sweep runs.
@@ -98,12 +103,24 @@ class Tracker:
 
     def log_trial(self, result: Result, description: Mapping[str, Any]) -> Future[str]:
         """A child run with parameters, metrics and `variant.json`; its id, once it has one."""
-        now, metrics, params = milliseconds(), _metrics(result), _params(result)
-        tags = [RunTag(key, text) for key, text in (("error", result.error), ("stopped", result.stopped)) if text]
-        status, content = "FAILED" if result.error else "FINISHED", dict(description)
-        name = f"trial {result.label}"
-        child = self.post(f"the run of {name}", lambda again: self._child(result, now, again))
-        self.post(f"the numbers of {name}", lambda _: self._log(child.result(), metrics=metrics, params=params, tags=tags))
+        tags = {key: text for key, text in (("error", result.error), ("stopped", result.stopped)) if text}
+        return self.log_child(result.label, result.variant, _params(result), _metrics(result), tags, description)
+
+    def log_child(
+        self,
+        label: str,
+        variant: str,
+        params: Sequence[Param],
+        metrics: Sequence[Metric],
+        tags: Mapping[str, str],
+        description: Mapping[str, Any],
+    ) -> Future[str]:
+        """A child run, FAILED where a tag says `error`; `description` becomes its `variant.json`. Its id, once it has one."""
+        now, content, name = milliseconds(), dict(description), f"trial {label}"
+        status = "FAILED" if "error" in tags else "FINISHED"
+        marks = [RunTag(key, text) for key, text in tags.items()]
+        child = self.post(f"the run of {name}", lambda again: self._child(label, variant, now, again))
+        self.post(f"the numbers of {name}", lambda _: self._log(child.result(), metrics=metrics, params=params, tags=marks))
         self.post(f"the variant of {name}", lambda _: self.client.log_dict(child.result(), content, "variant.json"))
         self.post(f"the end of {name}", lambda _: self.client.set_terminated(child.result(), status, end_time=now))
         return child
@@ -112,14 +129,16 @@ class Tracker:
         self, folder: RunFolder, summary: Mapping[str, float], figures: Mapping[str, Figure], verdict: Verdict | None
     ) -> None:
         """Tables and figures into the parent run, and the verdict as its tag and description."""
-        told = {} if verdict is None else {
-            "verdict": verdict.conclusion, "mlflow.note.content": f"**{verdict.conclusion}**: {verdict.sentence}"
-        }  # fmt: skip
+        self.log_headline(summary, figures, None if verdict is None else (verdict.conclusion, verdict.sentence))
+        self.log_files(folder.rankings, folder.results, folder.guards)
+
+    def log_headline(self, summary: Mapping[str, float], figures: Mapping[str, Figure], verdict: tuple[str, str] | None) -> None:
+        """Metrics and figures of the parent run; of a verdict, its conclusion as a tag and both as the description."""
+        told = {} if verdict is None else {"verdict": verdict[0], "mlflow.note.content": f"**{verdict[0]}**: {verdict[1]}"}
         now = milliseconds()
         metrics = [Metric(name, value, now, 0) for name, value in summary.items()]
         tags = [RunTag(key, text) for key, text in told.items()]
         self.post("the headline", lambda _: self._log(self.run_id, metrics=metrics, tags=tags))
-        self.log_files(folder.rankings, folder.results, folder.guards)
         for name, figure in figures.items():
             self._post_image(figure, f"{name}.png")
 
@@ -130,8 +149,12 @@ class Tracker:
 
     def log_winner(self, child: Future[str], result: Result, folder: RunFolder) -> Future[str | None]:
         """What the recipe wants of the winner in its run; a checkpoint also as a model version, returned as `name/version`."""
+        return self.log_best(child, _metrics(result), folder)
+
+    def log_best(self, child: Future[str], measured: Sequence[Metric], folder: RunFolder) -> Future[str | None]:
+        """The same; `measured` is what it came to on test."""
         now = milliseconds()
-        metrics = [Metric(f"test_{m.key}", m.value, now, 0) for m in _metrics(result)]
+        metrics = [Metric(f"test_{m.key}", m.value, now, 0) for m in measured]
         tags = [RunTag("winner", "true")]
         told: Future[str | None] = self.post(
             "the winner's numbers", lambda _: self._log(child.result(), metrics=metrics, tags=tags)
@@ -181,19 +204,19 @@ class Tracker:
 
         self.post(f"figure {name}", send)
 
-    def _log(self, run_id: str, metrics: list[Metric], tags: list[RunTag], params: Sequence[Param] = ()) -> None:
+    def _log(self, run_id: str, metrics: Sequence[Metric], tags: Sequence[RunTag], params: Sequence[Param] = ()) -> None:
         """At once, whatever MLFLOW_ENABLE_ASYNC_LOGGING says: who only queues it cannot be asked again."""
         self.client.log_batch(run_id, metrics=metrics, params=params, tags=tags, synchronous=True)
 
-    def _child(self, result: Result, at: int, again: bool) -> str:
+    def _child(self, label: str, variant: str, at: int, again: bool) -> str:
         """A new run under the parent; or the one that an earlier try has made without hearing of it."""
         self._tried_again |= again
-        made = [run for run in self._found_children() if run.info.run_name == result.label] if again else []
+        made = [run for run in self._found_children() if run.info.run_name == label] if again else []
         run = made[0] if made else self.client.create_run(
-            self.experiment_id, at, {"mlflow.parentRunId": self.run_id, "variant": result.variant}, result.label
+            self.experiment_id, at, {"mlflow.parentRunId": self.run_id, "variant": variant}, label
         )  # fmt: skip
         run_id: str = run.info.run_id
-        self._children[result.label] = run_id
+        self._children[label] = run_id
         return run_id
 
     def _found_children(self) -> Iterator[Run]:
@@ -289,7 +312,7 @@ def ended_with(run: Endable) -> Iterator[None]:
 
 
 @contextmanager
-def tracked(recipe: Recipe, say: Callable[[str], None]) -> Iterator[Tracker]:
+def tracked(recipe: Recipe | OrganRecipe, say: Callable[[str], None]) -> Iterator[Tracker]:
     """A parent run for the block."""
     tracker = Tracker.start(recipe, say)
     with ended_with(tracker):
@@ -347,7 +370,7 @@ def _params(result: Result) -> list[Param]:
     return [Param(name, str(value)) for name, value in values.items() if value is not None]
 
 
-def _flat(recipe: Recipe) -> Iterator[tuple[str, str]]:
+def _flat(recipe: Recipe | OrganRecipe) -> Iterator[tuple[str, str]]:
     """The recipe as parameters, `section.key` → text; addresses without their passwords."""
     for section, value in recipe.model_dump(mode="json").items():
         for key, item in value.items() if isinstance(value, dict) else ((None, value),):

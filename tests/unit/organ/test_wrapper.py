@@ -15,7 +15,8 @@ from transplant_ray.models import loading
 from transplant_ray.models.checkpoint import open_checkpoint
 from transplant_ray.organ.extract import extract_organ
 from transplant_ray.organ.folder import open_organ
-from transplant_ray.organ.wrapper import check_wrapper, load_wrapper, organ_parameters
+from transplant_ray.organ.training import trained_parameters
+from transplant_ray.organ.wrapper import check_wrapper, load_wrapper
 
 
 def test_it_is_the_recipient_with_the_organs_layers_alone(pair: Pair) -> None:
@@ -29,7 +30,7 @@ def test_only_the_organ_has_gradients_and_it_has_its_own_names(pair: Pair) -> No
     ids = torch.randint(3, 40, (2, 24))
     model(input_ids=ids, labels=ids).loss.backward()
     moved = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert moved == organ_parameters(model).keys() == pair.organ.checkpoint.tensors.keys()
+    assert moved == trained_parameters(model).keys() == pair.organ.checkpoint.tensors.keys()
 
 
 def test_of_the_recipients_layers_nothing_is_read(llama: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,6 @@ from transplant_ray.organ.folder import open_organ
 from transplant_ray.organ.pack import Pack
 from transplant_ray.organ.progress import Progress, read_progress, save_progress
 from transplant_ray.organ.training import Point, Training
-from transplant_ray.organ.wrapper import load_wrapper
 from transplant_ray.pipeline import organ_training as module
 from transplant_ray.pipeline.organ_training import Trained, describe_training, train
 from transplant_ray.pipeline.organs import extract
@@ -45,7 +44,7 @@ class Workers:
         self.error: TransplantError | None = None
 
     def run(self, job: TrainingJob, _: WorkerSpec, on_point: Callable[[Point], None], __: Callable[[str], None]) -> Progress:
-        training = Training(load_wrapper(job.recipient, job.organ), Pack.open(job.pack), job.spec)
+        training = Training(job.learner.load(job.spec.seed), Pack.open(job.pack), job.spec)
         if job.start is not None and (progress := read_progress(job.start)) is not None:
             progress.restore(training)
         self.began.append(training.step)

@@ -1,0 +1,145 @@
+"""A lesson is trained, shipped and measured once; stopped it goes on, and what diverges is learnt with its reason."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from stacks import Pair, load, make_pair
+from tiny import VOCABULARY, tiny_tokenizer
+from trainings import make_pack, sums, training_spec
+
+from transplant_ray.organ.extract import extract_organ
+from transplant_ray.organ.folder import open_organ
+from transplant_ray.organ.learners import FullLearner, Learner, OrganLearner
+from transplant_ray.organ.lessons import CHECKPOINT, LEARNT, SHIPPED, Learnt, Lesson, carry_out, read_learnt
+from transplant_ray.organ.losses import block_losses
+from transplant_ray.organ.pack import Pack, measuring_cut, pack_text
+from transplant_ray.organ.text import Passage
+from transplant_ray.organ.training import CPU, Point
+from transplant_ray.recipe import MeasuredSpec
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return make_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder, spec = tmp_path_factory.mktemp("texts"), training_spec()
+    measured = MeasuredSpec(data=("x",), contexts=4)
+    make_pack(folder / "text", spec)
+    for seed, text in ((5, "domain"), (6, "general")):
+        pack_text(map(Passage, sums(60, seed)), tiny_tokenizer(), VOCABULARY, measuring_cut(measured, 16), folder / text)
+    return {text: folder / text for text in ("text", "domain", "general")}
+
+
+def lesson(learner: Learner | None, pair: Pair, texts: dict[str, Path], folder: Path, **changes: Any) -> Lesson:
+    stage = changes.pop("stage", "confirm")
+    return Lesson(
+        key="k",
+        model="m",
+        method=learner.method if learner is not None else "before",
+        stage=stage,
+        recipient=pair.recipient,
+        learner=learner,
+        spec=training_spec(**{"steps": 6, "checkpoint_every": 2, **changes}),
+        text=texts["text"],
+        measured={text: texts[text] for text in ("domain", "general")},
+        folder=folder,
+        keep=stage == "confirm",
+    )
+
+
+def ignore(_: Point) -> None: ...
+
+
+def test_what_is_measured_is_what_was_shipped(llama: Pair, texts: dict[str, Path], tmp_path: Path) -> None:
+    learnt = carry_out(lesson(FullLearner(llama.recipient), llama, texts, tmp_path / "a"), CPU, ignore)
+    model = load(tmp_path / "a" / SHIPPED)
+    for text in ("domain", "general"):
+        blocks = Pack.open(texts[text]).side("test")
+        assert learnt.test[text] == pytest.approx(list(block_losses(model, blocks, range(blocks.num), 4)), rel=1e-6)
+    assert learnt.bytes == sum(path.stat().st_size for path in (tmp_path / "a" / SHIPPED).rglob("*") if path.is_file())
+    assert learnt.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert learnt.tokens == 6 * 4 * 16
+    assert [point.step for point in learnt.curve][-1] == 6
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [LEARNT, SHIPPED]
+
+
+def test_the_site_of_an_organ_is_the_best_on_select_and_test_is_opened_there_alone(
+    llama: Pair, texts: dict[str, Path], tmp_path: Path
+) -> None:
+    organ = open_organ(extract_organ(llama.recipient, "1-3", tmp_path / "organ"))
+    learnt = carry_out(lesson(OrganLearner(llama.recipient, organ), llama, texts, tmp_path / "a"), CPU, ignore)
+    best = min(learnt.sites, key=lambda site: site.loss or 0)
+    assert len(learnt.sites) == 7 + 4
+    assert (learnt.select, learnt.site) == (best.loss, f"{best.mode} at {best.at}")
+    assert {len(losses) for losses in learnt.test.values()} == {4}
+
+
+def test_what_only_tunes_is_not_measured_on_test_and_ships_nothing(llama: Pair, texts: dict[str, Path], tmp_path: Path) -> None:
+    learnt = carry_out(lesson(FullLearner(llama.recipient), llama, texts, tmp_path / "a", stage="tune"), CPU, ignore)
+    assert learnt.test == {}
+    assert learnt.select is not None
+    assert [path.name for path in (tmp_path / "a").iterdir()] == [LEARNT]
+
+
+def test_it_is_carried_out_once(llama: Pair, texts: dict[str, Path], tmp_path: Path) -> None:
+    asked = lesson(FullLearner(llama.recipient), llama, texts, tmp_path / "a")
+    first = carry_out(asked, CPU, ignore)
+
+    def never(_: Point) -> None:
+        raise AssertionError("trained again")
+
+    assert carry_out(asked, CPU, never) == first == Learnt.from_json(json.loads(json.dumps(first.to_json())))
+    assert read_learnt(replace(asked, key="other")) is None
+    (tmp_path / "a" / LEARNT).write_text("{")
+    assert read_learnt(asked) is None
+
+
+def test_stopped_it_goes_on_and_ends_with_the_same_weights(llama: Pair, texts: dict[str, Path], tmp_path: Path) -> None:
+    calm = lesson(FullLearner(llama.recipient), llama, texts, tmp_path / "calm")
+    stopped = replace(calm, folder=tmp_path / "stopped")
+    steps: list[int] = []
+
+    def stop(point: Point) -> None:
+        if point.step == 5:
+            raise KeyboardInterrupt
+
+    expected = carry_out(calm, CPU, ignore)
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(stopped, CPU, stop)
+    assert list((tmp_path / "stopped").glob(f"{CHECKPOINT}*"))
+    found = carry_out(stopped, CPU, lambda point: steps.append(point.step))
+    assert min(steps) > 2  # nothing before the last checkpoint
+    assert replace(found, seconds=0) == replace(expected, seconds=0)
+    for path in (tmp_path / "calm" / SHIPPED).glob("*.safetensors"):
+        assert (tmp_path / "stopped" / SHIPPED / path.name).read_bytes() == path.read_bytes()
+
+
+def test_what_diverges_is_learnt_with_its_reason(llama: Pair, texts: dict[str, Path], tmp_path: Path) -> None:
+    asked = lesson(FullLearner(llama.recipient), llama, texts, tmp_path / "a", lr=1e30, steps=20)
+    learnt = carry_out(asked, CPU, ignore)
+    assert learnt.error is not None
+    assert learnt.select is None
+    assert "diverged" in learnt.error or "NaN or infinite" in learnt.error
+    assert read_learnt(asked) == learnt
+    assert [path.name for path in (tmp_path / "a").iterdir()] == [LEARNT]
+
+
+def test_the_recipient_as_it_is_is_measured_and_not_trained(llama: Pair, texts: dict[str, Path], tmp_path: Path) -> None:
+    learnt = carry_out(lesson(None, llama, texts, tmp_path / "a", stage="before"), CPU, ignore)
+    model = load(llama.recipient.folder)
+    blocks = Pack.open(texts["general"]).side("test")
+    assert learnt.test["general"] == pytest.approx(list(block_losses(model, blocks, range(blocks.num), 4)))
+    assert (learnt.lr, learnt.seed, learnt.parameters, learnt.bytes) == (None, None, 0, 0)
+    assert learnt.select is not None
+    assert isfinite(learnt.select)
+    assert torch.is_grad_enabled()

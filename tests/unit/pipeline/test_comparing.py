@@ -1,0 +1,279 @@
+"""`organ compare` as a whole, with a loop in this process in the place of Ray Tune and a tracker that keeps what it is told."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from filelock import FileLock
+from rich.console import Console
+from stacks import save_model
+from trainings import sums
+
+from transplant_ray.cli_organ_compare import print_comparison
+from transplant_ray.distributed.lessons import OnLearnt, OnPoint
+from transplant_ray.errors import DataError, NumericsError, OrganError, RecipeError, RunError, TransplantError
+from transplant_ray.organ.folder import open_organ
+from transplant_ray.organ.lessons import Learnt, Lesson, carry_out, failed
+from transplant_ray.organ.training import CPU
+from transplant_ray.pipeline import comparing as module
+from transplant_ray.pipeline.comparing import Compared, compare, plan
+from transplant_ray.recipe import CompareRecipe, RoomSpec
+
+
+class Trials:
+    """In the place of Ray Tune; keeps who was carried out, and ends like Ctrl-C after so many."""
+
+    def __init__(self) -> None:
+        self.done: list[Lesson] = []
+        self.told: list[Learnt] = []
+        self.stop: int | None = None
+
+    def run(self, lessons: Sequence[Lesson], _: RoomSpec, __: Path, on_point: OnPoint, on_learnt: OnLearnt) -> dict[str, Learnt]:
+        found = {}
+        for lesson in lessons:
+            if len(self.done) == self.stop:
+                raise KeyboardInterrupt
+            self.done.append(lesson)
+            try:
+                learnt = carry_out(lesson, CPU, lambda point, lesson=lesson: on_point(lesson, point))  # type: ignore[misc]
+            except TransplantError as error:
+                learnt = failed(lesson, str(error))
+            on_learnt(learnt)
+            found[lesson.key] = learnt
+        return found
+
+    @property
+    def trained(self) -> list[tuple[str, str, float | None, int | None]]:
+        return [(each.method, each.stage, each.lr, each.seed) for each in self.done if each.trained]
+
+    run_id, refused = "id", ()
+
+    def log_learnt(self, learnt: Learnt) -> None:
+        self.told.append(learnt)
+
+    def log_findings(self, *_: Any) -> None: ...
+
+
+@contextmanager
+def patched() -> Iterator[Trials]:
+    trials = Trials()
+
+    @contextmanager
+    def tracked(*_: Any) -> Iterator[Trials]:
+        yield trials
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "connect", lambda _: nullcontext())
+        patch.setattr(module, "tracked_comparison", tracked)
+        patch.setattr(module, "run_lessons", trials.run)
+        yield trials
+
+
+@pytest.fixture(autouse=True)
+def trials() -> Iterator[Trials]:
+    with patched() as trials:
+        yield trials
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of two layers: an organ of one has five places to go."""
+    return save_model(tmp_path_factory.mktemp("model") / "model", num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    for name, seed in (("domain", 0), ("general", 1)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": each}) + "\n" for each in sums(80, seed)))
+    return folder
+
+
+def recipe(model: Path, text: Path, place: Path, **changes: Any) -> CompareRecipe:
+    settings = {
+        "name": "c",
+        "model": {"model": str(model)},
+        "training": {"data": str(text / "domain.jsonl"), "share": [0.5, 1], "context": 16, "steps": 2, "batch": 4},
+        "methods": {"full": {}},
+        "tune": {"lr": [1e-3, 1e-2]},
+        "seeds": [0, 1],
+        "domain": {"data": str(text / "domain.jsonl"), "share": [0, 0.5], "contexts": 3},
+        "general": {"data": str(text / "general.jsonl"), "contexts": 3},
+        "storage": str(place),
+    }
+    return CompareRecipe.model_validate({**settings, **changes})
+
+
+BOTH = {"organ": {"layers": "0"}, "full": {}}
+
+
+@dataclass(frozen=True)
+class Done:
+    compared: Compared
+    trials: Trials
+    place: Path
+
+
+@pytest.fixture(scope="module")
+def done(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    place = tmp_path_factory.mktemp("done")
+    with patched() as trials:
+        return Done(compare(recipe(model, text, place, methods=BOTH)), trials, place)
+
+
+def test_every_method_is_tuned_and_confirmed_and_all_of_it_is_written(done: Done) -> None:
+    trials, compared, folder = done.trials, done.compared, done.place / "c"
+    rates = {choice.method: choice.lr for choice in compared.findings.choices}
+    expected = [(method, "tune", lr, 1000) for method in ("organ", "full") for lr in (1e-3, 1e-2)]
+    expected += [(method, "confirm", rates[method], seed) for method in ("organ", "full") for seed in (0, 1)]
+    assert trials.trained == expected
+    for choice in compared.findings.choices:
+        assert choice.lr == min(choice.rates, key=lambda rate: rate.loss or 0).lr
+    results = pd.read_parquet(folder / "results.parquet")
+    assert len(results) == 1 + len(expected) == len(trials.told)
+    assert results[results.stage == "tune"].domain_loss.isna().all()  # test is not opened to choose
+    assert set(pd.read_parquet(folder / "positions.parquet")["mode"]) == {"insert", "replace"}
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["budget"]["tokens"] == 2 * 4 * 16
+    assert "organ" in (folder / "report.html").read_text()
+    assert "\\toprule" in (folder / "comparison.tex").read_text()
+    assert open_organ(folder / "shipped" / "model-organ-0").manifest.training is not None
+    assert (folder / "shipped" / "model-full-1" / "model.safetensors").is_file()
+
+
+def test_once_more_it_trains_nothing_and_a_seed_more_is_trained_alone(
+    model: Path, text: Path, tmp_path: Path, trials: Trials
+) -> None:
+    first = compare(recipe(model, text, tmp_path))
+    trained = list(trials.trained)
+    again = compare(recipe(model, text, tmp_path))
+    assert trials.trained == trained
+    assert again.findings == first.findings
+    assert again.summary["recalled"] == len(trained) == 4
+    compare(recipe(model, text, tmp_path, seeds=[0, 1, 2]))
+    assert [(method, stage, seed) for method, stage, _, seed in trials.trained[4:]] == [("full", "confirm", 2)]
+
+
+def test_what_it_prints_fits_a_terminal(done: Done) -> None:
+    console = Console(width=80, record=True, file=io.StringIO())
+    print_comparison(console, done.compared.summary)
+    said = console.export_text()
+    assert "full fine-tuning" in said
+    assert "cannot be told apart" in said or "is better" in said or "is worse" in said
+    assert "…" not in said
+    assert max(map(len, said.split("Each method had")[0].splitlines())) <= 80
+
+
+def test_stopped_it_goes_on_with_what_is_left(model: Path, text: Path, tmp_path: Path, trials: Trials) -> None:
+    trials.stop = 3
+    with pytest.raises(KeyboardInterrupt):
+        compare(recipe(model, text, tmp_path))
+    assert not (tmp_path / "c" / "summary.json").exists()
+    trials.stop = None
+    compare(recipe(model, text, tmp_path))
+    assert len(trials.trained) == len(set(trials.trained)) == 4
+
+
+def test_other_text_is_other_trainings(model: Path, text: Path, tmp_path: Path, trials: Trials) -> None:
+    compare(recipe(model, text, tmp_path, seeds=[0]))
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("domain", "general"):
+        (other / f"{name}.jsonl").write_text((text / f"{name}.jsonl").read_text().replace("=", " = "))
+    compare(recipe(model, other, tmp_path, seeds=[0]))
+    assert len(trials.trained) == 6
+
+
+def test_a_rate_that_diverges_is_a_row_and_loses(model: Path, text: Path, tmp_path: Path) -> None:
+    found = compare(recipe(model, text, tmp_path, tune={"lr": [1e-3, 1e30]}, methods={"full": {}}, seeds=[0]))
+    (choice,) = found.findings.choices
+    assert (choice.lr, choice.at_edge) == (1e-3, True)
+    (failure,) = found.failed
+    assert (failure.lr, failure.stage) == (1e30, "tune")
+    assert "What failed" in (tmp_path / "c" / "report.html").read_text()
+    assert found.findings.standings[0].interval["domain"] is None
+
+
+def test_where_all_diverge_it_is_said_after_what_there_is_was_kept(model: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(NumericsError, match=r"no method has a learning rate that does not diverge.*tune.lr"):
+        compare(recipe(model, text, tmp_path, tune={"lr": [1e30]}, methods={"full": {}}, seeds=[0]))
+    results = pd.read_parquet(tmp_path / "c" / "results.parquet")
+    assert list(results.stage) == ["before", "tune"]
+    assert results.error.notna().sum() == 1
+    assert (tmp_path / "c" / "report.html").is_file()
+
+
+def test_one_method_whose_rates_all_diverge_does_not_stop_the_others(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calm = carry_out
+
+    def spoilt(lesson: Lesson, *rest: Any) -> Learnt:
+        return failed(lesson, "the loss is nan") if lesson.method == "full" else calm(lesson, *rest)
+
+    monkeypatch.setitem(globals(), "carry_out", spoilt)
+    found = compare(recipe(model, text, tmp_path, seeds=[0], methods=BOTH))
+    assert [standing.method for standing in found.findings.standings] == ["organ"]
+    assert "model, full: every learning rate failed" in found.summary["said"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"methods": {"organ": {"layers": "4-9"}}}, OrganError, "expected a stretch of 0-1"),
+        ({"training": {"context": 999}}, RecipeError, "`context` 999: .* was built for 128 positions"),
+        ({"training": {"data": "none.jsonl"}}, DataError, "no such file, folder or pattern"),
+        ({"general": {"data": "none.jsonl"}}, DataError, "no such file, folder or pattern"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_written(
+    model: Path, text: Path, tmp_path: Path, changes: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    asked = recipe(model, text, tmp_path)
+    merged = {key: {**asked.model_dump(exclude_none=True)[key], **value} for key, value in changes.items() if key != "methods"}
+    spoilt = recipe(model, text, tmp_path, **{**changes, **merged})
+    for verb in (compare, plan):
+        with pytest.raises(error, match=words):
+            verb(spoilt)
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_little_text_names_the_section(model: Path, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("a b c")
+    with pytest.raises(DataError, match=r"`general`: `data`: .* must be one context of 16"):
+        compare(recipe(model, text, tmp_path, general={"data": str(tmp_path / "short.txt")}))
+
+
+def test_documents_that_are_trained_on_too_are_counted_and_said(model: Path, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "copy.jsonl").write_text((text / "domain.jsonl").read_text())
+    found = compare(recipe(model, text, tmp_path, general={"data": str(tmp_path / "copy.jsonl")}, methods={"full": {}}, seeds=[0]))
+    assert found.summary["text"]["model"]["general"]["also_trained_on"] > 0
+    assert found.summary["text"]["model"]["domain"]["also_trained_on"] == 0
+
+
+def test_a_folder_of_a_sweep_or_of_a_running_comparison_is_left_alone(model: Path, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "c").mkdir()
+    with FileLock(tmp_path / "c" / ".lock"), pytest.raises(RunError, match="running in another process"):
+        compare(recipe(model, text, tmp_path))
+    (tmp_path / "c" / "recipe.yaml").write_text("name: c")
+    with pytest.raises(RunError, match="holds a sweep"):
+        compare(recipe(model, text, tmp_path))
+    assert sorted(path.name for path in (tmp_path / "c").iterdir() if path.name != ".lock") == ["recipe.yaml"]
+
+
+def test_a_plan_counts_what_will_be_trained_and_measured(done: Done, model: Path, text: Path) -> None:
+    (planned,) = plan(recipe(model, text, done.place, methods=BOTH))
+    assert planned.trainings == 8
+    assert planned.tokens == 2 * 4 * 16
+    assert planned.layers == {"organ": "0"}
+    sites = {len(learnt.sites) for learnt in done.compared.learnt if learnt.method == "organ"}
+    assert sites == {3 + 2}
+    assert planned.measurings == 4 * (5 + 1) + 2 * 2 * 2 + 1 + 2

@@ -1,0 +1,213 @@
+"""The grid of an organ sweep as Ray Tune runs it: a trial makes its model of resident layers and answers for it.
+
+A process serves one trial after another and reads each weight once. One that dies is started again, and so is its trial; an error
+of ours is the trial's result, for it would come again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import transformers
+from ray import tune
+from ray.exceptions import RayActorError
+from ray.tune import Callback
+
+from transplant_ray.distributed.actors import Workload
+from transplant_ray.distributed.cluster import Capacity
+from transplant_ray.distributed.probing import Asked
+from transplant_ray.errors import RunError, TransplantError
+from transplant_ray.evaluate.answers import VariantShard
+from transplant_ray.evaluate.example import Split
+from transplant_ray.evaluate.outcome import answer_examples
+from transplant_ray.models.loading import load_tokenizer, placement
+from transplant_ray.organ.grid import Trial
+from transplant_ray.organ.resident import Resident
+
+MAX_FAILURES = 2
+"""Deaths of the process under one trial, in one round, after which Tune gives it up."""
+ROUNDS = 2
+"""In which trials whose process died are tried: Tune also gives one up early, where two calls were under way to the process."""
+POLL_SECONDS = 0.2
+Said = Sequence[tuple[str, Split, VariantShard]]
+"""Task, split, and what was answered."""
+
+
+@dataclass(frozen=True)
+class Trials:
+    """All that a process needs to know; paths are absolute, for it runs in a folder of Ray's."""
+
+    trials: Mapping[str, Trial]
+    """By their ids."""
+    asked: Mapping[str, Sequence[Asked]]
+    """What each of them has not answered yet."""
+    workload: Workload
+
+
+@dataclass(frozen=True)
+class TrialDone:
+    id: str
+    said: Said = ()
+    error: str | None = None
+    """Why there is nothing, or not all."""
+    process: int | None = None
+    deaths: int = 0
+    """Of processes under it, before it came to its end."""
+    died: bool = False
+    """Whether that is its end."""
+
+
+def run_organ_trials(job: Trials, capacity: Capacity) -> Iterator[TrialDone]:
+    """Each trial once, as they end. RunError where Tune itself cannot go on."""
+    deaths: Counter[str] = Counter()
+    left = job
+    for number in range(1, ROUNDS + 1):
+        again = []
+        for done in _run_round(left, capacity):
+            deaths[done.id] += done.deaths
+            if done.died and number < ROUNDS:
+                again.append(done.id)
+            else:
+                yield replace(done, deaths=deaths[done.id])
+        if not again:
+            return
+        left = replace(job, trials={id: job.trials[id] for id in again})
+
+
+def _run_round(job: Trials, capacity: Capacity) -> Iterator[TrialDone]:
+    ended: queue.Queue[TrialDone | BaseException | None] = queue.Queue()
+    with TemporaryDirectory(prefix="transplant_ray-") as folder:
+        tuner = _tuner(job, capacity, Path(folder), ended)
+        threading.Thread(target=_fit, args=(tuner, ended), name="organ trials", daemon=True).start()  # so that Ctrl-C stays ours
+        while (done := _next(ended)) is not None:
+            if isinstance(done, BaseException):
+                reason = (str(done).strip().splitlines() or [repr(done)])[-1][:300]
+                raise RunError(f"the trials ended early: {reason}. The same command goes on where it stopped.") from done
+            yield done
+
+
+def _next(ended: queue.Queue[TrialDone | BaseException | None]) -> TrialDone | BaseException | None:
+    while True:
+        try:
+            return ended.get(timeout=POLL_SECONDS)
+        except queue.Empty:  # a thread that waits without end hears no signals
+            continue
+
+
+def _fit(tuner: tune.Tuner, ended: queue.Queue[TrialDone | BaseException | None]) -> None:
+    try:
+        tuner.fit()
+        ended.put(None)
+    except BaseException as error:  # noqa: BLE001  # it is raised again in the thread that waits
+        ended.put(error)
+
+
+def _tuner(job: Trials, capacity: Capacity, folder: Path, ended: queue.Queue[TrialDone | BaseException | None]) -> tune.Tuner:
+    at_once = min(len(job.trials), capacity.evaluators())
+    os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "1")
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # MLflow has the metrics
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends the sweep, not only the trials
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new output ignores verbose=0
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a traceback for each process that dies; we say what became of it
+    return tune.Tuner(
+        tune.with_resources(tune.with_parameters(OrganTrial, job=job), _resources(capacity)),
+        param_space={"trial": tune.grid_search(list(job.trials))},
+        tune_config=tune.TuneConfig(reuse_actors=True, max_concurrent_trials=at_once),
+        run_config=tune.RunConfig(
+            name="trials",
+            storage_path=str(folder),
+            verbose=0,
+            callbacks=[_TrialCallback(ended)],
+            failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # by default a class is asked for one
+        ),
+    )
+
+
+def _resources(capacity: Capacity) -> tune.PlacementGroupFactory:
+    resources = capacity.resources
+    bundle = {"CPU": resources.cpus_per_model, "GPU": resources.gpus_per_model}
+    if resources.accelerator_type is not None:
+        bundle[f"accelerator_type:{resources.accelerator_type}"] = 0.001
+    return tune.PlacementGroupFactory([{name: amount for name, amount in bundle.items() if amount}])
+
+
+class OrganTrial(tune.Trainable):
+    """What a process of Tune does: one trial a step, and the next by `reset_config`."""
+
+    def setup(self, config: dict[str, Any], job: Trials | None = None) -> None:  # noqa: ARG002  # Tune keeps it as self.config
+        assert job is not None, "Tune hands over what `with_parameters` was given"
+        torch.set_num_threads(job.workload.num_threads)
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        self.job = job
+        device = placement(job.workload.num_gpus)
+        self.resident = Resident(getattr(torch, job.workload.dtype), device)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self.config = new_config
+        return True
+
+    def step(self) -> dict[str, Any]:
+        said, error = answer_trial(self.job, self.config["trial"], self.resident)
+        return {"done": True, "said": said, "error": error, "process": os.getpid()}
+
+
+def answer_trial(job: Trials, id: str, resident: Resident) -> tuple[Said, str | None]:
+    """What one model answers to all that it is asked, up to the first error of ours, and that error."""
+    said: list[tuple[str, Split, VariantShard]] = []
+    try:
+        tokenizer = load_tokenizer(job.workload.tokenizer)
+        model = resident.model(job.trials[id].insertion)
+        for one in job.asked[id]:
+            start = time.perf_counter()
+            outcomes = answer_examples(id, model, tokenizer, one.examples, one.rules.generation, one.rules.scorer)
+            seconds = time.perf_counter() - start
+            said.append((one.task, one.split, VariantShard(id, outcomes, seconds, evaluator=str(os.getpid()))))
+    except (TransplantError, RuntimeError) as error:  # torch reports what a device cannot do as RuntimeError
+        return said, f"{type(error).__name__}: {error}"
+    return said, None
+
+
+class _TrialCallback(Callback):
+    """Runs where Tune does, and hands on."""
+
+    def __init__(self, ended: queue.Queue[TrialDone | BaseException | None] | None) -> None:
+        self.ended = ended
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune saves its callbacks so that a sweep could be restored by it; ours never is, and a queue cannot be pickled."""
+        return {"ended": None}
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
+        found = trial.last_result or {}
+        error = found.get("error") if "said" in found else "it ended without a word"
+        self._tell(TrialDone(trial.config["trial"], found.get("said", ()), error, found.get("process"), trial.num_failures))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
+        reason = _reason(trial)
+        died = "ResourceError: its process died again and again; memory may have run out"
+        self._tell(TrialDone(trial.config["trial"], (), reason or died, None, trial.num_failures, died=reason is None))
+
+    def _tell(self, done: TrialDone) -> None:
+        if self.ended is not None:
+            self.ended.put(done)
+
+
+def _reason(trial: Any) -> str | None:
+    """What a process has raised that is no error of ours; None where it died."""
+    error = trial.get_pickled_error()
+    if error is None or isinstance(error, RayActorError):
+        return None
+    return (str(error).strip().splitlines() or [repr(error)])[-1][:300]
