@@ -27,6 +27,8 @@ _HOMES = {
     "extract": "pipeline.organs",
     "insert": "pipeline.organs",
     "remove": "pipeline.organs",
+    "train": "pipeline.organ_training",
+    "TrainingSpec": "recipe",
     "OrganRecipe": "recipe",
     "load_organ_recipe": "recipe",
     "sweep_organs": "pipeline.organ_sweeping",

@@ -10,7 +10,7 @@ import transplant_ray
 PUBLIC = {
     "CompareRecipe", "Engine", "OrganRecipe", "Recipe", "ResidentPair", "TransplantError", "Variant", "load_compare_recipe",
     "load_organ_recipe", "load_recipe", "apply", "compare", "demo", "export", "extract", "insert", "plan", "rank", "remove", "show",
-    "sweep", "sweep_organs",
+    "sweep", "sweep_organs", "train", "TrainingSpec",
 }  # fmt: skip
 
 
