@@ -21,7 +21,7 @@ import yaml
 from transplant_ray import zoo
 from transplant_ray.errors import CheckpointError, DataError, JobError, RecipeError
 from transplant_ray.files import sha256_file
-from transplant_ray.recipe import CARRIED, Recipe, carry_recipe, load_recipe
+from transplant_ray.recipe import CARRIED, OrganRecipe, Recipe, carry_recipe, load_recipe
 
 Command = Literal["sweep", "rank"]
 COMMANDS: tuple[Command, ...] = ("sweep", "rank")
@@ -67,7 +67,7 @@ def pack(path: str | Path, overrides: Sequence[str], folder: Path) -> Pack:
     return Pack(folder, load_recipe(folder / RECIPE))
 
 
-def refuse_relative_outputs(recipe: Recipe) -> None:
+def refuse_relative_outputs(recipe: Recipe | OrganRecipe) -> None:
     """RecipeError where results would land in Ray's own session folder: lost to whoever submitted the job."""
     prefix = "sqlite:///"
     database = recipe.tracking.uri.removeprefix(prefix) if recipe.tracking.uri.startswith(prefix) else ""

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from transplant_ray.distributed.cluster import plain_errors
+from transplant_ray.distributed.cluster import plain_errors, refuse_vanishing_paths
 from transplant_ray.errors import NumericsError
 from transplant_ray.evaluate.example import Split
 from transplant_ray.evaluate.organ_choice import Choice, Comparison, choose_trial, compare_blocks, judge
@@ -28,6 +28,7 @@ def sweep_organs(recipe: OrganRecipe, watch: Watch | None = None) -> OrganSweepR
 
     Raises before anything is started where the recipe cannot work; a trial that fails is a row. Nothing is measured twice.
     """
+    refuse_vanishing_paths(recipe)
     stopwatch = Stopwatch(watch or Silent())
     with (
         terminable(),

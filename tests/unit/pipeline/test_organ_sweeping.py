@@ -16,6 +16,7 @@ from pages import Page
 from stacks import contents, load, save_model, trained_copy
 from trainings import sums
 
+from transplant_ray.distributed.cluster import JOB_CONFIG
 from transplant_ray.distributed.organ_trials import TrialDone, Trials, answer_trial
 from transplant_ray.distributed.probing import Asked, Said
 from transplant_ray.errors import DataError, IncompatibleModels, NumericsError, OrganError, RecipeError, RunError
@@ -274,6 +275,12 @@ def test_what_cannot_be_is_said_and_nothing_is_left(
     with pytest.raises(error, match=words):
         sweep_organs(recipe(made, tmp_path, **json.loads(text)))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_submitted_job_writes_nothing_where_it_would_be_lost(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(JOB_CONFIG, "{}")
+    with pytest.raises(RecipeError, match="`storage` is the relative path 'runs'"):
+        sweep_organs(recipe(made, tmp_path).model_copy(update={"storage": "runs"}))
 
 
 def test_an_organ_that_was_tampered_with_is_refused(made: Path, tmp_path: Path) -> None:
