@@ -45,12 +45,27 @@ def run_lessons(
     Both callbacks are called in this thread. A lesson that cannot be carried out is learnt as failed; RunError where Tune itself is
     at its end. `folder` takes Tune's own state and is removed.
     """
-    by_key = {lesson.key: lesson for lesson in lessons}
+    learnt: dict[str, Learnt] = {}
+    why: dict[str, str] = {}
+    for _ in range(1 + (asked.max_failures > 0)):
+        left = {lesson.key: lesson for lesson in lessons if lesson.key not in learnt}
+        if left:  # Tune gives some up at once, whatever `max_failures` says (docs/decisions/0025)
+            why = _round(left, learnt, asked, folder, on_point, on_learnt)
+    for lesson in lessons:
+        if lesson.key not in learnt:
+            learnt[lesson.key] = failed(lesson, why[lesson.key])
+            on_learnt(learnt[lesson.key])
+    return learnt
+
+
+def _round(
+    lessons: Mapping[str, Lesson], learnt: dict[str, Learnt], asked: RoomSpec, folder: Path, on_point: OnPoint, on_learnt: OnLearnt
+) -> dict[str, str]:
+    """One run of Tune over `lessons`; adds to `learnt` what came of them, and returns why of some nothing did."""
     told: queue.SimpleQueue[Mapping[str, Any]] = queue.SimpleQueue()
     ended: list[Any] = []
-    thread = threading.Thread(target=_fit, args=(_tuner(by_key, asked, folder, told), ended), name="lessons", daemon=True)
+    thread = threading.Thread(target=_fit, args=(_tuner(lessons, asked, folder, told), ended), name="lessons", daemon=True)
     thread.start()  # so that Ctrl-C stays ours
-    learnt: dict[str, Learnt] = {}
     while thread.is_alive() or not told.empty():
         try:
             said = told.get(timeout=POLL_SECONDS)
@@ -60,14 +75,15 @@ def run_lessons(
             learnt[said["key"]] = Learnt.from_json(json.loads(said["learnt"]))
             on_learnt(learnt[said["key"]])
         elif said.get("point") is not None:
-            on_point(by_key[said["key"]], Point(**json.loads(said["point"])))
+            on_point(lessons[said["key"]], Point(**json.loads(said["point"])))
     shutil.rmtree(folder, ignore_errors=True)
     if isinstance(ended[0], BaseException):
         raise RunError(f"Ray Tune ended early ({_last_line(ended[0])}). The same command goes on where it stopped.") from ended[0]
-    for key in by_key.keys() - learnt.keys():
-        learnt[key] = read_learnt(by_key[key]) or failed(by_key[key], _why(ended[0], key, asked))
-        on_learnt(learnt[key])
-    return learnt
+    for key in lessons.keys() - learnt.keys():
+        if (found := read_learnt(lessons[key])) is not None:  # its process died after the last word was written
+            learnt[key] = found
+            on_learnt(found)
+    return {key: _why(ended[0], key, asked) for key in lessons.keys() - learnt.keys()}
 
 
 def _tuner(lessons: Mapping[str, Lesson], asked: RoomSpec, folder: Path, told: queue.SimpleQueue[Any]) -> tune.Tuner:
