@@ -45,7 +45,7 @@ def main() -> None:
             )
         for line in [f"{model.folder}", *describe_model(model), f"domain text: {text.domain_is}"]:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
-    write_text(arguments.out / RECIPE.name, RECIPE.read_text(encoding="utf-8").replace(HERE, ""))
+    write_text(arguments.out / RECIPE.name, RECIPE.read_text(encoding="utf-8").replace(HERE, "./"))
 
 
 if __name__ == "__main__":

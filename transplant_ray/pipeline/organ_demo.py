@@ -132,7 +132,7 @@ def sweep_recipe(spec: DemoSpec, place: Place, text: DemoText, tracking: Trackin
     """Every position in both modes, untrained layers beside them; paths are relative to the recipe's folder."""
     return {
         "name": "sweep",
-        "recipient": {"model": "model"},
+        "recipient": {"model": "./model"},
         "organs": {"domain": "organ"},
         "domain": {**_relative(text.measured_on("domain"), place), "contexts": spec.contexts},
         "general": {**_relative(text.measured_on("general"), place), "contexts": spec.contexts},
@@ -146,7 +146,7 @@ def compare_recipe(spec: DemoSpec, place: Place, text: DemoText, tracking: Track
     """The organ's budget for every method, tuned alike, confirmed under one seed."""
     return {
         "name": "compare",
-        "model": {"model": "model"},
+        "model": {"model": "./model"},
         "training": {
             **_relative(text.trained_on("domain"), place),
             "context": spec.context,
