@@ -33,6 +33,7 @@ DEAR = ({"swept", "submitted", "head"}, {"served"})
 """Fixtures that one process should make: where several share the tests, those that look at one of a group go to the same."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:

@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 from transplant_ray.distributed.fleet import fleet
 from transplant_ray.distributed.overseer import Overseer
 from transplant_ray.distributed.pool import MOST_DEATHS, Pool, Work, packed
-from transplant_ray.distributed.trials import _TrialCallback
+from transplant_ray.distributed.trials import _TrialListener
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.example import Rendered
 from transplant_ray.evaluate.generate import GenerationSettings, Rules
@@ -112,13 +112,13 @@ def test_a_trial_that_tune_gave_up_has_its_result_all_the_same(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    heard = _TrialCallback.on_trial_complete
+    heard = _TrialListener.on_trial_complete
 
-    def lose_the_first(self: _TrialCallback, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def lose_the_first(self: _TrialListener, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         if trial.last_result["result"]["k"] != 2:
             heard(self, iteration, trials, trial, **info)
 
-    monkeypatch.setattr(_TrialCallback, "on_trial_complete", lose_the_first)
+    monkeypatch.setattr(_TrialListener, "on_trial_complete", lose_the_first)
     place = template.copy(tmp_path)
     finished = run_main("sweep", place.recipe(name="lost", sweep={"k": [2, 6], "kind": ["all"]}))
     assert finished.code == 0, finished.err

@@ -29,7 +29,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-COMMANDS = ("compare", "extract", "insert", "remove", "show", "train")
+COMMANDS = ("compare", "demo", "extract", "insert", "remove", "show", "sweep", "train")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -38,7 +38,7 @@ def test_every_command_explains_itself(command: str) -> None:
     assert finished.code == 0
     assert f"transplant-ray organ {command}" in finished.out
     purpose = next(c.callback for c in cli_organ.organ_app.registered_commands if c.callback.__name__ == command).__doc__
-    assert purpose.split(":")[0] in " ".join(finished.out.split())
+    assert " ".join(purpose.split("\n\n")[0].split(":")[0].split()) in " ".join(finished.out.split())
 
 
 def test_the_commands_are_these() -> None:

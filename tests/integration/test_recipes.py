@@ -1,6 +1,7 @@
 """Every recipe under jobs/recipes is planned: the zoo's as they are, the paper's against header-only full-size models.
 
-What the paper's ask, with and without a chat template, is in `unit/pipeline/test_paper_recipes.py`.
+What the paper's ask, with and without a chat template, is in `unit/pipeline/test_paper_recipes.py`; those of organs are of kinds of
+their own, and held in `unit/pipeline/test_demo_recipes.py`.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ PAPER: dict[str, tuple[PretrainedConfig, int, int, int]] = {
 }
 
 
-ZOO = sorted(path.stem for path in RECIPES.glob("*.yaml") if path.stem not in PAPER)
+ORGANS = ("organ-comparison", "organ-demo", "organ-demo-sweep")
+ZOO = sorted(path.stem for path in RECIPES.glob("*.yaml") if path.stem not in (*PAPER, *ORGANS))
 
 
-def test_the_recipes_are_those_of_the_zoo_and_of_the_paper() -> None:
+def test_the_recipes_are_those_of_the_zoo_of_the_paper_and_of_organs() -> None:
     assert set(ZOO) == set(zoo.PAIRS)
-    assert {path.stem for path in RECIPES.glob("*.yaml")} == {*ZOO, *PAPER}
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == {*ZOO, *PAPER, *ORGANS}
 
 
 @pytest.mark.parametrize("name", [*ZOO, *PAPER])

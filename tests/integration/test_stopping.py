@@ -36,7 +36,7 @@ def raced(cluster: None, template: Place, tmp_path_factory: pytest.TempPathFacto
 
     resources = {"evaluators": 2, "shard_size": 7, "batch_size": 50}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trials._TrialCallback, "on_trial_result", hear)
+        patch.setattr(trials._TrialListener, "on_trial_result", hear)
         finished = run_main("sweep", place.recipe(name="raced", sweep=STOPPING, resources=resources))
     assert finished.code == 0, finished.err
     return Raced(Swept(place.path / "runs" / "raced", place, finished), heard)

@@ -6,8 +6,6 @@ A trial whose process dies is begun again and goes on from its lesson's own chec
 from __future__ import annotations
 
 import json
-import logging
-import os
 import queue
 import shutil
 import threading
@@ -19,9 +17,9 @@ import ray
 import torch
 import transformers
 from ray import tune
-from ray.tune import Callback
 
 from transplant_ray.distributed.room import room
+from transplant_ray.distributed.tuning import Listener, make_tuner
 from transplant_ray.errors import RunError, TransplantError
 from transplant_ray.organ.lessons import Learnt, Lesson, carry_out, failed, read_learnt
 from transplant_ray.organ.training import Point
@@ -88,25 +86,16 @@ def _round(
 
 def _tuner(lessons: Mapping[str, Lesson], asked: RoomSpec, folder: Path, told: queue.SimpleQueue[Any]) -> tune.Tuner:
     at_once = max(1, room(ray.nodes(), resources_of(asked), "evaluator"))
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(at_once)  # for grids Tune starts a process for every pending trial otherwise
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # MLflow has the metrics
-    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new output ignores verbose=0
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     bundle = {"CPU": asked.cpus, **({"GPU": asked.gpus} if asked.gpus else {})}
-    return tune.Tuner(
-        tune.with_resources(
-            tune.with_parameters(_trial, lessons=dict(lessons), num_threads=asked.cpus), tune.PlacementGroupFactory([bundle])
-        ),
-        param_space={"key": tune.grid_search(list(lessons))},
-        tune_config=tune.TuneConfig(reuse_actors=True, max_concurrent_trials=at_once),
-        run_config=tune.RunConfig(
-            name=folder.name,
-            storage_path=str(folder.parent.resolve()),
-            verbose=0,
-            callbacks=[_Listener(told)],
-            failure_config=tune.FailureConfig(max_failures=asked.max_failures),
-        ),
+    return make_tuner(
+        tune.with_parameters(_trial, lessons=dict(lessons), num_threads=asked.cpus),
+        tune.PlacementGroupFactory([bundle]),
+        ("key", list(lessons)),
+        _PointListener(told),
+        folder,
+        at_once=at_once,
+        starting=at_once,
+        max_failures=asked.max_failures,
     )
 
 
@@ -128,15 +117,11 @@ def _said(lesson: Lesson, **told: Point | Learnt) -> dict[str, Any]:
     return {"key": lesson.key, **{name: json.dumps(value.to_json()) for name, value in told.items()}}
 
 
-class _Listener(Callback):
+class _PointListener(Listener):
     """Runs in the thread of Tune, on the driver."""
 
     def __init__(self, told: queue.SimpleQueue[Any]) -> None:
         self.told = told
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Tune saves its callbacks so that a sweep could be restored by it; ours never is."""
-        return {}
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:  # noqa: ARG002
         self.told.put({name: result.get(name) for name in ("key", "point", "learnt")})

@@ -6,7 +6,6 @@ of ours is the trial's result, for it would come again.
 
 from __future__ import annotations
 
-import logging
 import os
 import queue
 import threading
@@ -22,11 +21,11 @@ import torch
 import transformers
 from ray import tune
 from ray.exceptions import RayActorError
-from ray.tune import Callback
 
 from transplant_ray.distributed.actors import Workload
 from transplant_ray.distributed.cluster import Capacity
 from transplant_ray.distributed.probing import Asked
+from transplant_ray.distributed.tuning import Listener, make_tuner
 from transplant_ray.errors import RunError, TransplantError
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.example import Split
@@ -114,24 +113,16 @@ def _fit(tuner: tune.Tuner, ended: queue.Queue[TrialDone | BaseException | None]
 
 
 def _tuner(job: Trials, capacity: Capacity, folder: Path, ended: queue.Queue[TrialDone | BaseException | None]) -> tune.Tuner:
-    at_once = min(len(job.trials), capacity.evaluators())
-    os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "1")
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # MLflow has the metrics
-    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends the sweep, not only the trials
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new output ignores verbose=0
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a traceback for each process that dies; we say what became of it
-    return tune.Tuner(
-        tune.with_resources(tune.with_parameters(OrganTrial, job=job), _resources(capacity)),
-        param_space={"trial": tune.grid_search(list(job.trials))},
-        tune_config=tune.TuneConfig(reuse_actors=True, max_concurrent_trials=at_once),
-        run_config=tune.RunConfig(
-            name="trials",
-            storage_path=str(folder),
-            verbose=0,
-            callbacks=[_TrialCallback(ended)],
-            failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
-            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # by default a class is asked for one
-        ),
+    return make_tuner(
+        tune.with_parameters(OrganTrial, job=job),
+        _resources(capacity),
+        ("trial", list(job.trials)),
+        _TrialListener(ended),
+        folder / "trials",
+        at_once=min(len(job.trials), capacity.evaluators()),
+        starting=1,
+        max_failures=MAX_FAILURES,
+        checkpoints=tune.CheckpointConfig(checkpoint_at_end=False),  # by default a class is asked for one
     )
 
 
@@ -180,29 +171,19 @@ def answer_trial(job: Trials, id: str, resident: Resident) -> tuple[Said, str | 
     return said, None
 
 
-class _TrialCallback(Callback):
-    """Runs where Tune does, and hands on."""
-
-    def __init__(self, ended: queue.Queue[TrialDone | BaseException | None] | None) -> None:
+class _TrialListener(Listener):
+    def __init__(self, ended: queue.Queue[TrialDone | BaseException | None]) -> None:
         self.ended = ended
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Tune saves its callbacks so that a sweep could be restored by it; ours never is, and a queue cannot be pickled."""
-        return {"ended": None}
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
         found = trial.last_result or {}
         error = found.get("error") if "said" in found else "it ended without a word"
-        self._tell(TrialDone(trial.config["trial"], found.get("said", ()), error, found.get("process"), trial.num_failures))
+        self.ended.put(TrialDone(trial.config["trial"], found.get("said", ()), error, found.get("process"), trial.num_failures))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
         reason = _reason(trial)
         died = "ResourceError: its process died again and again; memory may have run out"
-        self._tell(TrialDone(trial.config["trial"], (), reason or died, None, trial.num_failures, died=reason is None))
-
-    def _tell(self, done: TrialDone) -> None:
-        if self.ended is not None:
-            self.ended.put(done)
+        self.ended.put(TrialDone(trial.config["trial"], (), reason or died, None, trial.num_failures, died=reason is None))
 
 
 def _reason(trial: Any) -> str | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,10 +9,10 @@ from typing import Any
 
 import ray
 from ray import tune
-from ray.tune import Callback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from transplant_ray.distributed.mailbox import Mailbox, run_trial
+from transplant_ray.distributed.tuning import Listener, make_tuner
 from transplant_ray.evaluate.results import Result
 from transplant_ray.graft.plan import Planned
 
@@ -44,35 +42,24 @@ class Trials:
 
     def run(self, folder: Path, on_trial: OnTrial) -> None:
         """`on_trial` is called here, with the reported result, as each trial ends. `folder` takes Tune's own state."""
-        os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", str(MAX_CONCURRENT_TRIALS))
-        os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # MLflow has the metrics
-        os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends the sweep, not only the trials
-        os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new output ignores verbose=0
-        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a traceback for each process that dies; we say what became of it
-        tuner = tune.Tuner(
-            tune.with_resources(tune.with_parameters(run_trial, mailbox=self.mailbox), TRIAL_RESOURCES),
-            param_space={"point": tune.grid_search([_point(planned) for planned in self.planned])},
-            tune_config=tune.TuneConfig(reuse_actors=True, max_concurrent_trials=MAX_CONCURRENT_TRIALS),
-            run_config=tune.RunConfig(
-                name=folder.name,
-                storage_path=str(folder.parent.resolve()),
-                verbose=0,
-                callbacks=[_TrialCallback(on_trial)],
-                failure_config=tune.FailureConfig(max_failures=2),
-            ),
+        tuner = make_tuner(
+            tune.with_parameters(run_trial, mailbox=self.mailbox),
+            TRIAL_RESOURCES,
+            ("point", [_point(planned) for planned in self.planned]),
+            _TrialListener(on_trial),
+            folder,
+            at_once=MAX_CONCURRENT_TRIALS,
+            starting=MAX_CONCURRENT_TRIALS,
+            max_failures=2,
         )
         tuner.fit()
 
 
-class _TrialCallback(Callback):
+class _TrialListener(Listener):
     """Runs on the driver, where the tracking is."""
 
     def __init__(self, on_trial: OnTrial) -> None:
         self.on_trial = on_trial
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Tune saves its callbacks so that a sweep could be restored by it; ours never is, and what it calls cannot be pickled."""
-        return {}
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
         reported = trial.last_result or {}
