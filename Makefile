@@ -14,7 +14,7 @@ demo: setup ## sweep a small trained pair that ships with the package
 
 test: setup ## unit tests, spoilt inputs, integration tests
 	$(BIN)/python -m pytest tests/unit tests/fuzz --numprocesses auto --dist loadfile
-	$(BIN)/python -m pytest tests/integration --numprocesses 2 --dist loadgroup
+	$(BIN)/python -m pytest tests/integration
 
 chaos: setup ## kill actors, tasks, nodes, trials and drivers, each at a random point
 	$(BIN)/python -m pytest tests/chaos

@@ -29,31 +29,11 @@ from integration.helpers import (
 from mlflow import MlflowClient
 from ray.job_submission import JobSubmissionClient
 
-DEAR = ({"swept", "submitted", "head"}, {"served"})
-"""Fixtures that one process should make: where several share the tests, those that look at one of a group go to the same."""
 
-
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.timeout(900))  # whichever test comes first pays for the sweep that many look at
-            looks_at = set(getattr(item, "fixturenames", ()))
-            group = next((min(dear) for dear in DEAR if dear & looks_at), item.path.stem)
-            item.add_marker(pytest.mark.xdist_group(group))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _own_rays() -> Iterator[None]:
-    """What the processes that share the tests start is not found by one another: Ray joins what it finds under its folder."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        yield
-        return
-    folder = tempfile.mkdtemp(prefix="r", dir="/tmp")  # Ray's sockets need a short path
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_TMPDIR", folder)
-        yield
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -90,7 +70,7 @@ def place(template: Place, tmp_path: Path) -> Place:
 
 
 @pytest.fixture(scope="session")
-def cluster(_own_rays: None) -> Iterator[None]:
+def cluster() -> Iterator[None]:
     """A local Ray with two logical GPUs."""
     ray.init(address="local", num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False)
     yield

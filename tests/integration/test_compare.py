@@ -56,6 +56,7 @@ def write(folder: Path, place: Path, uri: str, **changes: Any) -> Path:
     return path
 
 
+@pytest.mark.slow  # every training starts a process that imports torch; the verb without Ray is in unit/pipeline/test_comparing.py
 def test_the_command_line_from_recipe_to_report(cluster: None, folder: Path, template: Place, tmp_path: Path) -> None:  # noqa: ARG001
     path = write(folder, tmp_path, template.uri)
     planned = run_main("organ", "compare", path, "--dry-run")

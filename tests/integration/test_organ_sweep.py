@@ -71,6 +71,9 @@ def trial_processes() -> list[psutil.Process]:
     return [process for process in psutil.Process().children(recursive=True) if "OrganTrial" in "".join(process.cmdline())]
 
 
+pytestmark = pytest.mark.slow  # each trial's process imports torch; the verb without Ray is in unit/pipeline/test_organ_sweeping.py
+
+
 @pytest.fixture(scope="module")
 def swept(cluster: None, template: Place, tmp_path_factory: pytest.TempPathFactory) -> Swept:  # noqa: ARG001
     """Through the command line."""
@@ -125,7 +128,6 @@ def test_mlflow_has_a_run_for_every_model_and_the_winner(swept: Swept) -> None:
     assert {"report.html", "results.parquet", "summary.json", "recipe.yaml", "figures"} <= names
 
 
-@pytest.mark.slow
 def test_the_same_again_measures_nothing_and_says_so(swept: Swept) -> None:
     before = swept.results
     finished = swept.run()
@@ -135,7 +137,6 @@ def test_the_same_again_measures_nothing_and_says_so(swept: Swept) -> None:
     pd.testing.assert_frame_equal(swept.results, before)
 
 
-@pytest.mark.slow
 def test_a_process_that_is_killed_comes_again_and_changes_no_number(swept: Swept, tmp_path: Path) -> None:
     recipe = load_organ_recipe(swept.folder / "recipe.yaml", [f"storage={tmp_path}", f"tracking.uri={swept.uri}", "name=killed"])
     killer = Killer()
@@ -147,7 +148,6 @@ def test_a_process_that_is_killed_comes_again_and_changes_no_number(swept: Swept
     assert ours == theirs
 
 
-@pytest.mark.slow
 def test_a_changed_organ_is_measured_anew_and_nothing_else(swept: Swept, tmp_path: Path) -> None:
     shutil.copytree(swept.folder / "before", tmp_path / "before")
     trained_copy(extract(str(swept.folder / "model"), "1-2", tmp_path / "cut"), tmp_path / "once")
