@@ -1,4 +1,4 @@
-"""`organ compare` with the real Ray Tune and MLflow: the command line, a trial that is killed, a driver that is told to stop."""
+"""`organ compare` with the real Ray and MLflow: the command line, a tutor that is killed, a driver that is told to stop."""
 
 from __future__ import annotations
 
@@ -56,7 +56,6 @@ def write(folder: Path, place: Path, uri: str, **changes: Any) -> Path:
     return path
 
 
-@pytest.mark.slow  # every training starts a process that imports torch; the verb without Ray is in unit/pipeline/test_comparing.py
 def test_the_command_line_from_recipe_to_report(cluster: None, folder: Path, template: Place, tmp_path: Path) -> None:  # noqa: ARG001
     path = write(folder, tmp_path, template.uri)
     planned = run_main("organ", "compare", path, "--dry-run")
@@ -70,7 +69,6 @@ def test_the_command_line_from_recipe_to_report(cluster: None, folder: Path, tem
     run = tmp_path / "runs" / "tiny"
     assert open_organ(run / "shipped" / "model-organ-1").manifest.training is not None
     assert (run / "shipped" / "model-lora-0" / "adapter_model.safetensors").is_file()
-    assert not (run / ".tune" / "tune").exists()
     results = pd.read_parquet(run / "results.parquet")
     assert list(results.stage) == ["before"] + 2 * ["tune"] + 2 * ["tune"] + 4 * ["confirm"]
     assert results[results.stage == "confirm"].domain_perplexity.notna().all()
@@ -90,7 +88,7 @@ def test_the_command_line_from_recipe_to_report(cluster: None, folder: Path, tem
 
 
 class Killer:
-    """Kills the processes of trials once one of them has come to a step."""
+    """Kills the tutors once one of them has come to a step."""
 
     def __init__(self, step: int) -> None:
         self.step, self.killed = step, 0
@@ -104,7 +102,7 @@ class Killer:
     def hear(self, fact: Fact) -> None:
         if isinstance(fact, StepsDone) and fact.step >= self.step and not self.killed:
             for process in psutil.Process().children(recursive=True):
-                if any("_trial" in word or "ImplicitFunc" in word for word in process.cmdline()):
+                if any(word.startswith("ray::Tutor") for word in process.cmdline()):
                     process.kill()
                     self.killed += 1
 
@@ -113,7 +111,7 @@ LONG = {"steps": 400, "batch": 4, "context": 16, "share": [0.5, 1], "checkpoint_
 
 
 @pytest.mark.slow
-def test_trials_that_are_killed_go_on_and_nothing_is_trained_twice(
+def test_tutors_that_are_killed_come_back_and_nothing_is_trained_twice(
     cluster: None,  # noqa: ARG001
     folder: Path,
     template: Place,

@@ -1,13 +1,15 @@
-"""The fleet: evaluators that come and go. A member is idle, at work, or joining: its actor loads, or waits for room."""
+"""The fleet: actors that come and go, and how work is handed to them. A member is idle, at work, or joining: its actor loads, or
+waits for room."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, Protocol
 
 import ray
 from ray.actor import ActorHandle
@@ -21,19 +23,36 @@ RESIZE_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Member:
-    """An evaluator that has loaded, on the node where it is now."""
+    """An actor that has loaded, on the node where it is now."""
 
     actor: ActorHandle
     node: str
 
 
+class Task(Protocol):
+    """Work in the hands of one member."""
+
+    @property
+    def left(self) -> tuple[str, ...]:
+        """Ids of what has not come of it yet."""
+
+    def start(self, actor: ActorHandle) -> Any:
+        """Hand it over: the stream of what comes of it. Without retries by Ray, which would do all of it again, and for ever."""
+
+    def take(self, found: Any) -> None:
+        """What has come."""
+
+    def after_a_death(self, node: str) -> Iterable[Task]:
+        """What is left to do, after whoever had it died on that node."""
+
+
 class Fleet:
-    """As many evaluators as there should be; those that die come back by themselves, and join again."""
+    """As many actors as there should be; those that die come back by themselves, and join again."""
 
     def __init__(
         self, start: Callable[[], ActorHandle], size: Callable[[], int], overseer: Overseer, note: Callable[[str], None]
     ) -> None:
-        """`start` makes an evaluator, `size` says how many there should be now, `note` is told of those that cannot be used."""
+        """`start` makes an actor, `size` says how many there should be now, `note` is told of those that cannot be used."""
         self.start, self.size, self.overseer, self.note = start, size, overseer, note
         self.joining: dict[Any, ActorHandle] = {}
         self.idle: deque[Member] = deque()
@@ -71,7 +90,7 @@ class Fleet:
         self.idle.append(member)
 
     def died(self, member: Member, variants: tuple[str, ...]) -> None:
-        """Over these variants. Its actor starts again where there is room, and joins again."""
+        """Over these variants, or whatever its work has. Its actor starts again where there is room, and joins again."""
         self.overseer.died(member.actor, variants)
         self.at_work.remove(member)
         self._join(member.actor)
@@ -90,6 +109,34 @@ class Fleet:
             self.note(f"an evaluator could not load and is left out; {len(self)} go on: {error.cause}")
             ray.kill(actor)
 
+    def work_through(self, tasks: Iterable[Task]) -> None:
+        """Hand out all of them in order, as they are taken; what comes is taken in here, and what a death leaves comes first."""
+        waiting, running = _Waiting(tasks), dict[Any, tuple[Member, Task]]()
+        while True:
+            while waiting and (member := self.take()) is not None:
+                task = waiting.take()
+                self.overseer.handed_out(member.actor, len(task.left))
+                running[task.start(member.actor)] = member, task
+            if not running and not waiting:
+                return
+            self.resize()
+            ready, _ = ray.wait([*running, *self.joining], num_returns=1, timeout=RESIZE_SECONDS)
+            for stream in ready:
+                if stream in self.joining:
+                    self.welcome(stream)
+                    continue
+                member, task = running[stream]
+                try:
+                    if (ref := next(stream, None)) is not None:
+                        task.take(ray.get(ref))
+                        self.overseer.came(member.actor, len(task.left))
+                        continue
+                    self.give_back(member)
+                except ray.exceptions.RayActorError:
+                    self.died(member, task.left)
+                    waiting.first.extendleft(reversed(list(task.after_a_death(member.node))))
+                del running[stream]
+
     def first(self) -> Member:
         """Whoever joins first; waits for it."""
         while not self.idle:
@@ -106,6 +153,22 @@ class Fleet:
 
     def _join(self, actor: ActorHandle) -> None:
         self.joining[actor.join.options(max_task_retries=-1).remote()] = actor
+
+
+class _Waiting:
+    """Tasks in their order; what was handed back comes first."""
+
+    def __init__(self, tasks: Iterable[Task]) -> None:
+        self.tasks = iter(tasks)
+        self.first: deque[Task] = deque()
+
+    def __bool__(self) -> bool:
+        if not self.first:
+            self.first.extend(islice(self.tasks, 1))
+        return bool(self.first)
+
+    def take(self) -> Task:
+        return self.first.popleft()
 
 
 def nodes_alive() -> Collection[str]:

@@ -1,144 +1,141 @@
-"""The trainings of a comparison as Ray Tune runs them: a trial is a lesson, with the GPU or the CPUs of one.
+"""Tutors: the processes that carry out the trainings of a comparison, each with the GPU or the CPUs of one.
 
-A trial whose process dies is begun again and goes on from its lesson's own checkpoints: Tune keeps none.
+A process imports torch once and takes one lesson after another. One that dies comes back, and the lesson goes on from its own
+checkpoints.
 """
 
 from __future__ import annotations
 
-import json
-import queue
-import shutil
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 import torch
 import transformers
-from ray import tune
+from ray.actor import ActorHandle
 
-from transplant_ray.distributed.room import room
-from transplant_ray.distributed.tuning import Listener, make_tuner
-from transplant_ray.errors import RunError, TransplantError
-from transplant_ray.organ.lessons import Learnt, Lesson, carry_out, failed, read_learnt
+from transplant_ray.distributed.cluster import Capacity
+from transplant_ray.distributed.fleet import Fleet, fleet, nodes_alive
+from transplant_ray.distributed.overseer import Overseer
+from transplant_ray.errors import TransplantError
+from transplant_ray.models.loading import placement
+from transplant_ray.organ.lessons import Learnt, Lesson, carry_out, failed
 from transplant_ray.organ.training import Point
 from transplant_ray.recipe import ResourceSpec, RoomSpec
 
-POLL_SECONDS = 0.2
 OnPoint = Callable[[Lesson, Point], None]
 OnLearnt = Callable[[Learnt], None]
 
 
 def resources_of(asked: RoomSpec) -> ResourceSpec:
     """As `connect` and `wait_for_room` take them."""
-    return ResourceSpec(address=asked.address, gpus_per_model=asked.gpus, cpus_per_model=asked.cpus, wait=asked.wait)
-
-
-def run_lessons(
-    lessons: Sequence[Lesson], asked: RoomSpec, folder: Path, on_point: OnPoint, on_learnt: OnLearnt
-) -> dict[str, Learnt]:
-    """Carry all of them out, as many side by side as there is room for; what came of each, by key.
-
-    Both callbacks are called in this thread. A lesson that cannot be carried out is learnt as failed; RunError where Tune itself is
-    at its end. `folder` takes Tune's own state and is removed.
-    """
-    learnt: dict[str, Learnt] = {}
-    why: dict[str, str] = {}
-    for _ in range(1 + (asked.max_failures > 0)):
-        left = {lesson.key: lesson for lesson in lessons if lesson.key not in learnt}
-        if left:  # Tune gives some up at once, whatever `max_failures` says (docs/decisions/0025)
-            why = _round(left, learnt, asked, folder, on_point, on_learnt)
-    for lesson in lessons:
-        if lesson.key not in learnt:
-            learnt[lesson.key] = failed(lesson, why[lesson.key])
-            on_learnt(learnt[lesson.key])
-    return learnt
-
-
-def _round(
-    lessons: Mapping[str, Lesson], learnt: dict[str, Learnt], asked: RoomSpec, folder: Path, on_point: OnPoint, on_learnt: OnLearnt
-) -> dict[str, str]:
-    """One run of Tune over `lessons`; adds to `learnt` what came of them, and returns why of some nothing did."""
-    told: queue.SimpleQueue[Mapping[str, Any]] = queue.SimpleQueue()
-    ended: list[Any] = []
-    thread = threading.Thread(target=_fit, args=(_tuner(lessons, asked, folder, told), ended), name="lessons", daemon=True)
-    thread.start()  # so that Ctrl-C stays ours
-    while thread.is_alive() or not told.empty():
-        try:
-            said = told.get(timeout=POLL_SECONDS)
-        except queue.Empty:
-            continue
-        if said.get("learnt") is not None:
-            learnt[said["key"]] = Learnt.from_json(json.loads(said["learnt"]))
-            on_learnt(learnt[said["key"]])
-        elif said.get("point") is not None:
-            on_point(lessons[said["key"]], Point(**json.loads(said["point"])))
-    shutil.rmtree(folder, ignore_errors=True)
-    if isinstance(ended[0], BaseException):
-        raise RunError(f"Ray Tune ended early ({_last_line(ended[0])}). The same command goes on where it stopped.") from ended[0]
-    for key in lessons.keys() - learnt.keys():
-        if (found := read_learnt(lessons[key])) is not None:  # its process died after the last word was written
-            learnt[key] = found
-            on_learnt(found)
-    return {key: _why(ended[0], key, asked) for key in lessons.keys() - learnt.keys()}
-
-
-def _tuner(lessons: Mapping[str, Lesson], asked: RoomSpec, folder: Path, told: queue.SimpleQueue[Any]) -> tune.Tuner:
-    at_once = max(1, room(ray.nodes(), resources_of(asked), "evaluator"))
-    bundle = {"CPU": asked.cpus, **({"GPU": asked.gpus} if asked.gpus else {})}
-    return make_tuner(
-        tune.with_parameters(_trial, lessons=dict(lessons), num_threads=asked.cpus),
-        tune.PlacementGroupFactory([bundle]),
-        ("key", list(lessons)),
-        _PointListener(told),
-        folder,
-        at_once=at_once,
-        starting=at_once,
-        max_failures=asked.max_failures,
+    return ResourceSpec(
+        address=asked.address, gpus_per_model=asked.gpus, cpus_per_model=asked.cpus, evaluators="auto", wait=asked.wait
     )
 
 
-def _trial(config: dict[str, Any], lessons: Mapping[str, Lesson], num_threads: int) -> None:
-    """An error of ours would come again however often it is tried: it is told, and the trial is done."""
-    lesson = lessons[config["key"]]
-    torch.set_num_threads(num_threads)
-    transformers.logging.set_verbosity_error()
-    device = torch.device("cuda:0" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu")
-    try:
-        learnt = carry_out(lesson, device, lambda point: tune.report(_said(lesson, point=point)))
-    except TransplantError as error:
-        learnt = failed(lesson, str(error))
-    tune.report(_said(lesson, learnt=learnt))
+@ray.remote
+class Tutor:
+    def __init__(self, asked: RoomSpec) -> None:
+        torch.set_num_threads(asked.cpus)
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        self.num_gpus = asked.gpus
+
+    def join(self) -> str:
+        return str(ray.get_runtime_context().get_node_id())
+
+    def carry_out(self, lesson: Lesson) -> Iterator[Point | Learnt]:
+        """Points as they are reached, and at the end what was learnt; an error of ours would come again, so it is learnt too."""
+        try:
+            yield from carry_out(lesson, torch.device(placement(self.num_gpus)))
+        except (TransplantError, RuntimeError) as error:  # torch reports what a device cannot do as RuntimeError
+            yield failed(lesson, f"{type(error).__name__}: {error}")
 
 
-def _said(lesson: Lesson, **told: Point | Learnt) -> dict[str, Any]:
-    """As text, for Tune takes nested values apart."""
-    return {"key": lesson.key, **{name: json.dumps(value.to_json()) for name, value in told.items()}}
+@dataclass
+class Tutors:
+    """As many as there is room for, from the first lesson on."""
+
+    asked: RoomSpec
+    most: int
+    note: Callable[[str], None]
+    held: ExitStack
+    """What ends with the block."""
+    gathered: Fleet | None = None
+
+    def carry_out(self, lessons: Sequence[Lesson], on_point: OnPoint, on_learnt: OnLearnt) -> dict[str, Learnt]:
+        """All of them, as many side by side as there is room for; what came of each, by key.
+
+        Both callbacks are called in this thread. A lesson that cannot be carried out is learnt as failed.
+        """
+        course = _Course(self.asked.max_failures, on_point, on_learnt)
+        self._fleet().work_through(_Task(course, lesson) for lesson in lessons)
+        return course.learnt
+
+    def _fleet(self) -> Fleet:
+        if self.gathered is None:
+            capacity = Capacity(resources_of(self.asked))
+
+            def start() -> ActorHandle:
+                return capacity.start(Tutor, "evaluator", self.asked)
+
+            def size() -> int:
+                return min(self.most, capacity.evaluators())
+
+            self.gathered = self.held.enter_context(fleet(start, size, Overseer(), self.note))
+        return self.gathered
 
 
-class _PointListener(Listener):
-    """Runs in the thread of Tune, on the driver."""
-
-    def __init__(self, told: queue.SimpleQueue[Any]) -> None:
-        self.told = told
-
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:  # noqa: ARG002
-        self.told.put({name: result.get(name) for name in ("key", "point", "learnt")})
+@contextmanager
+def tutors(asked: RoomSpec, most: int, note: Callable[[str], None]) -> Iterator[Tutors]:
+    """At most so many tutors, for the block."""
+    with ExitStack() as held:
+        yield Tutors(asked, most, note, held)
 
 
-def _fit(tuner: tune.Tuner, ended: list[Any]) -> None:
-    try:
-        ended.append(tuner.fit())
-    except BaseException as error:  # noqa: BLE001  # it is raised again in the thread that waits
-        ended.append(error)
+@dataclass
+class _Course:
+    max_failures: int
+    on_point: OnPoint
+    on_learnt: OnLearnt
+    deaths: Counter[str] = field(default_factory=Counter)
+    """Of tutors over a lesson, on nodes that stayed."""
+    learnt: dict[str, Learnt] = field(default_factory=dict)
+
+    def learn(self, learnt: Learnt) -> None:
+        self.learnt[learnt.key] = learnt
+        self.on_learnt(learnt)
 
 
-def _why(results: Any, key: str, asked: RoomSpec) -> str:
-    errors = [result.error for result in results if result.config["key"] == key and result.error is not None]
-    reason = _last_line(errors[0]) if errors else "nothing was reported"
-    return f"its process died more than {asked.max_failures} times ({reason}); the same command tries again"
+@dataclass(frozen=True)
+class _Task:
+    course: _Course
+    lesson: Lesson
 
+    @property
+    def left(self) -> tuple[str, ...]:
+        return () if self.lesson.key in self.course.learnt else (self.lesson.key,)
 
-def _last_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [repr(error)])[-1][:300]
+    def start(self, actor: ActorHandle) -> Any:
+        return actor.carry_out.options(num_returns="streaming", max_task_retries=0).remote(self.lesson)
+
+    def take(self, found: Point | Learnt) -> None:
+        if isinstance(found, Learnt):
+            self.course.learn(found)
+        else:
+            self.course.on_point(self.lesson, found)
+
+    def after_a_death(self, node: str) -> list[_Task]:
+        """A death with the whole node is no fault of the lesson."""
+        self.course.deaths[self.lesson.key] += node in nodes_alive()
+        if not self.left:
+            return []
+        if self.course.deaths[self.lesson.key] <= self.course.max_failures:
+            return [self]
+        reason = f"its process died more than {self.course.max_failures} times; memory may have run out"
+        self.course.learn(failed(self.lesson, f"{reason}. The same command tries again"))
+        return []

@@ -5,11 +5,9 @@ What a unit of work holds follows from the recipe alone; who does it, and when, 
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import Any
 
 import ray
@@ -17,7 +15,7 @@ from ray.actor import ActorHandle
 
 from transplant_ray.distributed.actors import Evaluator, Workload
 from transplant_ray.distributed.cluster import Capacity
-from transplant_ray.distributed.fleet import RESIZE_SECONDS, Fleet, Member, fleet, nodes_alive
+from transplant_ray.distributed.fleet import Fleet, fleet, nodes_alive
 from transplant_ray.distributed.overseer import Overseer
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.engine import VARIANTS_PER_PACK
@@ -66,32 +64,33 @@ def packed(variants: Sequence[Variant]) -> list[tuple[Variant, ...]]:
 
 @dataclass
 class _Task:
-    """Work in the hands of an evaluator; what comes of it, one reference at a time."""
+    """Work in the hands of an evaluator."""
 
-    member: Member
     work: Work
-    stream: Any
+    call: str
+    rows: int
+    on_found: Callable[[Any], Collection[str]]
+    """Is given whatever the call gives out, and says whose it was."""
+    give_up: Callable[[Variant], None]
+    """Is told of variants that kill evaluators."""
     answered: set[str] = field(default_factory=set)
 
     @property
     def left(self) -> tuple[str, ...]:
         return tuple(variant.id for variant in self.work.variants if variant.id not in self.answered)
 
+    def start(self, actor: ActorHandle) -> Any:
+        method = getattr(actor, self.call).options(num_returns="streaming", max_task_retries=0)
+        return method.remote(self.work.variants, self.work.examples, self.work.rules, self.rows)
 
-class _Waiting:
-    """Work in its order; what was handed back comes first."""
+    def take(self, found: Any) -> None:
+        self.answered.update(self.on_found(found))
 
-    def __init__(self, work: Iterable[Work]) -> None:
-        self.work = iter(work)
-        self.first: deque[Work] = deque()
-
-    def __bool__(self) -> bool:
-        if not self.first:
-            self.first.extend(islice(self.work, 1))
-        return bool(self.first)
-
-    def take(self) -> Work:
-        return self.first.popleft()
+    def after_a_death(self, node: str) -> list[_Task]:
+        again, lost = self.work.after_a_death(self.answered, node, nodes_alive())
+        if lost is not None:
+            self.give_up(lost)
+        return [replace(self, work=work, answered=set()) for work in again]
 
 
 @dataclass(frozen=True)
@@ -136,46 +135,9 @@ class Pool:
         self._work_through(work, call, take, lambda variant: on_read({variant.id: nothing}))
 
     def _work_through(
-        self,
-        work: Iterable[Work],
-        call: str,
-        take: Callable[[Any], Collection[str]],
-        give_up: Callable[[Variant], None],
+        self, work: Iterable[Work], call: str, take: Callable[[Any], Collection[str]], give_up: Callable[[Variant], None]
     ) -> None:
-        """`take` is given whatever a call gives out and says whose it was; `give_up` is told of variants that kill evaluators."""
-        waiting, running, fleet = _Waiting(work), list[_Task](), self.fleet
-        while True:
-            while waiting and (member := fleet.take()) is not None:
-                running.append(self._start(call, member, waiting.take()))
-            if not running and not waiting:
-                return
-            fleet.resize()
-            ready, _ = ray.wait([*(task.stream for task in running), *fleet.joining], num_returns=1, timeout=RESIZE_SECONDS)
-            for stream in ready:
-                if stream in fleet.joining:
-                    fleet.welcome(stream)
-                    continue
-                task = next(task for task in running if task.stream is stream)
-                try:
-                    ref = next(stream, None)
-                    if ref is not None:
-                        task.answered.update(take(ray.get(ref)))
-                        fleet.overseer.came(task.member.actor, len(task.left))
-                        continue
-                    fleet.give_back(task.member)
-                except ray.exceptions.RayActorError:
-                    fleet.died(task.member, task.left)
-                    again, lost = task.work.after_a_death(task.answered, task.member.node, nodes_alive())
-                    waiting.first.extendleft(reversed(again))
-                    if lost is not None:
-                        give_up(lost)
-                running.remove(task)
-
-    def _start(self, call: str, member: Member, work: Work) -> _Task:
-        """Without retries by Ray, which would evaluate all of it again, and for ever."""
-        self.fleet.overseer.handed_out(member.actor, len(work.variants))
-        method = getattr(member.actor, call).options(num_returns="streaming", max_task_retries=0)
-        return _Task(member, work, method.remote(work.variants, work.examples, work.rules, self.rows))
+        self.fleet.work_through(_Task(each, call, self.rows, take, give_up) for each in work)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from math import isfinite
 from pathlib import Path
@@ -152,13 +152,18 @@ def read_learnt(lesson: Lesson) -> Learnt | None:
     return learnt if learnt.key == lesson.key and whole else None
 
 
-def carry_out(lesson: Lesson, device: torch.device, tell: Callable[[Point], None]) -> Learnt:
-    """Train, ship and measure. A training that diverges is learnt too, with the reason; other errors are raised."""
+def carry_out(lesson: Lesson, device: torch.device) -> Iterator[Point | Learnt]:
+    """Train, ship and measure: points as they are reached, and at the end what was learnt.
+
+    A training that diverges is learnt too, with the reason; other errors are raised.
+    """
     if (learnt := read_learnt(lesson)) is not None:
-        return learnt
+        yield learnt
+        return
     lesson.folder.mkdir(parents=True, exist_ok=True)
     try:
-        learnt = _measure(lesson, device, _train(lesson, device, tell) if lesson.trained else _blank(lesson))
+        trained = (yield from _train(lesson, device)) if lesson.trained else _blank(lesson)
+        learnt = _measure(lesson, device, trained)
     except NumericsError as error:
         if not lesson.trained:
             raise
@@ -168,10 +173,10 @@ def carry_out(lesson: Lesson, device: torch.device, tell: Callable[[Point], None
         shutil.rmtree(rest, ignore_errors=True)
     if not lesson.keep or learnt.error is not None:
         shutil.rmtree(lesson.folder / SHIPPED, ignore_errors=True)
-    return learnt
+    yield learnt
 
 
-def _train(lesson: Lesson, device: torch.device, tell: Callable[[Point], None]) -> Learnt:
+def _train(lesson: Lesson, device: torch.device) -> Generator[Point, None, Learnt]:
     """To the last step, and ship; of what it says nothing is measured yet."""
     learner, spec = lesson.learner, lesson.spec
     assert learner is not None
@@ -185,7 +190,7 @@ def _train(lesson: Lesson, device: torch.device, tell: Callable[[Point], None]) 
     points, start = training.run(), time.perf_counter()
     while (point := next(points, None)) is not None:
         seconds += time.perf_counter() - start
-        tell(point)
+        yield point
         if training.is_due(point) and not training.done:
             _keep(training, seconds, lesson.folder)
         start = time.perf_counter()

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from transplant_ray.distributed.cluster import connect, plain_errors
 from transplant_ray.distributed.facts import StepsDone
-from transplant_ray.distributed.lessons import resources_of, run_lessons
+from transplant_ray.distributed.lessons import Tutors, resources_of, tutors
 from transplant_ray.errors import NumericsError, RunError, TransplantError
 from transplant_ray.evaluate.learning import Findings, choose_rates, find
 from transplant_ray.files import writable_folder, write_text
@@ -99,6 +99,7 @@ class Run:
     folder: RunFolder
     watch: Stopwatch
     tracker: ComparisonTracker
+    tutors: Tutors
     steps: dict[str, int] = field(default_factory=dict)
     """How far each lesson is."""
     recalled: int = 0
@@ -140,8 +141,9 @@ def compare(recipe: CompareRecipe, watch: Watch | None = None) -> Compared:
         connect(resources_of(recipe.resources)),
         plain_errors(),
         terminable(),
+        tutors(recipe.resources, _most_at_once(recipe), stopwatch.watch.note) as gathered,
     ):
-        run = Run(recipe, folder, stopwatch, tracker)
+        run = Run(recipe, folder, stopwatch, tracker, gathered)
         benches = [_bench(run, name, checkpoint) for name, checkpoint in checkpoints.items()]
         before = _carry_out(run, BEFORE, [_lesson(run, bench, BEFORE, BEFORE) for bench in benches])
         if broken := [learnt for learnt in before if learnt.error is not None]:
@@ -367,6 +369,11 @@ def _lesson(run: Run, bench: Bench, method: str, stage: str, lr: float | None = 
     )
 
 
+def _most_at_once(recipe: CompareRecipe) -> int:
+    """Trainings that do not wait for each other."""
+    return len(recipe.named_models) * len(recipe.methods.wanted) * max(len(recipe.tune.lr), len(recipe.seeds))
+
+
 def _carry_out(run: Run, stage: str, lessons: list[Lesson]) -> list[Learnt]:
     """In the order of `lessons`; those that are known from before are not carried out again."""
     known = {lesson.key: learnt for lesson in lessons if (learnt := read_learnt(lesson)) is not None}
@@ -379,8 +386,7 @@ def _carry_out(run: Run, stage: str, lessons: list[Lesson]) -> list[Learnt]:
     if new:
         steps = sum(lesson.spec.num_steps for lesson in new if lesson.trained)
         with run.watch.stage(stage, steps, "steps"):
-            state = run.folder.path.absolute() / ".tune" / stage
-            known |= run_lessons(new, run.recipe.resources, state, _Told(run).point, _Told(run).learnt)
+            known |= run.tutors.carry_out(new, _Told(run).point, _Told(run).learnt)
     return [_named(known[lesson.key], lessons) for lesson in lessons]
 
 

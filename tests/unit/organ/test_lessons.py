@@ -57,11 +57,15 @@ def lesson(learner: Learner | None, pair: Pair, texts: dict[str, Path], folder: 
     )
 
 
-def ignore(_: Point) -> None: ...
+def learn(lesson: Lesson) -> tuple[list[Point], Learnt]:
+    """The points of its training, and what was learnt."""
+    *points, learnt = carry_out(lesson, CPU)
+    assert isinstance(learnt, Learnt)
+    return [point for point in points if isinstance(point, Point)], learnt
 
 
 def test_what_is_measured_is_what_was_shipped(llama: Pair, texts: dict[str, Path], tmp_path: Path) -> None:
-    learnt = carry_out(lesson(FullLearner(llama.recipient), llama, texts, tmp_path / "a"), CPU, ignore)
+    _, learnt = learn(lesson(FullLearner(llama.recipient), llama, texts, tmp_path / "a"))
     model = load(tmp_path / "a" / SHIPPED)
     for text in ("domain", "general"):
         blocks = Pack.open(texts[text]).side("test")
@@ -77,7 +81,7 @@ def test_the_site_of_an_organ_is_the_best_on_select_and_test_is_opened_there_alo
     llama: Pair, texts: dict[str, Path], tmp_path: Path
 ) -> None:
     organ = open_organ(extract_organ(llama.recipient, "1-3", tmp_path / "organ"))
-    learnt = carry_out(lesson(OrganLearner(llama.recipient, organ), llama, texts, tmp_path / "a"), CPU, ignore)
+    _, learnt = learn(lesson(OrganLearner(llama.recipient, organ), llama, texts, tmp_path / "a"))
     best = min(learnt.sites, key=lambda site: site.loss or 0)
     assert len(learnt.sites) == 7 + 4
     assert (learnt.select, learnt.site) == (best.loss, f"{best.mode} at {best.at}")
@@ -85,7 +89,7 @@ def test_the_site_of_an_organ_is_the_best_on_select_and_test_is_opened_there_alo
 
 
 def test_what_only_tunes_is_not_measured_on_test_and_ships_nothing(llama: Pair, texts: dict[str, Path], tmp_path: Path) -> None:
-    learnt = carry_out(lesson(FullLearner(llama.recipient), llama, texts, tmp_path / "a", stage="tune"), CPU, ignore)
+    _, learnt = learn(lesson(FullLearner(llama.recipient), llama, texts, tmp_path / "a", stage="tune"))
     assert learnt.test == {}
     assert learnt.select is not None
     assert [path.name for path in (tmp_path / "a").iterdir()] == [LEARNT]
@@ -93,12 +97,9 @@ def test_what_only_tunes_is_not_measured_on_test_and_ships_nothing(llama: Pair, 
 
 def test_it_is_carried_out_once(llama: Pair, texts: dict[str, Path], tmp_path: Path) -> None:
     asked = lesson(FullLearner(llama.recipient), llama, texts, tmp_path / "a")
-    first = carry_out(asked, CPU, ignore)
-
-    def never(_: Point) -> None:
-        raise AssertionError("trained again")
-
-    assert carry_out(asked, CPU, never) == first == Learnt.from_json(json.loads(json.dumps(first.to_json())))
+    _, first = learn(asked)
+    assert learn(asked) == ([], first)
+    assert first == Learnt.from_json(json.loads(json.dumps(first.to_json())))
     assert read_learnt(replace(asked, key="other")) is None
     (tmp_path / "a" / LEARNT).write_text("{")
     assert read_learnt(asked) is None
@@ -107,18 +108,14 @@ def test_it_is_carried_out_once(llama: Pair, texts: dict[str, Path], tmp_path: P
 def test_stopped_it_goes_on_and_ends_with_the_same_weights(llama: Pair, texts: dict[str, Path], tmp_path: Path) -> None:
     calm = lesson(FullLearner(llama.recipient), llama, texts, tmp_path / "calm")
     stopped = replace(calm, folder=tmp_path / "stopped")
-    steps: list[int] = []
-
-    def stop(point: Point) -> None:
-        if point.step == 5:
-            raise KeyboardInterrupt
-
-    expected = carry_out(calm, CPU, ignore)
-    with pytest.raises(KeyboardInterrupt):
-        carry_out(stopped, CPU, stop)
+    _, expected = learn(calm)
+    going = carry_out(stopped, CPU)
+    while not (isinstance(point := next(going), Point) and point.step == 5):
+        pass
+    del going  # stopped between two steps
     assert list((tmp_path / "stopped").glob(f"{CHECKPOINT}*"))
-    found = carry_out(stopped, CPU, lambda point: steps.append(point.step))
-    assert min(steps) > 2  # nothing before the last checkpoint
+    points, found = learn(stopped)
+    assert min(point.step for point in points) > 2  # nothing before the last checkpoint
     assert replace(found, seconds=0) == replace(expected, seconds=0)
     for path in (tmp_path / "calm" / SHIPPED).glob("*.safetensors"):
         assert (tmp_path / "stopped" / SHIPPED / path.name).read_bytes() == path.read_bytes()
@@ -126,7 +123,7 @@ def test_stopped_it_goes_on_and_ends_with_the_same_weights(llama: Pair, texts: d
 
 def test_what_diverges_is_learnt_with_its_reason(llama: Pair, texts: dict[str, Path], tmp_path: Path) -> None:
     asked = lesson(FullLearner(llama.recipient), llama, texts, tmp_path / "a", lr=1e30, steps=20)
-    learnt = carry_out(asked, CPU, ignore)
+    _, learnt = learn(asked)
     assert learnt.error is not None
     assert learnt.select is None
     assert "diverged" in learnt.error or "NaN or infinite" in learnt.error
@@ -135,7 +132,7 @@ def test_what_diverges_is_learnt_with_its_reason(llama: Pair, texts: dict[str, P
 
 
 def test_the_recipient_as_it_is_is_measured_and_not_trained(llama: Pair, texts: dict[str, Path], tmp_path: Path) -> None:
-    learnt = carry_out(lesson(None, llama, texts, tmp_path / "a", stage="before"), CPU, ignore)
+    _, learnt = learn(lesson(None, llama, texts, tmp_path / "a", stage="before"))
     model = load(llama.recipient.folder)
     blocks = Pack.open(texts["general"]).side("test")
     assert learnt.test["general"] == pytest.approx(list(block_losses(model, blocks, range(blocks.num), 4)))

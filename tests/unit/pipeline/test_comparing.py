@@ -1,4 +1,4 @@
-"""`organ compare` as a whole, with a loop in this process in the place of Ray Tune and a tracker that keeps what it is told."""
+"""`organ compare` as a whole, with a loop in this process in the place of tutors and a tracker that keeps what it is told."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ from trainings import sums
 
 from transplant_ray.cli_organ_compare import print_comparison
 from transplant_ray.distributed.lessons import OnLearnt, OnPoint
-from transplant_ray.errors import DataError, NumericsError, OrganError, RecipeError, RunError, TransplantError
+from transplant_ray.errors import DataError, NumericsError, OrganError, RecipeError, RunError
 from transplant_ray.organ.folder import open_organ
 from transplant_ray.organ.lessons import Learnt, Lesson, carry_out, failed
-from transplant_ray.organ.training import CPU
+from transplant_ray.organ.training import CPU, Point
 from transplant_ray.pipeline import comparing as module
 from transplant_ray.pipeline.comparing import Compared, compare, plan
-from transplant_ray.recipe import CompareRecipe, RoomSpec
+from transplant_ray.recipe import CompareRecipe
 
 
 class Trials:
-    """In the place of Ray Tune; keeps who was carried out, and ends like Ctrl-C after so many."""
+    """In the place of tutors; keeps who was carried out, and ends like Ctrl-C after so many."""
 
     def __init__(self) -> None:
         self.done: list[Lesson] = []
         self.told: list[Learnt] = []
         self.stop: int | None = None
 
-    def run(self, lessons: Sequence[Lesson], _: RoomSpec, __: Path, on_point: OnPoint, on_learnt: OnLearnt) -> dict[str, Learnt]:
+    def carry_out(self, lessons: Sequence[Lesson], on_point: OnPoint, on_learnt: OnLearnt) -> dict[str, Learnt]:
         found = {}
         for lesson in lessons:
             if len(self.done) == self.stop:
                 raise KeyboardInterrupt
             self.done.append(lesson)
-            try:
-                learnt = carry_out(lesson, CPU, lambda point, lesson=lesson: on_point(lesson, point))  # type: ignore[misc]
-            except TransplantError as error:
-                learnt = failed(lesson, str(error))
-            on_learnt(learnt)
-            found[lesson.key] = learnt
+            for told in carry_out(lesson, CPU):
+                if isinstance(told, Learnt):
+                    on_learnt(told)
+                    found[lesson.key] = told
+                else:
+                    on_point(lesson, told)
         return found
 
     @property
@@ -73,7 +73,7 @@ def patched() -> Iterator[Trials]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "connect", lambda _: nullcontext())
         patch.setattr(module, "tracked_comparison", tracked)
-        patch.setattr(module, "run_lessons", trials.run)
+        patch.setattr(module, "tutors", lambda *_: nullcontext(trials))
         yield trials
 
 
@@ -216,8 +216,8 @@ def test_one_method_whose_rates_all_diverge_does_not_stop_the_others(
 ) -> None:
     calm = carry_out
 
-    def spoilt(lesson: Lesson, *rest: Any) -> Learnt:
-        return failed(lesson, "the loss is nan") if lesson.method == "full" else calm(lesson, *rest)
+    def spoilt(lesson: Lesson, *rest: Any) -> Iterator[Point | Learnt]:
+        yield from [failed(lesson, "the loss is nan")] if lesson.method == "full" else calm(lesson, *rest)
 
     monkeypatch.setitem(globals(), "carry_out", spoilt)
     found = compare(recipe(model, text, tmp_path, seeds=[0], methods=BOTH))
