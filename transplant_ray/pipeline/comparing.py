@@ -54,7 +54,7 @@ from transplant_ray.storage import RunFolder
 from transplant_ray.tracking.comparison import ComparisonTracker, summary_numbers, tracked_comparison
 from transplant_ray.versions import environment
 
-FORMAT = 1
+FORMAT = 2
 """Of the keys of lessons: larger whenever the same settings come to something else."""
 RECIPE = "compare.yaml"
 
@@ -438,7 +438,7 @@ def _record(run: Run, benches: Sequence[Bench], before: list[Learnt], tuned: lis
         "text": {bench.name: _text(bench) for bench in benches},
         "said": sentences(findings),
         **findings.to_json(),
-        "learnt": [{**each.to_json(), "test": {text: each.mean(text) for text in TEXTS}, "curve": None} for each in learnt],
+        "learnt": [each.in_short() for each in learnt],
         "shipped": _link(run, confirmed) if run.recipe.keep else {},
         "recalled": run.recalled,
         "seconds": run.watch.seconds,
