@@ -19,12 +19,17 @@ import ray
 import torch
 from integration.helpers import Place, run_main
 from mlflow import MlflowClient
+from ray.train import get_context
 from safetensors.torch import load_file
-from stacks import load, save_model
-from trainings import sums
+from stacks import load, make_pair, save_model
+from torch import nn
+from trainings import make_pack, sums, training_spec
 
 from transplant_ray.distributed.facts import Fact, StepsDone
+from transplant_ray.distributed.training import TrainingJob, run_training
+from transplant_ray.errors import NumericsError
 from transplant_ray.organ.folder import open_organ
+from transplant_ray.organ.learners import OrganLearner
 from transplant_ray.pipeline.organ_training import Trained, train
 from transplant_ray.pipeline.organs import insert
 from transplant_ray.recipe import TrainingSpec, WorkerSpec
@@ -170,3 +175,42 @@ def test_two_workers_come_to_the_same_but_for_rounding(calm: Calm, tmp_path: Pat
         assert moved > 0
         assert (ours[name] - weight).norm() < 0.02 * moved, name
     assert not torch.equal(ours["model.layers.0.mlp.up_proj.weight"], start["model.layers.1.mlp.up_proj.weight"])
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("max_failures", [0, 3])
+def test_one_of_two_workers_that_fails_ends_the_training_with_its_error(cluster: None, tmp_path: Path, max_failures: int) -> None:  # noqa: ARG001
+    """The other one waits for it in the exchange of gradients, for as long as it is let."""
+    pair, spec = make_pair(tmp_path), training_spec(steps=50, micro_batch=2)
+    job = TrainingJob(
+        failing(OrganLearner(pair.recipient, pair.organ), rank=1, after=12),
+        spec,
+        make_pack(tmp_path / "pack", spec).folder,
+        tmp_path / "attempts",
+        None,
+        num_threads=1,
+    )
+    notes: list[str] = []
+    with pytest.raises(NumericsError, match="rank 1 has had enough"):
+        run_training(job, WorkerSpec(num=2, cpus=1, max_failures=max_failures), lambda _: None, notes.append)
+    assert notes == []
+
+
+def failing(learner: OrganLearner, rank: int, after: int) -> OrganLearner:
+    """On one rank, at a forward pass. The class is in here so that it travels to the workers as it stands."""
+    passes = []
+
+    def count(*_: object) -> None:
+        passes.append(1)
+        if len(passes) > after:
+            raise NumericsError(f"rank {rank} has had enough")
+
+    @dataclass(frozen=True)
+    class Failing(OrganLearner):
+        def load(self, seed: int) -> nn.Module:
+            model = super().load(seed)
+            if get_context().get_world_rank() == rank:
+                model.register_forward_pre_hook(count)
+            return model
+
+    return Failing(learner.recipient, learner.organ)
