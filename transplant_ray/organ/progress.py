@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from transplant_ray.errors import RunError
-from transplant_ray.files import sha256_file, write_json
+from transplant_ray.files import sha256_file, whole_file, write_json
 from transplant_ray.organ.training import Point, Training
 
 WEIGHTS, MOMENTS, PROGRESS = "weights.safetensors", "optimizer.safetensors", "progress.json"
@@ -41,11 +41,10 @@ class Progress:
 
 def save_progress(training: Training, folder: Path) -> None:
     """Into a folder that is there. RunError where there is no room."""
-    try:
-        save_file({name: parameter.detach().contiguous() for name, parameter in training.parameters.items()}, folder / WEIGHTS)
-        save_file(training.moments(), folder / MOMENTS)
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{folder}: the checkpoint cannot be written ({error}). Free space and run it again.") from error
+    weights = {name: parameter.detach().contiguous() for name, parameter in training.parameters.items()}
+    for name, tensors in ((WEIGHTS, weights), (MOMENTS, training.moments())):
+        with whole_file(folder / name) as path:
+            save_file(tensors, path)
     hashes = {name: sha256_file(folder / name) for name in (WEIGHTS, MOMENTS)}
     curve = [point.to_json() for point in training.curve]
     write_json(folder / PROGRESS, {"step": training.step, "curve": curve, "files": hashes})
