@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transplant_ray.distributed.cluster import connect
+from transplant_ray.distributed.cluster import connect, refuse_vanishing_organ
 from transplant_ray.distributed.facts import StepsDone
 from transplant_ray.distributed.training import TrainingJob, find_progress, run_training, share_out
 from transplant_ray.errors import OrganError, RecipeError, RunError
@@ -84,6 +84,7 @@ def train(
         raise OrganError(f"vocabulary {vocabulary!r}: expected one of {', '.join(CHOICES)}.")
     if organ is not None and (layers != "default" or licence is not None):
         raise OrganError("`layers` and `licence` have no effect on an organ that was cut out before. Leave them out.")
+    refuse_vanishing_organ(out, tracking)
     target, workers, watch = Path(out).absolute(), workers or WorkerSpec(), watch or Silent()
     if target.exists():
         raise RunError(f"{out}: is there already. Choose another place, or move it away; nothing was written.")

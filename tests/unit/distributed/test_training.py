@@ -102,13 +102,13 @@ def test_who_has_nothing_to_go_on_from_begins(job: TrainingJob, monkeypatch: pyt
     assert module._last(replace(job, start=None)) is None
 
 
-def test_a_checkpoint_that_ray_cannot_write_is_said(job: TrainingJob, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_that_ray_cannot_write_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module, "save_progress", lambda *_: None)
     monkeypatch.setattr(module.train, "report", full)
-    with pytest.raises(RunError, match="checkpoint of step 4 cannot be written .*No space left on device.* Free space"):
+    with pytest.raises(RunError, match=r"checkpoint of step 4 cannot be written .*No space left on device.* Free space"):
         module._report(None, Point(4, 0, None, 0.0), write=True)  # type: ignore[arg-type]  # nothing is saved
 
 

@@ -13,6 +13,7 @@ from filelock import FileLock
 from stacks import contents, save_model
 from trainings import sums
 
+from transplant_ray.distributed.cluster import JOB_CONFIG
 from transplant_ray.distributed.training import TrainingJob, find_progress
 from transplant_ray.errors import (
     DataError,
@@ -30,7 +31,7 @@ from transplant_ray.organ.training import Point, Training
 from transplant_ray.pipeline import organ_training as module
 from transplant_ray.pipeline.organ_training import Trained, describe_training, train
 from transplant_ray.pipeline.organs import extract
-from transplant_ray.recipe import TrainingSpec, WorkerSpec
+from transplant_ray.recipe import TrackingSpec, TrainingSpec, WorkerSpec
 
 SETTINGS = {"context": 16, "steps": 12, "batch": 4, "lr": 1e-2, "held_out": 0.2, "checkpoint_every": 4}
 
@@ -194,6 +195,25 @@ def test_a_second_process_is_refused(model: Path, place: Path) -> None:
     (place / ".organ.training").mkdir()
     with FileLock(place / ".organ.training" / ".lock"), pytest.raises(RunError, match="running in another process"):
         run(model, place)
+
+
+@pytest.mark.parametrize(
+    ("out", "uri", "words"),
+    [
+        ("organ", "http://mlflow", "`out` is the relative path 'organ'.* e.g. out=/shared/organ"),
+        (
+            "/shared/organ",
+            "sqlite:///mlflow.db",
+            r"`tracking` is the relative path 'mlflow\.db'.*tracking=sqlite:////shared/mlflow\.db",
+        ),
+    ],
+)
+def test_a_submitted_job_writes_nothing_where_it_would_be_lost(
+    monkeypatch: pytest.MonkeyPatch, out: str, uri: str, words: str
+) -> None:
+    monkeypatch.setenv(JOB_CONFIG, "{}")
+    with pytest.raises(RecipeError, match=words):
+        train("no-model", TrainingSpec(data=("none.txt",)), out, tracking=TrackingSpec(uri=uri))
 
 
 def test_a_place_that_is_taken_is_refused_before_anything_is_read(place: Path) -> None:
