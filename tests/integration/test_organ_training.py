@@ -8,7 +8,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,8 +56,9 @@ class Calm:
     def spec(self) -> TrainingSpec:
         return TrainingSpec.model_validate({"data": [str(self.folder / "text.jsonl")], **SETTINGS})
 
-    def train(self, out: Path, workers: WorkerSpec, watch: Watcher | None = None) -> Trained:
-        return train(str(self.folder / "model"), self.spec, out, layers="1-3", workers=workers, watch=watch)
+    def train(self, out: Path, workers: WorkerSpec, watch: Watcher | None = None, **changes: int) -> Trained:
+        spec = self.spec.model_copy(update=changes)
+        return train(str(self.folder / "model"), spec, out, layers="1-3", workers=workers, watch=watch)
 
     def command(self, out: Path, *options: str) -> list[str]:
         options = (*options, "--model", str(self.folder / "model"), "--data", str(self.folder / "text.jsonl"), "--layers", "1-3")
@@ -147,25 +147,53 @@ def train_workers() -> list[psutil.Process]:
     return [process for process in psutil.Process().children(recursive=True) if "RayTrainWorker" in "".join(process.cmdline())]
 
 
-def test_a_driver_that_is_killed_goes_on_and_changes_no_bit(calm: Calm, tmp_path: Path) -> None:
-    command = calm.command(tmp_path / "organ", "--tracking", "none", "--address", ray.get_runtime_context().gcs_address)
-    process = subprocess.Popen([sys.executable, "-m", "transplant_ray.cli", *command], start_new_session=True)
-    end = time.monotonic() + 300
-    while not list(tmp_path.glob(".organ.training/attempt-0/checkpoint_*/progress.json")):
-        assert process.poll() is None
-        assert time.monotonic() < end
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+DRIVER = """
+import json, os, signal, sys
+from pathlib import Path
+from transplant_ray.distributed import training
+from transplant_ray.distributed.facts import StepsDone
+from transplant_ray.pipeline.organ_training import train
+from transplant_ray.pipeline.watch import Silent
+from transplant_ray.recipe import TrainingSpec, WorkerSpec
+
+class Killer(Silent):
+    def hear(self, fact):
+        if isinstance(fact, StepsDone) and fact.step >= asked["step"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+asked = json.loads(sys.argv[1])
+training.POLL_SECONDS = 0.02  # so that it is not long past that step
+train(asked["model"], TrainingSpec.model_validate(asked["spec"]), Path(asked["out"]), layers="1-3",
+      workers=WorkerSpec(cpus=1, address=asked["address"]), watch=Killer())
+"""
+"""Trains, and kills itself once it hears of a step."""
+
+
+@pytest.mark.parametrize("pause", [20, 200], ids=["after-a-checkpoint", "before-the-first"])
+def test_a_driver_that_is_killed_at_any_step_goes_on_and_changes_no_bit(calm: Calm, tmp_path: Path, pause: int) -> None:
+    seed = int(os.environ.get("KILL_SEED", random.randrange(10_000)))
+    step = random.Random(seed).randint(*((21, 170) if pause == 20 else (1, 80)))
+    print(f"killed at step {step}: KILL_SEED={seed}")
+    spec = calm.spec.model_copy(update={"checkpoint_every": pause})
+    asked = {
+        "model": str(calm.folder / "model"), "spec": spec.model_dump(mode="json"), "out": str(tmp_path / "organ"), "step": step,
+        "address": ray.get_runtime_context().gcs_address,
+    }  # fmt: skip
+    process = subprocess.run([sys.executable, "-c", DRIVER, json.dumps(asked)], timeout=600, check=False)
+    checkpoints = list(tmp_path.glob(".organ.training/attempt-0/checkpoint_*/progress.json"))
+    assert process.returncode == -signal.SIGKILL
+    assert bool(checkpoints) == (pause == 20)
     assert not (tmp_path / "organ").exists()
     watcher = Watcher(0, lambda: None)
-    calm.train(tmp_path / "organ", WorkerSpec(cpus=1), watcher)
-    assert any(note.startswith("goes on after step ") for note in watcher.notes)
+    calm.train(tmp_path / "organ", WorkerSpec(cpus=1), watcher, checkpoint_every=pause)
+    assert pause == 200 or any(note.startswith("goes on after step ") for note in watcher.notes)
     assert (tmp_path / "organ" / "organ.safetensors").read_bytes() == calm.organ
 
 
-def test_two_workers_come_to_the_same_but_for_rounding(calm: Calm, tmp_path: Path) -> None:
-    calm.train(tmp_path / "organ", WorkerSpec(num=2, cpus=1))
+@pytest.mark.parametrize("micro_batch", [2, 1], ids=["whole", "in-parts"])
+def test_two_workers_come_to_the_same_but_for_rounding(calm: Calm, tmp_path: Path, micro_batch: int) -> None:
+    """Each reads two contexts a step: at once, or one after the other with one exchange of gradients."""
+    calm.train(tmp_path / "organ", WorkerSpec(num=2, cpus=1), micro_batch=micro_batch)
     ours, theirs = (load_file(folder / "organ" / "organ.safetensors") for folder in (tmp_path, calm.folder))
     start = load_file(calm.folder / "model" / "model.safetensors")
     for name, weight in theirs.items():

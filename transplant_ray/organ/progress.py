@@ -2,14 +2,14 @@
 
 weights.safetensors       what is trained, in float32
 optimizer.safetensors     AdamW's moments
-progress.json             the step, the curve so far, and the hashes of the two files
+progress.json             the step, the curve so far, who trained, and the hashes of the two files
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -24,10 +24,23 @@ WEIGHTS, MOMENTS, PROGRESS = "weights.safetensors", "optimizer.safetensors", "pr
 
 
 @dataclass(frozen=True)
+class Crew:
+    """Who trained. On a CPU their number decides in which order sums are taken, and so the last bits of the weights."""
+
+    workers: int
+    threads: int
+    """Of each worker."""
+
+    def __str__(self) -> str:
+        return f"{self.workers} workers of {self.threads} threads"
+
+
+@dataclass(frozen=True)
 class Progress:
     folder: Path
     step: int
     curve: tuple[Point, ...]
+    crew: Crew
 
     def weights(self) -> dict[str, torch.Tensor]:
         return _load(self.folder / WEIGHTS)
@@ -46,8 +59,8 @@ def save_progress(training: Training, folder: Path) -> None:
         with whole_file(folder / name) as path:
             save_file(tensors, path)
     hashes = {name: sha256_file(folder / name) for name in (WEIGHTS, MOMENTS)}
-    curve = [point.to_json() for point in training.curve]
-    write_json(folder / PROGRESS, {"step": training.step, "curve": curve, "files": hashes})
+    curve, crew = [point.to_json() for point in training.curve], Crew(training.rank.of, torch.get_num_threads())
+    write_json(folder / PROGRESS, {"step": training.step, "curve": curve, "crew": asdict(crew), "files": hashes})
 
 
 def read_progress(folder: Path) -> Progress | None:
@@ -55,7 +68,8 @@ def read_progress(folder: Path) -> Progress | None:
     try:
         said = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
         whole = all(sha256_file(folder / name) == said["files"][name] for name in (WEIGHTS, MOMENTS))
-        return Progress(folder, int(said["step"]), tuple(Point(**point) for point in said["curve"])) if whole else None
+        curve, crew = tuple(Point(**point) for point in said["curve"]), Crew(**said["crew"])
+        return Progress(folder, int(said["step"]), curve, crew) if whole else None
     except (OSError, ValueError, TypeError, LookupError, RecursionError):
         return None
 
