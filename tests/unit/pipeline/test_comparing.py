@@ -18,6 +18,7 @@ from stacks import save_model
 from trainings import sums
 
 from transplant_ray.cli_organ_compare import print_comparison
+from transplant_ray.distributed.cluster import JOB_CONFIG
 from transplant_ray.distributed.lessons import OnLearnt, OnPoint
 from transplant_ray.errors import DataError, NumericsError, OrganError, RecipeError, RunError
 from transplant_ray.organ.folder import open_organ
@@ -267,6 +268,17 @@ def test_a_folder_of_a_sweep_or_of_a_running_comparison_is_left_alone(model: Pat
     with pytest.raises(RunError, match="holds a sweep"):
         compare(recipe(model, text, tmp_path))
     assert sorted(path.name for path in (tmp_path / "c").iterdir() if path.name != ".lock") == ["recipe.yaml"]
+
+
+def test_a_submitted_job_writes_nothing_where_it_would_be_lost(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(JOB_CONFIG, "{}")
+    with pytest.raises(RecipeError, match="`storage` is the relative path 'runs'"):
+        compare(recipe(model, text, Path("runs")))
+    with pytest.raises(RecipeError, match=r"`tracking\.uri` is the relative path"):
+        compare(recipe(model, text, tmp_path))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_plan_counts_what_will_be_trained_and_measured(done: Done, model: Path, text: Path) -> None:
