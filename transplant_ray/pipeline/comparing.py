@@ -18,7 +18,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from transplant_ray.distributed.cluster import connect, plain_errors
+from transplant_ray.distributed.cluster import connect, plain_errors, refuse_vanishing_paths
 from transplant_ray.distributed.facts import StepsDone
 from transplant_ray.distributed.lessons import Tutors, resources_of, tutors
 from transplant_ray.errors import NumericsError, RunError, TransplantError
@@ -131,6 +131,7 @@ def compare(recipe: CompareRecipe, watch: Watch | None = None) -> Compared:
     A training that diverges is a row with its reason, and loses the tuning. NumericsError, after everything else is kept, where all
     of them do. RunError where the folder is another run's.
     """
+    refuse_vanishing_paths(recipe)
     checkpoints = {name: open_recipient(recipe, name) for name in recipe.named_models}
     plan(recipe, checkpoints)
     folder, stopwatch = RunFolder.of(recipe.storage, recipe.name), Stopwatch(watch or Silent())
