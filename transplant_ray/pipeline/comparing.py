@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from transplant_ray.distributed.cluster import connect, plain_errors, refuse_vanishing_paths
 from transplant_ray.distributed.facts import StepsDone
 from transplant_ray.distributed.lessons import Tutors, resources_of, tutors
+from transplant_ray.distributed.preflight import Needs, make_needs, preflight
 from transplant_ray.errors import NumericsError, RunError, TransplantError
 from transplant_ray.evaluate.learning import Findings, choose_rates, find
 from transplant_ray.files import writable_folder, write_text
@@ -50,7 +51,7 @@ from transplant_ray.recipe import (
     WorkerSpec,
 )
 from transplant_ray.report.comparison import write_comparison
-from transplant_ray.storage import RunFolder
+from transplant_ray.storage import RunFolder, Shelf
 from transplant_ray.tracking.comparison import ComparisonTracker, summary_numbers, tracked_comparison
 from transplant_ray.versions import environment
 
@@ -139,11 +140,13 @@ def compare(recipe: CompareRecipe, watch: Watch | None = None) -> Compared:
         terminable(),
         _claimed(folder, recipe),
         tracked_comparison(recipe, stopwatch.watch.note) as tracker,
-        connect(resources_of(recipe.resources)),
+        connect(resources_of(recipe.resources)) as capacity,
         plain_errors(),
         terminable(),
         tutors(recipe.resources, _most_at_once(recipe), stopwatch.watch.note) as gathered,
     ):
+        with stopwatch.stage("preflight"):
+            preflight(_needs(recipe, checkpoints, folder), capacity.resources, stopwatch.watch.note)
         run = Run(recipe, folder, stopwatch, tracker, gathered)
         benches = [_bench(run, name, checkpoint) for name, checkpoint in checkpoints.items()]
         before = _carry_out(run, BEFORE, [_lesson(run, bench, BEFORE, BEFORE) for bench in benches])
@@ -195,6 +198,17 @@ def open_recipient(recipe: CompareRecipe, name: str) -> Checkpoint:
     spec = recipe.named_models[name]
     checkpoint = open_checkpoint(spec.model, spec.revision)
     return checkpoint if checkpoint.folder is None else replace(checkpoint, folder=checkpoint.folder.resolve())
+
+
+def _needs(recipe: CompareRecipe, checkpoints: Mapping[str, Checkpoint], folder: RunFolder) -> Needs:
+    """The run folder above all: packed texts, organs and checkpoints of trainings lie there, for a tutor on whichever node."""
+    keys = {name: f"models.{name}" if recipe.models else name for name in checkpoints}
+    return make_needs(
+        {keys[name]: checkpoint for name, checkpoint in checkpoints.items()},
+        Shelf(str(folder.path.absolute())),
+        recipe.tracking,
+        libraries=() if recipe.methods.lora is None else ("peft",),
+    )
 
 
 def sentences(findings: Findings) -> list[str]:

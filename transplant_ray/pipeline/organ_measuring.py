@@ -10,6 +10,7 @@ from transplant_ray.distributed.actors import Workload
 from transplant_ray.distributed.cluster import Capacity, connect
 from transplant_ray.distributed.facts import VariantFailed, of_shard
 from transplant_ray.distributed.organ_trials import TrialDone, Trials, run_organ_trials
+from transplant_ray.distributed.preflight import make_needs, preflight
 from transplant_ray.distributed.probing import Asked
 from transplant_ray.evaluate.answers import Answers, VariantShard
 from transplant_ray.evaluate.example import Split
@@ -140,7 +141,25 @@ class Measuring:
         if self._capacity is None:
             self._capacity = self._cluster.enter_context(connect(self.job.recipe.resources))
             self._cluster.enter_context(terminable())  # Ray has taken the signal for itself
+            self._check_nodes(self._capacity)
         return self._capacity
+
+    def _check_nodes(self, capacity: Capacity) -> None:
+        """Every node that may be given a trial shows that it can do it: before a process has loaded anything."""
+        job = self.job
+        untrained = {str(trial.organ): trial.insertion.placements[0].organ for trial in job.grid.of("untrained")}
+        needs = make_needs(
+            {"recipient": job.recipient},
+            job.folder.ledger,
+            job.recipe.tracking,
+            scorers=(task.rules.scorer for task in job.asked.values()),
+            organs={
+                **{f"organs.{name}": organ for name, organ in job.organs.items()},
+                **{f"controls.untrained of {name}": organ for name, organ in untrained.items()},
+            },
+        )
+        with self.stopwatch.stage("preflight"):
+            preflight(needs, capacity.resources, self.stopwatch.watch.note)
 
 
 @contextmanager

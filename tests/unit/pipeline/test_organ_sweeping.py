@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from pages import Page
 from stacks import contents, load, save_model, trained_copy
 from trainings import sums
 
-from transplant_ray.distributed.cluster import JOB_CONFIG
+from transplant_ray.distributed.cluster import JOB_CONFIG, Capacity
 from transplant_ray.distributed.organ_trials import TrialDone, Trials, answer_trial
+from transplant_ray.distributed.preflight import Needs, look
 from transplant_ray.distributed.probing import Asked, Said
 from transplant_ray.errors import DataError, IncompatibleModels, NumericsError, OrganError, RecipeError, RunError
 from transplant_ray.evaluate.answers import VariantShard
@@ -48,6 +50,7 @@ class Cluster:
         self.measured: list[str] = []
         self.loaded: list[str] = []
         self.fails: set[str] = set()
+        self.needs: list[Needs] = []
 
     def run(self, job: Trials, _: object) -> Iterator[TrialDone]:
         resident = Resident(torch.float32)
@@ -92,7 +95,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     def nothing(*_: object) -> Iterator[Any]:
         yield Tracker()
 
-    monkeypatch.setattr(module, "connect", nothing)
+    monkeypatch.setattr(module, "connect", lambda resources: nullcontext(Capacity(resources)))
+    monkeypatch.setattr(module, "preflight", lambda needs, *_: cluster.needs.append(needs))
     monkeypatch.setattr(module, "run_organ_trials", cluster.run)
     monkeypatch.setattr(module, "answer_made", cluster.answer)
     monkeypatch.setattr(organ_sweeping, "tracked", nothing)
@@ -137,7 +141,8 @@ def swept(made: Path, tmp_path_factory: pytest.TempPathFactory) -> OrganSweepRes
         def nothing(*_: object) -> Iterator[Any]:
             yield Tracker()
 
-        patch.setattr(module, "connect", nothing)
+        patch.setattr(module, "connect", lambda resources: nullcontext(Capacity(resources)))
+        patch.setattr(module, "preflight", lambda *_: None)
         patch.setattr(module, "run_organ_trials", calm.run)
         patch.setattr(module, "answer_made", calm.answer)
         patch.setattr(organ_sweeping, "tracked", nothing)
@@ -182,7 +187,7 @@ def test_losses_are_those_of_the_blocks_read_plainly(swept: OrganSweepResult, ma
 
 def test_the_same_again_measures_nothing(swept: OrganSweepResult, made: Path, cluster: Cluster) -> None:
     again = sweep_organs(recipe(made, swept.folder.path.parents[1]))
-    assert (cluster.measured, cluster.loaded) == ([], [])
+    assert (cluster.measured, cluster.loaded, cluster.needs) == ([], [], [])
     assert again.summary["measured"] == 0
     assert again.summary["recalled"] == swept.summary["measured"]
     assert [{**row.__dict__, "seconds": 0} for row in again.results] == [{**row.__dict__, "seconds": 0} for row in swept.results]
@@ -229,6 +234,22 @@ def test_what_costs_too_much_does_not_win(made: Path, tmp_path: Path) -> None:
     assert result.winner is None or result.winner.label not in vetoed
     if result.winner is None:
         assert "No winner" in Page.of(report(result.folder.path).read_text()).text
+
+
+def test_every_node_must_see_recipient_organs_and_controls_and_be_able_to_score(
+    made: Path, tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(module, "preflight", lambda needs, *_: (cluster.needs.append(needs), seen.append(look(needs))))
+    sweep_organs(recipe(made, tmp_path))
+    (needs,) = cluster.needs
+    assert list(needs.checkpoints) == ["recipient"]
+    assert list(needs.organs) == ["organs.a", "controls.untrained of a"]
+    assert needs.scorers == ("loss",)
+    assert needs.shelf == RunFolder(tmp_path / "runs" / "tiny").ledger
+    assert seen[0].problems == ()
+    (gone,) = look(needs).problems  # the controls are there for as long as trials may want them
+    assert re.match(r"OrganError: .*/\.tiny\..*organ\.json: not the manifest", gone)
 
 
 def test_a_task_is_asked_beside_and_chooses_nothing(made: Path, tmp_path: Path) -> None:
