@@ -31,15 +31,16 @@ from transplant_ray.models.loading import read_tokenizer
 from transplant_ray.organ.extract import extract_organ, select_layers
 from transplant_ray.organ.folder import Organ, open_organ
 from transplant_ray.organ.learners import FullLearner, InPlaceLearner, Learner, LoraLearner, OrganLearner, require_peft
-from transplant_ray.organ.lessons import BEFORE, SHIPPED, TEXTS, Learnt, Lesson, read_learnt
+from transplant_ray.organ.lessons import BEFORE, SHIPPED, TEXTS, Learnt, Lesson, name_of, read_learnt
 from transplant_ray.organ.pack import Cut, Pack, measuring_cut, pack_text, training_cut
 from transplant_ray.organ.stack import read_stack
 from transplant_ray.organ.text import Passage, data_files, stream_passages
 from transplant_ray.organ.training import Point
 from transplant_ray.organ.wrapper import check_wrapper
 from transplant_ray.pipeline.ending import terminable
+from transplant_ray.pipeline.journal import watched
 from transplant_ray.pipeline.organ_training import settle
-from transplant_ray.pipeline.watch import Silent, Stopwatch, Watch
+from transplant_ray.pipeline.watch import Stopwatch, Watch
 from transplant_ray.recipe import (
     CompareRecipe,
     CorpusSpec,
@@ -135,15 +136,17 @@ def compare(recipe: CompareRecipe, watch: Watch | None = None) -> Compared:
     refuse_vanishing_paths(recipe)
     checkpoints = {name: open_recipient(recipe, name) for name in recipe.named_models}
     plan(recipe, checkpoints)
-    folder, stopwatch = RunFolder.of(recipe.storage, recipe.name), Stopwatch(watch or Silent())
+    folder = RunFolder.of(recipe.storage, recipe.name)
+    stopwatch, journal = watched(recipe, watch)
     with (
         terminable(),
         _claimed(folder, recipe),
         tracked_comparison(recipe, stopwatch.watch.note) as tracker,
         connect(resources_of(recipe.resources)) as capacity,
+        journal.kept(folder, "organ compare", stopwatch.watch.hear),
         plain_errors(),
         terminable(),
-        tutors(recipe.resources, _most_at_once(recipe), stopwatch.watch.note) as gathered,
+        tutors(recipe.resources, _most_at_once(recipe), stopwatch.watch.note, stopwatch.watch.hear) as gathered,
     ):
         with stopwatch.stage("preflight"):
             preflight(_needs(recipe, checkpoints, folder), capacity.resources, stopwatch.watch.note)
@@ -155,6 +158,7 @@ def compare(recipe: CompareRecipe, watch: Watch | None = None) -> Compared:
         tuned = _carry_out(run, "tune", list(_tuning(run, benches)))
         confirmed = _carry_out(run, "confirm", list(_confirming(run, benches, tuned)))
         compared = _record(run, benches, before, tuned, confirmed)
+        journal.exit = int(bool(compared.failed or tracker.refused)) if confirmed else 2
     if not confirmed:
         raise NumericsError(
             f"no method has a learning rate that does not diverge: {tuned[0].error} What was tried is in {folder.path}; give "
@@ -379,7 +383,7 @@ def _lesson(run: Run, bench: Bench, method: str, stage: str, lr: float | None = 
         spec=spec,
         text=bench.text,
         measured=bench.measured,
-        folder=run.lessons / key[:24],
+        folder=run.lessons / name_of(key),
         keep=run.recipe.keep and stage == "confirm",
     )
 
@@ -422,7 +426,8 @@ class _Told:
         if ahead > 0:  # after a death steps come again
             steps[lesson.key] = point.step
             watch.advance(ahead)
-            watch.hear(StepsDone(point.step, ahead * lesson.spec.batch * lesson.spec.context, point.loss, point.held_out))
+            tokens = ahead * lesson.spec.batch * lesson.spec.context
+            watch.hear(StepsDone(point.step, tokens, point.loss, point.held_out, lesson.name))
 
     def learnt(self, learnt: Learnt) -> None:
         if learnt.error is not None:
@@ -471,7 +476,7 @@ def _link(run: Run, confirmed: Sequence[Learnt]) -> dict[str, str]:
     folder, found = writable_folder(run.folder.path / SHIPPED), {}
     for learnt in confirmed:
         if learnt.error is None:
-            place = Path("lessons", learnt.key[:24], SHIPPED)
+            place = Path("lessons", learnt.name, SHIPPED)
             (folder / f"{learnt.model}-{learnt.method}-{learnt.seed}").symlink_to(Path("..", place))
             found[f"{learnt.model}-{learnt.method}-{learnt.seed}"] = str(place)
     return found

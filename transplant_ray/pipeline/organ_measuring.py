@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from transplant_ray.distributed.actors import Workload
 from transplant_ray.distributed.cluster import Capacity, connect
-from transplant_ray.distributed.facts import VariantFailed, of_shard
+from transplant_ray.distributed.facts import EvaluatorDied, VariantDone, VariantFailed, VariantRecalled, of_shard
 from transplant_ray.distributed.organ_trials import TrialDone, Trials, run_organ_trials
 from transplant_ray.distributed.preflight import make_needs, preflight
 from transplant_ray.distributed.probing import Asked
@@ -61,7 +61,8 @@ class Measuring:
             if unknown := self._recall(self.weights, id, id, self._asked(split)):
                 waiting[id] = unknown
             else:
-                self.stopwatch.watch.advance(1)
+                self.stopwatch.watch.hear(VariantRecalled(id, split))
+                self._is_done(id, split)
         if not waiting:
             return
         job = Trials({id: distinct[id] for id in waiting}, waiting, self.workload)
@@ -106,6 +107,8 @@ class Measuring:
         return left
 
     def _take(self, done: TrialDone, split: Split) -> None:
+        for _ in range(done.deaths):
+            self.stopwatch.watch.hear(EvaluatorDied("", (done.id,)))  # Tune does not say which
         if done.deaths and done.error is None:
             self.stopwatch.watch.note("a process died under a trial and was started again")
         self.processes |= set() if done.process is None else {done.process}
@@ -117,6 +120,11 @@ class Measuring:
             self.stopwatch.watch.hear(VariantFailed(done.id, done.error))
         if self.ledger is not None:
             self.ledger.write()  # a trial takes long, and whoever kills us now should not lose it
+        self._is_done(done.id, split)
+
+    def _is_done(self, id: str, split: Split) -> None:
+        if split == "select":  # what is asked on test was counted there
+            self.stopwatch.watch.hear(VariantDone(id))
         self.stopwatch.watch.advance(1)
 
     def _keep(self, weights: str, task: str, split: Split, shard: VariantShard) -> None:

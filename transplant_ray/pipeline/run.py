@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from transplant_ray.distributed.actors import Workload
 from transplant_ray.distributed.cluster import Capacity, refuse_vanishing_paths
 from transplant_ray.distributed.facts import Fact, VariantFailed, of_shard
-from transplant_ray.distributed.meters import Meters
 from transplant_ray.distributed.preflight import make_needs, preflight
 from transplant_ray.distributed.probing import Asked
 from transplant_ray.evaluate.answers import Answers, VariantShard
@@ -24,8 +23,8 @@ from transplant_ray.graft.variant import ORIGIN
 from transplant_ray.models.catalogue import Module
 from transplant_ray.models.fingerprint import fingerprint
 from transplant_ray.pipeline.job import Job, prepare
-from transplant_ray.pipeline.journal import Journal
-from transplant_ray.pipeline.watch import Silent, Stopwatch, Watch, Watches
+from transplant_ray.pipeline.journal import Journal, watched
+from transplant_ray.pipeline.watch import Stopwatch, Watch
 from transplant_ray.recipe import MAIN, Recipe
 from transplant_ray.storage import RunFolder
 
@@ -135,8 +134,7 @@ class Run:
 def begin(recipe: Recipe, watch: Watch | None) -> Run:
     """Refuse what can be refused before anything starts; nothing is written yet."""
     refuse_vanishing_paths(recipe)
-    journal = Journal(recipe)
-    stopwatch = Stopwatch(Watches(watch or Silent(), (journal, Meters(recipe.name))))
+    stopwatch, journal = watched(recipe, watch)
     with stopwatch.stage("prepare"):
         job = prepare(recipe)
         folder = RunFolder.of(recipe.storage, recipe.name)

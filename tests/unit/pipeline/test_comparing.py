@@ -153,6 +153,27 @@ def test_every_method_is_tuned_and_confirmed_and_all_of_it_is_written(done: Done
     assert (folder / "shipped" / "model-full-1" / "model.safetensors").is_file()
 
 
+def log(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_the_log_tells_stages_and_steps_of_each_lesson_and_how_it_ended(done: Done) -> None:
+    told = log(done.place / "c")
+    assert (told[-1]["event"], told[-1]["exit"]) == ("sweep ends", 0)
+    assert next(line["verb"] for line in told if line["event"] == "sweep begins") == "organ compare"
+    assert [line["stage"] for line in told if line["event"] == "stage ends"] == list(done.compared.summary["seconds"])
+    steps = {line["lesson"]: line["step"] for line in told if line["event"] == "steps done"}
+    assert steps == {lesson.folder.name: 2 for lesson in done.trials.done if lesson.trained}
+
+
+def test_a_comparison_with_failures_ends_with_the_exit_code_of_the_command(model: Path, text: Path, tmp_path: Path) -> None:
+    compare(recipe(model, text, tmp_path, tune={"lr": [1e-3, 1e30]}, seeds=[0]))
+    assert log(tmp_path / "c")[-1]["exit"] == 1
+    with pytest.raises(NumericsError):
+        compare(recipe(model, text, tmp_path, name="d", tune={"lr": [1e30]}))
+    assert log(tmp_path / "d")[-1]["exit"] == 2
+
+
 def test_every_node_must_see_the_models_and_the_run_folder_and_have_what_the_methods_need(
     model: Path, text: Path, tmp_path: Path, trials: Trials
 ) -> None:

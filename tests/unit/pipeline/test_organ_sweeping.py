@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -224,6 +225,54 @@ def test_a_trial_whose_process_dies_for_good_is_a_row_and_the_rest_goes_on(made:
     assert sweep_organs(recipe(made, tmp_path)).failed == []
     assert "a insert 1" in cluster.measured
     assert len(cluster.measured) <= 3  # and a winner's test half, where it has changed
+
+
+def log(result: OrganSweepResult) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in result.folder.log.read_text().splitlines()]
+
+
+def test_the_log_tells_it_from_the_plan_to_the_end(swept: OrganSweepResult, made: Path) -> None:
+    told = [line for line in log(swept) if line["attempt"] == log(swept)[0]["attempt"]]
+    count = Counter(line["event"] for line in told)
+    assert (told[-1]["event"], told[-1]["exit"]) == ("sweep ends", 0)
+    begins, planned, winner, exported = (
+        next(line for line in told if line["event"] == event)
+        for event in ("sweep begins", "variants planned", "winner", "exported")
+    )
+    assert (begins["verb"], begins["run"], begins["recipe"]) == (
+        "organ sweep", "tiny", recipe(made, swept.folder.path).identity(),
+    )  # fmt: skip
+    assert planned["variants"] == count["variant done"] == len({row.variant for row in swept.results if row.split == "select"})
+    assert swept.winner is not None
+    assert winner["trial"] == swept.winner.label
+    assert winner["score"] == pytest.approx(-(swept.winner.domain_loss or 0))
+    assert exported["checkpoint"] == str(swept.folder.checkpoint)
+    outcomes = sum(len(pq.read_table(path)) for path in (swept.folder.path / "outcomes").iterdir())
+    assert sum(line["examples"] for line in told if line["event"] == "shard done") == outcomes
+    assert {line["label"] for line in told if line["event"] == "shard done" and line["variant"] != "exported"} == {
+        row.label for row in swept.results if row.split == "select"
+    }
+    stages = [line["stage"] for line in told if line["event"] == "stage ends"]
+    assert stages[-4:] == ["export", "confirm on test", "record", "send to MLflow"]
+    assert {"prepare", "preflight", "measure on select"} < set(stages)
+
+
+def test_deaths_failures_and_what_was_known_are_in_the_log(made: Path, tmp_path: Path, cluster: Cluster) -> None:
+    cluster.fails = {"a insert 1"}
+    first = sweep_organs(recipe(made, tmp_path))
+    told = log(first)
+    failed = next(line for line in told if line["event"] == "variant failed")
+    assert {"label": "a insert 1", "level": "WARNING"}.items() <= failed.items()
+    deaths = [line for line in told if line["event"] == "evaluator died"]
+    assert [line["variants"] for line in deaths] == [[failed["variant"]]] * 4
+    assert told[-1]["exit"] == 1
+    cluster.fails = set()
+    again = log(sweep_organs(recipe(made, tmp_path)))[len(told) :]
+    asked = {line["label"] for line in again if line["event"] == "shard done" and line["split"] == "select"} - {"exported"}
+    assert "a insert 1" in asked
+    planned = next(line["variants"] for line in again if line["event"] == "variants planned")
+    assert Counter(line["event"] for line in again)["variant done"] == planned
+    assert again[-1]["exit"] == 0
 
 
 def test_what_costs_too_much_does_not_win(made: Path, tmp_path: Path) -> None:
