@@ -178,7 +178,14 @@ def submit(
     recipe: RecipePath,
     overrides: Overrides = None,
     address: Address = None,
-    command: Annotated[str, typer.Option(metavar="VERB", help="What the job does with the recipe: `sweep` or `rank`.")] = "sweep",
+    command: Annotated[
+        str | None,
+        typer.Option(
+            metavar="VERB",
+            help="What the job does with the recipe: `sweep`, `rank`, 'organ sweep' or 'organ compare'. By default what such a "
+            "recipe is for: keys tell organ sweeps and comparisons from sweeps.",
+        ),
+    ] = None,
     runtime_env: Annotated[
         Path | None,
         typer.Option(

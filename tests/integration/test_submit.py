@@ -19,9 +19,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 from integration.helpers import SPLIT, Finished, Head, Place, Swept, free_port, read_results, run_main
 from mlflow import MlflowClient
+from stacks import save_model, trained_copy
+from trainings import sums
 
+from transplant_ray.pipeline.organs import extract
 from transplant_ray.recipe import load_recipe
 
 SWEPT = ["variant", "role", "split", "n", "correct", "accuracy", "winner"]
@@ -112,6 +116,48 @@ def test_the_same_recipe_again_is_the_same_recipe_to_the_results_that_are_there(
     assert (finished.code, again.code) == (0, 0), again.out + again.err
     rankings = (pd.read_parquet(folder / "rankings.parquet") for folder in (workplace / "submitted" / "tiny", swept.folder))
     pd.testing.assert_frame_equal(*rankings)
+
+
+@pytest.mark.parametrize("command", ["organ sweep", "organ compare"])
+def test_an_organ_recipe_with_its_model_organ_and_texts_runs_on_the_cluster(
+    sender: Sender, empty_database: Path, tmp_path: Path, command: str
+) -> None:
+    recipe = write_organ_recipe(tmp_path / "here", command)
+    changes = [f"storage={tmp_path / 'runs'}", f"tracking.uri=sqlite:///{shutil.copy(empty_database, tmp_path / 'mlflow.db')}"]
+    ended = sender("submit", recipe, *changes, "--python", sys.executable, "--submission-id", command.replace(" ", "-"))
+    assert ended.code == 0, ended.out[-3000:] + ended.err
+    summary = json.loads((tmp_path / "runs" / "tiny" / "summary.json").read_text())
+    if command == "organ sweep":
+        assert summary["confirmed"]["exported_agrees"]["equal"] == 8
+        assert "/carried/" in summary["organs"]["a"]["folder"]
+    else:
+        assert {each["method"] for each in summary["learnt"]} == {"before", "full"}
+        assert "/carried/" in summary["models"]["model"]
+    metadata = sender.head.client.get_job_info(command.replace(" ", "-")).metadata
+    assert metadata is not None
+    assert metadata["command"] == command
+
+
+def write_organ_recipe(folder: Path, command: str) -> Path:
+    """With all that it names beside it."""
+    save_model(folder / "model", num_hidden_layers=2)
+    (folder / "texts").mkdir()
+    for seed, name in enumerate(("domain", "general")):
+        (folder / "texts" / f"{name}.jsonl").write_text("".join(json.dumps({"text": each}) + "\n" for each in sums(80, seed)))
+    texts = {
+        "domain": {"data": "texts/domain.jsonl", "share": [0, 0.5], "contexts": 4},
+        "general": {"data": "texts/gen*.jsonl", "contexts": 4},
+    }
+    if command == "organ sweep":
+        trained_copy(extract(str(folder / "model"), "0", folder / "before"), folder / "organ")
+        grid = {"sweep": {"positions": [0], "modes": ["insert"]}, "controls": {"untrained": False, "alone": False}}
+        settings = {"recipient": {"model": "./model"}, "organs": {"a": "organ"}, "context": 16, **grid, **texts}
+    else:
+        training = {"data": "texts/domain.jsonl", "share": [0.5, 1], "context": 16, "steps": 2, "batch": 4}
+        settings = {"model": {"model": "./model"}, "training": training, "methods": ["full"], "tune": {"lr": [0.001]}, "seeds": [0]}
+        settings |= texts
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({"name": "tiny", **settings}))
+    return folder / "recipe.yaml"
 
 
 def test_status_and_logs_of_a_job_that_has_ended(sender: Sender, finished: Finished) -> None:

@@ -139,7 +139,7 @@ class Evaluator:
         """One result per variant. A variant that fails is a result with its reason; the others go on."""
         for shard in self._engine(rules, rows).answer(variants, examples):
             count_in_evaluator(self.workload.run, shard)
-            evaluator, node = _who()
+            evaluator, node = who()
             yield replace(shard, notes=self._new_notes(), evaluator=evaluator, node=node)
 
     def losses(
@@ -208,7 +208,7 @@ def _where(device: str) -> dict[str, Any]:
     }
 
 
-def _who() -> tuple[str, str]:
+def who() -> tuple[str, str]:
     """This actor and its node, by the beginnings of Ray's ids."""
     context = ray.get_runtime_context()
     return context.get_actor_id()[:12], context.get_node_id()[:12]

@@ -19,7 +19,7 @@ from ray.autoscaler.sdk import request_resources
 from transplant_ray.distributed.packing import refuse_relative, refuse_relative_database, refuse_relative_outputs
 from transplant_ray.distributed.room import both_at_once, fits, missing, room
 from transplant_ray.errors import ResourceError, TransplantError
-from transplant_ray.recipe import CompareRecipe, OrganRecipe, Place, Recipe, ResourceSpec, TrackingSpec
+from transplant_ray.recipe import AnyRecipe, Place, ResourceSpec, TrackingSpec
 
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it in the process of a submitted job."""
@@ -107,7 +107,7 @@ def _ask_to_grow(resources: ResourceSpec) -> bool:
     return True
 
 
-def refuse_vanishing_paths(recipe: Recipe | OrganRecipe | CompareRecipe) -> None:
+def refuse_vanishing_paths(recipe: AnyRecipe) -> None:
     """Inside a submitted job a relative path is in Ray's own session folder, and lost to whoever submitted it."""
     if JOB_CONFIG in os.environ:
         refuse_relative_outputs(recipe)

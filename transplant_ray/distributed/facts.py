@@ -136,6 +136,16 @@ class VariantDone(Fact):
 
 
 @dataclass(frozen=True)
+class VariantRecalled(Fact):
+    """Of this split the ledger knew all that a model of an organ sweep is asked."""
+
+    level: ClassVar[int] = logging.DEBUG
+
+    variant: str
+    split: Split
+
+
+@dataclass(frozen=True)
 class VariantFailed(Fact):
     level: ClassVar[int] = logging.WARNING
 
@@ -168,7 +178,7 @@ class Exported(Fact):
 
 @dataclass(frozen=True)
 class StepsDone(Fact):
-    """An organ has been trained for some more steps."""
+    """An organ, or what a lesson trains, has been trained for some more steps."""
 
     step: int
     tokens: int
@@ -177,6 +187,39 @@ class StepsDone(Fact):
     """Nats a token, mean over these steps."""
     held_out: float | None
     """Loss on text that is not trained on, where it was measured."""
+    lesson: str = ""
+    """Of a comparison, which."""
+
+
+@dataclass(frozen=True)
+class LessonFact(Fact):
+    lesson: str
+    """Its folder below `lessons`: the same in every attempt."""
+    model: str
+    method: str
+    stage: str
+    lr: float | None
+    seed: int | None
+
+
+@dataclass(frozen=True)
+class LessonBegins(LessonFact):
+    """Somebody has it in hand; again after a death."""
+
+
+@dataclass(frozen=True)
+class LessonDone(LessonFact):
+    seconds: float
+    """Of training."""
+    loss: float | None
+    """On select of the domain text, in nats a token."""
+
+
+@dataclass(frozen=True)
+class LessonFailed(LessonFact):
+    level: ClassVar[int] = logging.WARNING
+
+    error: str
 
 
 @dataclass(frozen=True)

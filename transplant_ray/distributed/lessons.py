@@ -18,6 +18,7 @@ import transformers
 from ray.actor import ActorHandle
 
 from transplant_ray.distributed.cluster import Capacity
+from transplant_ray.distributed.facts import Fact, LessonBegins, LessonDone, LessonFact, LessonFailed
 from transplant_ray.distributed.fleet import Fleet, fleet, nodes_alive
 from transplant_ray.distributed.overseer import Overseer
 from transplant_ray.errors import TransplantError
@@ -63,6 +64,8 @@ class Tutors:
     asked: RoomSpec
     most: int
     note: Callable[[str], None]
+    tell: Callable[[Fact], None]
+    """Of tutors that come and go, and of lessons that begin and end."""
     held: ExitStack
     """What ends with the block."""
     gathered: Fleet | None = None
@@ -72,7 +75,7 @@ class Tutors:
 
         Both callbacks are called in this thread. A lesson that cannot be carried out is learnt as failed.
         """
-        course = _Course(self.asked.max_failures, on_point, on_learnt)
+        course = _Course(self.asked.max_failures, on_point, on_learnt, self.tell)
         self._fleet().work_through(_Task(course, lesson) for lesson in lessons)
         return course.learnt
 
@@ -86,15 +89,18 @@ class Tutors:
             def size() -> int:
                 return min(self.most, capacity.evaluators())
 
-            self.gathered = self.held.enter_context(fleet(start, size, Overseer(), self.note))
+            overseer = Overseer(self.tell, self.asked.gpus)
+            self.gathered = self.held.enter_context(fleet(start, size, overseer, self.note))
         return self.gathered
 
 
 @contextmanager
-def tutors(asked: RoomSpec, most: int, note: Callable[[str], None]) -> Iterator[Tutors]:
+def tutors(
+    asked: RoomSpec, most: int, note: Callable[[str], None], tell: Callable[[Fact], None] = lambda _: None
+) -> Iterator[Tutors]:
     """At most so many tutors, for the block."""
     with ExitStack() as held:
-        yield Tutors(asked, most, note, held)
+        yield Tutors(asked, most, note, tell, held)
 
 
 @dataclass
@@ -102,13 +108,22 @@ class _Course:
     max_failures: int
     on_point: OnPoint
     on_learnt: OnLearnt
+    tell: Callable[[Fact], None]
     deaths: Counter[str] = field(default_factory=Counter)
     """Of tutors over a lesson, on nodes that stayed."""
     learnt: dict[str, Learnt] = field(default_factory=dict)
 
     def learn(self, learnt: Learnt) -> None:
         self.learnt[learnt.key] = learnt
+        self.tell(_ended(learnt))
         self.on_learnt(learnt)
+
+
+def _ended(learnt: Learnt) -> LessonFact:
+    about = (learnt.name, learnt.model, learnt.method, learnt.stage, learnt.lr, learnt.seed)
+    if learnt.error is not None:
+        return LessonFailed(*about, learnt.error)
+    return LessonDone(*about, round(learnt.seconds, 3), learnt.select)
 
 
 @dataclass(frozen=True)
@@ -118,9 +133,11 @@ class _Task:
 
     @property
     def left(self) -> tuple[str, ...]:
-        return () if self.lesson.key in self.course.learnt else (self.lesson.key,)
+        return () if self.lesson.key in self.course.learnt else (self.lesson.name,)
 
     def start(self, actor: ActorHandle) -> Any:
+        lesson = self.lesson
+        self.course.tell(LessonBegins(lesson.name, lesson.model, lesson.method, lesson.stage, lesson.lr, lesson.seed))
         return actor.carry_out.options(num_returns="streaming", max_task_retries=0).remote(self.lesson)
 
     def take(self, found: Point | Learnt) -> None:

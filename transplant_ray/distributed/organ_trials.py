@@ -22,8 +22,9 @@ import transformers
 from ray import tune
 from ray.exceptions import RayActorError
 
-from transplant_ray.distributed.actors import Workload
+from transplant_ray.distributed.actors import Workload, who
 from transplant_ray.distributed.cluster import Capacity
+from transplant_ray.distributed.meters import count_in_evaluator
 from transplant_ray.distributed.probing import Asked
 from transplant_ray.distributed.tuning import Listener, make_tuner
 from transplant_ray.errors import RunError, TransplantError
@@ -152,6 +153,10 @@ class OrganTrial(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         said, error = answer_trial(self.job, self.config["trial"], self.resident)
+        evaluator, node = who()
+        for _, _, shard in said:
+            count_in_evaluator(self.job.workload.run, shard)
+        said = [(task, split, replace(shard, evaluator=evaluator, node=node)) for task, split, shard in said]
         return {"done": True, "said": said, "error": error, "process": os.getpid()}
 
 
@@ -165,7 +170,7 @@ def answer_trial(job: Trials, id: str, resident: Resident) -> tuple[Said, str | 
             start = time.perf_counter()
             outcomes = answer_examples(id, model, tokenizer, one.examples, one.rules.generation, one.rules.scorer)
             seconds = time.perf_counter() - start
-            said.append((one.task, one.split, VariantShard(id, outcomes, seconds, evaluator=str(os.getpid()))))
+            said.append((one.task, one.split, VariantShard(id, outcomes, seconds)))
     except (TransplantError, RuntimeError) as error:  # torch reports what a device cannot do as RuntimeError
         return said, f"{type(error).__name__}: {error}"
     return said, None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
 import shlex
 import shutil
@@ -19,18 +20,27 @@ from urllib.parse import urlsplit, urlunsplit
 import yaml
 
 from transplant_ray import zoo
-from transplant_ray.errors import CheckpointError, DataError, JobError, RecipeError
+from transplant_ray.errors import CheckpointError, DataError, JobError, OrganError, RecipeError
 from transplant_ray.files import sha256_file
-from transplant_ray.recipe import CARRIED, CompareRecipe, OrganRecipe, Recipe, carry_recipe, load_recipe
+from transplant_ray.organ.manifest import MANIFEST
+from transplant_ray.organ.text import data_files
+from transplant_ray.recipe import CARRIED, AnyRecipe, CompareRecipe, OrganRecipe, Recipe, carry_recipe, load_any_recipe
 
-Command = Literal["sweep", "rank"]
-COMMANDS: tuple[Command, ...] = ("sweep", "rank")
+Command = Literal["sweep", "rank", "organ sweep", "organ compare"]
+COMMANDS: Mapping[Command, type[AnyRecipe]] = {
+    "sweep": Recipe,
+    "rank": Recipe,
+    "organ sweep": OrganRecipe,
+    "organ compare": CompareRecipe,
+}
+"""What a job may do, and the kind of recipe that it does it with; the first of a kind where nobody says."""
 RECIPE = "recipe.yaml"
 DATABASE = "sqlite:///"
 """What the address of a database in a file begins with."""
 LIMIT = 100 * 2**20
 """Bytes that travel with one job: the head keeps them in its memory."""
 DATA_FILES = (".jsonl", ".parquet")
+TEXT_FILES = (*DATA_FILES, ".txt", ".md", ".rst")
 TASK_FILES = (".yaml", ".yml")
 NEIGHBOURS = frozenset({"include", "data_files", "data_dir"})
 """Keys by which the file of an `lm_eval` task names other files."""
@@ -44,7 +54,7 @@ class Pack:
     """A folder that becomes the working directory of a job."""
 
     folder: Path
-    recipe: Recipe
+    recipe: AnyRecipe
     """As the job will read it."""
 
     @property
@@ -57,19 +67,33 @@ class Pack:
 
 
 def pack(path: str | Path, overrides: Sequence[str], folder: Path) -> Pack:
-    """Put a recipe, its overrides and the inputs that it names by relative paths into an empty folder.
+    """Put a recipe of any kind, its overrides and the inputs that it names by relative paths into an empty folder.
 
     Overrides end in the recipe and not in the command, which Ray shows to everybody. Raises before anything is copied where the
     recipe is not one, or would lose its results; and where an input cannot travel.
     """
-    refuse_relative_outputs(load_recipe(path, overrides))
+    refuse_relative_outputs(load_any_recipe(path, overrides))
     luggage = _Luggage(folder)
     settings = carry_recipe(path, overrides, luggage.carry)
     (folder / RECIPE).write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-    return Pack(folder, load_recipe(folder / RECIPE))
+    return Pack(folder, load_any_recipe(folder / RECIPE))
 
 
-def refuse_relative_outputs(recipe: Recipe | OrganRecipe | CompareRecipe) -> None:
+def command_for(recipe: AnyRecipe, asked: str | None) -> Command:
+    """What is asked for, or what such a recipe is for. JobError where it is not for that."""
+    fitting = [command for command, kind in COMMANDS.items() if isinstance(recipe, kind)]
+    if asked is None:
+        return fitting[0]
+    for command in fitting:
+        if command == asked:
+            return command
+    what = "not what it is for" if asked in COMMANDS else "no such command"
+    raise JobError(
+        f"--command {asked!r}: {what}. {recipe.name} is a recipe for {' or '.join(fitting)}: give that, or no --command."
+    )
+
+
+def refuse_relative_outputs(recipe: AnyRecipe) -> None:
     """RecipeError where results would land in Ray's own session folder: lost to whoever submitted the job."""
     refuse_relative("storage", recipe.storage)
     refuse_relative_database("tracking.uri", recipe.tracking.uri)
@@ -91,7 +115,7 @@ def refuse_relative(key: str, path: str, start: str = "") -> None:
 
 def entrypoint(command: Command, python: str = "python") -> str:
     """The shell command of a job."""
-    return shlex.join([python, "-m", "transplant_ray.cli", command, RECIPE])
+    return shlex.join([python, "-m", "transplant_ray.cli", *command.split(), RECIPE])
 
 
 def environment(given: Mapping[str, Any], pack: Pack, package: Path = zoo.HOME.parent) -> dict[str, Any]:
@@ -141,12 +165,12 @@ def read_resources(pairs: Iterable[str]) -> dict[str, float]:
     return resources
 
 
-def metadata(recipe: Recipe, command: Command) -> dict[str, str]:
+def metadata(recipe: AnyRecipe, command: Command) -> dict[str, str]:
     """What Ray keeps with a job and shows to whoever looks: no credentials."""
     return {"command": command, "recipe": recipe.name, "identity": recipe.identity(), "results": shown_results(recipe)}
 
 
-def shown_results(recipe: Recipe) -> str:
+def shown_results(recipe: AnyRecipe) -> str:
     """Where the job writes, without user, password and settings of the connection."""
     if "://" not in recipe.storage:
         return f"{recipe.storage.rstrip('/')}/{recipe.name}"
@@ -173,22 +197,22 @@ class _Luggage:
 
     def carry(self, key: str, path: Path) -> str:
         files = list(_MEMBERS[key](path))
-        self._weigh(key, path, files)
+        self._weigh(path, files)
         content = "".join(f"{sha256_file(file)} {name}\n" for name, file in files)
         digest = sha256_file(path) if path.is_file() else hashlib.sha256(content.encode()).hexdigest()
-        place = self.folder / CARRIED / digest / path.name
+        place = self.folder / CARRIED / digest / (path.name if path.exists() else "text")  # a pattern is no name
         for name, file in files:
             (place / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, place / name)
         return f"./{place.relative_to(self.folder).as_posix()}"
 
-    def _weigh(self, key: str, path: Path, files: Iterable[tuple[str, Path]]) -> None:
+    def _weigh(self, path: Path, files: Iterable[tuple[str, Path]]) -> None:
         sizes = {file: file.stat().st_size for _, file in files}
         self.sizes |= sizes
         size, total = sum(sizes.values()), sum(self.sizes.values())
         if total > LIMIT:
             raise RecipeError(
-                f"`{key}`: {path} has {size / 2**20:.1f} MiB, and with it {total / 2**20:.1f} MiB would travel with the job; "
+                f"{path} has {size / 2**20:.1f} MiB, and with it {total / 2**20:.1f} MiB would travel with the job; "
                 f"{LIMIT / 2**20:.0f} MiB may. Put it on storage that all nodes see and name it by its absolute path there, or put "
                 "it on the hub."
             )
@@ -200,9 +224,33 @@ def _data(path: Path) -> Iterator[tuple[str, Path]]:
     yield "", path
 
 
+def _text(path: Path) -> Iterator[tuple[str, Path]]:
+    """A file; or those of a folder or a pattern, in a folder where they have the order that they have here."""
+    files = data_files(str(path))
+    root = path if path.is_dir() else Path(os.path.commonpath([file.parent for file in files]))
+    for file in files:
+        name = file.relative_to(root)
+        if file.suffix not in TEXT_FILES or any(part.startswith(".") for part in name.parts):
+            raise DataError(
+                f"{file}: does not travel with a job; {', '.join(TEXT_FILES)} files do that are not hidden. Put it on storage that "
+                "all nodes see and name it by its absolute path there."
+            )
+        yield ("" if path.is_file() else name.as_posix()), file
+
+
 def _model(path: Path) -> Iterator[tuple[str, Path]]:
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path}: no such model. Expected a folder with config.json and safetensors, or a hub id.")
+    yield from _visible(path)
+
+
+def _organ(path: Path) -> Iterator[tuple[str, Path]]:
+    if not (path / MANIFEST).is_file():
+        raise OrganError(f"{path}: no such organ. Expected a folder with {MANIFEST} and its safetensors.")
+    yield from _visible(path)
+
+
+def _visible(path: Path) -> Iterator[tuple[str, Path]]:
     for file in sorted(path.rglob("*")):
         name = file.relative_to(path)
         if file.is_file() and not any(part.startswith(".") for part in name.parts):
@@ -220,7 +268,7 @@ def _task(path: Path) -> Iterator[tuple[str, Path]]:
     yield "", path
 
 
-_MEMBERS = {"data": _data, "model": _model, "lm_eval": _task}
+_MEMBERS = {"data": _data, "text": _text, "model": _model, "organ": _organ, "lm_eval": _task}
 """Key of an input → what of it travels: names inside it, and files."""
 
 

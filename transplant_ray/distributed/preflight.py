@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -21,10 +21,13 @@ import requests
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from transplant_ray.distributed.room import Node, fits
-from transplant_ray.errors import CheckpointError, ResourceError, TransplantError
+from transplant_ray.errors import CheckpointError, OrganError, ResourceError, TransplantError
 from transplant_ray.evaluate.scorers import check_scorer
 from transplant_ray.models.checkpoint import Checkpoint, open_checkpoint
-from transplant_ray.recipe import Place, ResourceSpec, redact
+from transplant_ray.models.header import read_header
+from transplant_ray.organ.folder import Organ
+from transplant_ray.organ.manifest import WEIGHTS, read_manifest
+from transplant_ray.recipe import Place, ResourceSpec, TrackingSpec, redact
 from transplant_ray.storage import Shelf
 from transplant_ray.versions import DECIDING, versions
 
@@ -45,13 +48,35 @@ class Needs:
     """By their key in the recipe, as the driver sees them."""
     scorers: tuple[str, ...]
     shelf: Shelf
-    """Where results go."""
+    """Where results go, or what all nodes read of them."""
     tracking: str | None
     """Address of a tracking server; only the driver must reach it."""
     versions: Mapping[str, str]
     """Those of the driver."""
     num_gpus: float = 0
     """That Ray promises on the node, where models run on GPUs."""
+    organs: Mapping[str, Organ] = field(default_factory=dict)
+    """As `checkpoints`."""
+
+
+def make_needs(
+    checkpoints: Mapping[str, Checkpoint],
+    shelf: Shelf,
+    tracking: TrackingSpec,
+    *,
+    scorers: Iterable[str] = (),
+    organs: Mapping[str, Organ] | None = None,
+    libraries: Iterable[str] = (),
+) -> Needs:
+    """What every verb needs, and its own: `libraries` are compared beside those that all compare."""
+    return Needs(
+        checkpoints=checkpoints,
+        scorers=tuple(sorted(set(scorers))),
+        shelf=shelf,
+        tracking=tracking.uri if tracking.uri.startswith(("http://", "https://")) else None,
+        versions=versions((*COMPARED, *libraries)),
+        organs=organs or {},
+    )
 
 
 @dataclass(frozen=True)
@@ -66,7 +91,7 @@ def preflight(needs: Needs, resources: ResourceSpec, note: Callable[[str], None]
     """Ask every node that may hold a model; returns how many. ResourceError that names each node and what it cannot do."""
     nodes = [node for node in ray.nodes() if any(fits(node, resources, place) for place in get_args(Place))]
     if [node["NodeID"] for node in nodes] == [ray.get_runtime_context().get_node_id()]:
-        alone = replace(needs, checkpoints={}, scorers=(), tracking=None)  # the driver has just looked at these
+        alone = replace(needs, checkpoints={}, organs={}, scorers=(), tracking=None)  # the driver has just looked at these
         seen = {_name(nodes[0]): look(_for_node(alone, nodes[0], resources))}
     else:
         with _token(needs.shelf) as token:
@@ -84,6 +109,7 @@ def look(needs: Needs, token: str | None = None) -> Seen:
     """What this process sees of it; `token` names what the driver has left in the storage."""
     checks = [
         *(partial(_see_checkpoint, key, checkpoint) for key, checkpoint in needs.checkpoints.items()),
+        *(partial(_see_organ, key, organ) for key, organ in needs.organs.items()),
         *(partial(check_scorer, scorer) for scorer in needs.scorers),
         partial(_see_versions, needs.versions),
         *([] if token is None else [partial(_see_storage, needs.shelf, token)]),
@@ -157,6 +183,13 @@ def _see_checkpoint(key: str, ours: Checkpoint) -> None:
     theirs = open_checkpoint(str(ours.folder or ours.model), ours.revision, accept=accept)
     if theirs.tensors != ours.tensors:
         raise CheckpointError(f"`{key}` {ours.model}: other tensors than the driver sees. Copy it again, or share the folder.")
+
+
+def _see_organ(key: str, ours: Organ) -> None:
+    """The same manifest, which has the hash of the weights, and weights of that layout; the hash was the driver's to compute."""
+    folder = Path(str(ours.checkpoint.folder))
+    if read_manifest(folder) != ours.manifest or read_header(folder / WEIGHTS) != ours.checkpoint.tensors:
+        raise OrganError(f"`{key}` {folder}: another organ than the driver sees. Copy it again, or share the folder.")
 
 
 def _see_versions(wanted: Mapping[str, str]) -> None:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from transplant_ray.distributed.packing import (
-    COMMANDS,
     check_id,
+    command_for,
     entrypoint,
     environment,
     metadata,
@@ -38,7 +38,7 @@ def send(
     overrides: Sequence[str] = (),
     *,
     address: str | None = None,
-    command: str = COMMANDS[0],
+    command: str | None = None,
     runtime_env: Path | None = None,
     num_cpus: float | None = None,
     num_gpus: float | None = None,
@@ -47,19 +47,21 @@ def send(
     python: str = "python",
     connect: Callable[[str | None], Jobs] = Jobs.at,
 ) -> Sent:
-    """Submit a recipe. Whatever can be refused here is refused before the cluster hears of it."""
-    if command not in COMMANDS:
-        raise JobError(f"--command {command!r}: expected {' or '.join(COMMANDS)}.")
+    """Submit a recipe of any kind; `command` is by default what it is for.
+
+    Whatever can be refused here is refused before the cluster hears of it.
+    """
     given = {} if runtime_env is None else read_environment(runtime_env)
     custom = read_resources(resources)
     with tempfile.TemporaryDirectory(prefix="transplant-ray-") as folder:
         packed = pack(recipe, overrides, Path(folder))
+        verb = command_for(packed.recipe, command)
         id = check_id(submission_id or f"{packed.recipe.name}-{secrets.token_hex(4)}")
         request = Request(
             id=id,
-            entrypoint=entrypoint(command, python),
+            entrypoint=entrypoint(verb, python),
             runtime_env=environment(given, packed),
-            metadata=metadata(packed.recipe, command),
+            metadata=metadata(packed.recipe, verb),
             num_cpus=num_cpus,
             num_gpus=num_gpus,
             resources=custom,

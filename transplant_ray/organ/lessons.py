@@ -61,6 +61,10 @@ class Lesson:
     """Whether what is shipped stays there."""
 
     @property
+    def name(self) -> str:
+        return name_of(self.key)
+
+    @property
     def trained(self) -> bool:
         return self.learner is not None
 
@@ -117,6 +121,10 @@ class Learnt:
     tokens: int = 0
     curve: tuple[Point, ...] = ()
 
+    @property
+    def name(self) -> str:
+        return name_of(self.key)
+
     def mean(self, text: str) -> float | None:
         """Of the losses on `test`."""
         return fmean(self.test[text]) if self.test.get(text) else None
@@ -139,6 +147,11 @@ class Learnt:
                 "curve": tuple(Point(**point) for point in said["curve"]),
             }
         )
+
+
+def name_of(key: str) -> str:
+    """Of a lesson's folder."""
+    return key[:24]
 
 
 def failed(lesson: Lesson, reason: str) -> Learnt:

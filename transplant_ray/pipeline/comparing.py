@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from transplant_ray.distributed.cluster import connect, plain_errors, refuse_vanishing_paths
 from transplant_ray.distributed.facts import StepsDone
 from transplant_ray.distributed.lessons import Tutors, resources_of, tutors
+from transplant_ray.distributed.preflight import Needs, make_needs, preflight
 from transplant_ray.errors import NumericsError, RunError, TransplantError
 from transplant_ray.evaluate.learning import Findings, choose_rates, find
 from transplant_ray.files import writable_folder, write_text
@@ -30,15 +31,16 @@ from transplant_ray.models.loading import read_tokenizer
 from transplant_ray.organ.extract import extract_organ, select_layers
 from transplant_ray.organ.folder import Organ, open_organ
 from transplant_ray.organ.learners import FullLearner, InPlaceLearner, Learner, LoraLearner, OrganLearner, require_peft
-from transplant_ray.organ.lessons import BEFORE, SHIPPED, TEXTS, Learnt, Lesson, read_learnt
+from transplant_ray.organ.lessons import BEFORE, SHIPPED, TEXTS, Learnt, Lesson, name_of, read_learnt
 from transplant_ray.organ.pack import Cut, Pack, measuring_cut, pack_text, training_cut
 from transplant_ray.organ.stack import read_stack
 from transplant_ray.organ.text import Passage, data_files, stream_passages
 from transplant_ray.organ.training import Point
 from transplant_ray.organ.wrapper import check_wrapper
 from transplant_ray.pipeline.ending import terminable
+from transplant_ray.pipeline.journal import watched
 from transplant_ray.pipeline.organ_training import settle
-from transplant_ray.pipeline.watch import Silent, Stopwatch, Watch
+from transplant_ray.pipeline.watch import Stopwatch, Watch
 from transplant_ray.recipe import (
     CompareRecipe,
     CorpusSpec,
@@ -50,7 +52,7 @@ from transplant_ray.recipe import (
     WorkerSpec,
 )
 from transplant_ray.report.comparison import write_comparison
-from transplant_ray.storage import RunFolder
+from transplant_ray.storage import RunFolder, Shelf
 from transplant_ray.tracking.comparison import ComparisonTracker, summary_numbers, tracked_comparison
 from transplant_ray.versions import environment
 
@@ -134,16 +136,20 @@ def compare(recipe: CompareRecipe, watch: Watch | None = None) -> Compared:
     refuse_vanishing_paths(recipe)
     checkpoints = {name: open_recipient(recipe, name) for name in recipe.named_models}
     plan(recipe, checkpoints)
-    folder, stopwatch = RunFolder.of(recipe.storage, recipe.name), Stopwatch(watch or Silent())
+    folder = RunFolder.of(recipe.storage, recipe.name)
+    stopwatch, journal = watched(recipe, watch)
     with (
         terminable(),
         _claimed(folder, recipe),
         tracked_comparison(recipe, stopwatch.watch.note) as tracker,
-        connect(resources_of(recipe.resources)),
+        connect(resources_of(recipe.resources)) as capacity,
+        journal.kept(folder, "organ compare", stopwatch.watch.hear),
         plain_errors(),
         terminable(),
-        tutors(recipe.resources, _most_at_once(recipe), stopwatch.watch.note) as gathered,
+        tutors(recipe.resources, _most_at_once(recipe), stopwatch.watch.note, stopwatch.watch.hear) as gathered,
     ):
+        with stopwatch.stage("preflight"):
+            preflight(_needs(recipe, checkpoints, folder), capacity.resources, stopwatch.watch.note)
         run = Run(recipe, folder, stopwatch, tracker, gathered)
         benches = [_bench(run, name, checkpoint) for name, checkpoint in checkpoints.items()]
         before = _carry_out(run, BEFORE, [_lesson(run, bench, BEFORE, BEFORE) for bench in benches])
@@ -152,6 +158,7 @@ def compare(recipe: CompareRecipe, watch: Watch | None = None) -> Compared:
         tuned = _carry_out(run, "tune", list(_tuning(run, benches)))
         confirmed = _carry_out(run, "confirm", list(_confirming(run, benches, tuned)))
         compared = _record(run, benches, before, tuned, confirmed)
+        journal.exit = int(bool(compared.failed or tracker.refused)) if confirmed else 2
     if not confirmed:
         raise NumericsError(
             f"no method has a learning rate that does not diverge: {tuned[0].error} What was tried is in {folder.path}; give "
@@ -195,6 +202,17 @@ def open_recipient(recipe: CompareRecipe, name: str) -> Checkpoint:
     spec = recipe.named_models[name]
     checkpoint = open_checkpoint(spec.model, spec.revision)
     return checkpoint if checkpoint.folder is None else replace(checkpoint, folder=checkpoint.folder.resolve())
+
+
+def _needs(recipe: CompareRecipe, checkpoints: Mapping[str, Checkpoint], folder: RunFolder) -> Needs:
+    """The run folder above all: packed texts, organs and checkpoints of trainings lie there, for a tutor on whichever node."""
+    keys = {name: f"models.{name}" if recipe.models else name for name in checkpoints}
+    return make_needs(
+        {keys[name]: checkpoint for name, checkpoint in checkpoints.items()},
+        Shelf(str(folder.path.absolute())),
+        recipe.tracking,
+        libraries=() if recipe.methods.lora is None else ("peft",),
+    )
 
 
 def sentences(findings: Findings) -> list[str]:
@@ -365,7 +383,7 @@ def _lesson(run: Run, bench: Bench, method: str, stage: str, lr: float | None = 
         spec=spec,
         text=bench.text,
         measured=bench.measured,
-        folder=run.lessons / key[:24],
+        folder=run.lessons / name_of(key),
         keep=run.recipe.keep and stage == "confirm",
     )
 
@@ -408,7 +426,8 @@ class _Told:
         if ahead > 0:  # after a death steps come again
             steps[lesson.key] = point.step
             watch.advance(ahead)
-            watch.hear(StepsDone(point.step, ahead * lesson.spec.batch * lesson.spec.context, point.loss, point.held_out))
+            tokens = ahead * lesson.spec.batch * lesson.spec.context
+            watch.hear(StepsDone(point.step, tokens, point.loss, point.held_out, lesson.name))
 
     def learnt(self, learnt: Learnt) -> None:
         if learnt.error is not None:
@@ -457,7 +476,7 @@ def _link(run: Run, confirmed: Sequence[Learnt]) -> dict[str, str]:
     folder, found = writable_folder(run.folder.path / SHIPPED), {}
     for learnt in confirmed:
         if learnt.error is None:
-            place = Path("lessons", learnt.key[:24], SHIPPED)
+            place = Path("lessons", learnt.name, SHIPPED)
             (folder / f"{learnt.model}-{learnt.method}-{learnt.seed}").symlink_to(Path("..", place))
             found[f"{learnt.model}-{learnt.method}-{learnt.seed}"] = str(place)
     return found

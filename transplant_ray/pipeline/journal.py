@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from transplant_ray.distributed.facts import Fact, StageEnds, SweepBegins, SweepEnds, VariantsPlanned
+from transplant_ray.distributed.meters import Meters
 from transplant_ray.errors import RunError, Terminated, TransplantError
-from transplant_ray.recipe import Recipe, redact
+from transplant_ray.pipeline.watch import Silent, Stopwatch, Watch, Watches
+from transplant_ray.recipe import AnyRecipe, redact
 from transplant_ray.storage import RunFolder
 
 LOGGER = logging.getLogger("transplant_ray")
@@ -51,7 +53,7 @@ class QuietFile(logging.FileHandler):
 class Journal:
     """Makes a record of every fact. What happens before the run folder is the recipe's own waits until it is."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: AnyRecipe) -> None:
         started = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
         self.ids = {"run": recipe.name, "recipe": recipe.identity(), "attempt": f"{started}-{secrets.token_hex(2)}"}
         self.labels: Mapping[str, str] = {}
@@ -113,6 +115,12 @@ class Journal:
         if "trial" not in facts and (label := self.labels.get(facts.get("variant", ""))) is not None:
             facts = {"label": label, **facts}
         return {**self.ids, **{name: _plain(value) for name, value in facts.items() if value not in (None, "")}}
+
+
+def watched(recipe: AnyRecipe, watch: Watch | None) -> tuple[Stopwatch, Journal]:
+    """A stopwatch whose facts the log and Ray's metrics hear beside the watch."""
+    journal = Journal(recipe)
+    return Stopwatch(Watches(watch or Silent(), (journal, Meters(recipe.name)))), journal
 
 
 @contextmanager

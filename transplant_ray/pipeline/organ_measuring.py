@@ -8,8 +8,9 @@ from dataclasses import replace
 
 from transplant_ray.distributed.actors import Workload
 from transplant_ray.distributed.cluster import Capacity, connect
-from transplant_ray.distributed.facts import VariantFailed, of_shard
+from transplant_ray.distributed.facts import EvaluatorDied, VariantDone, VariantFailed, VariantRecalled, of_shard
 from transplant_ray.distributed.organ_trials import TrialDone, Trials, run_organ_trials
+from transplant_ray.distributed.preflight import make_needs, preflight
 from transplant_ray.distributed.probing import Asked
 from transplant_ray.evaluate.answers import Answers, VariantShard
 from transplant_ray.evaluate.example import Split
@@ -60,7 +61,8 @@ class Measuring:
             if unknown := self._recall(self.weights, id, id, self._asked(split)):
                 waiting[id] = unknown
             else:
-                self.stopwatch.watch.advance(1)
+                self.stopwatch.watch.hear(VariantRecalled(id, split))
+                self._is_done(id, split)
         if not waiting:
             return
         job = Trials({id: distinct[id] for id in waiting}, waiting, self.workload)
@@ -105,6 +107,8 @@ class Measuring:
         return left
 
     def _take(self, done: TrialDone, split: Split) -> None:
+        for _ in range(done.deaths):
+            self.stopwatch.watch.hear(EvaluatorDied("", (done.id,)))  # Tune does not say which
         if done.deaths and done.error is None:
             self.stopwatch.watch.note("a process died under a trial and was started again")
         self.processes |= set() if done.process is None else {done.process}
@@ -116,6 +120,11 @@ class Measuring:
             self.stopwatch.watch.hear(VariantFailed(done.id, done.error))
         if self.ledger is not None:
             self.ledger.write()  # a trial takes long, and whoever kills us now should not lose it
+        self._is_done(done.id, split)
+
+    def _is_done(self, id: str, split: Split) -> None:
+        if split == "select":  # what is asked on test was counted there
+            self.stopwatch.watch.hear(VariantDone(id))
         self.stopwatch.watch.advance(1)
 
     def _keep(self, weights: str, task: str, split: Split, shard: VariantShard) -> None:
@@ -140,7 +149,25 @@ class Measuring:
         if self._capacity is None:
             self._capacity = self._cluster.enter_context(connect(self.job.recipe.resources))
             self._cluster.enter_context(terminable())  # Ray has taken the signal for itself
+            self._check_nodes(self._capacity)
         return self._capacity
+
+    def _check_nodes(self, capacity: Capacity) -> None:
+        """Every node that may be given a trial shows that it can do it: before a process has loaded anything."""
+        job = self.job
+        untrained = {str(trial.organ): trial.insertion.placements[0].organ for trial in job.grid.of("untrained")}
+        needs = make_needs(
+            {"recipient": job.recipient},
+            job.folder.ledger,
+            job.recipe.tracking,
+            scorers=(task.rules.scorer for task in job.asked.values()),
+            organs={
+                **{f"organs.{name}": organ for name, organ in job.organs.items()},
+                **{f"controls.untrained of {name}": organ for name, organ in untrained.items()},
+            },
+        )
+        with self.stopwatch.stage("preflight"):
+            preflight(needs, capacity.resources, self.stopwatch.watch.note)
 
 
 @contextmanager

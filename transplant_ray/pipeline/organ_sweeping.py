@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
 
 from transplant_ray.distributed.cluster import plain_errors, refuse_vanishing_paths
+from transplant_ray.distributed.facts import Exported, Fact, VariantsPlanned, Winner
 from transplant_ray.errors import NumericsError
 from transplant_ray.evaluate.example import Split
 from transplant_ray.evaluate.organ_choice import Choice, Comparison, choose_trial, compare_blocks, judge
@@ -15,9 +17,11 @@ from transplant_ray.models.checkpoint import open_checkpoint
 from transplant_ray.organ.grid import Grid, Trial
 from transplant_ray.organ.insert import write_insertion
 from transplant_ray.pipeline.ending import terminable
-from transplant_ray.pipeline.organ_grid import SIDES, prepared
+from transplant_ray.pipeline.journal import Journal, watched
+from transplant_ray.pipeline.organ_grid import SIDES, OrganJob, prepared
 from transplant_ray.pipeline.organ_measuring import EXPORTED, Measuring, measuring
 from transplant_ray.pipeline.organ_recording import Agreement, Confirmed, OrganSweepResult, record
+from transplant_ray.pipeline.pace import MODELS
 from transplant_ray.pipeline.watch import Silent, Stopwatch, Watch
 from transplant_ray.recipe import DOMAIN, GENERAL, OrganRecipe
 from transplant_ray.tracking.tracker import tracked
@@ -29,21 +33,31 @@ def sweep_organs(recipe: OrganRecipe, watch: Watch | None = None) -> OrganSweepR
     Raises before anything is started where the recipe cannot work; a trial that fails is a row. Nothing is measured twice.
     """
     refuse_vanishing_paths(recipe)
-    stopwatch = Stopwatch(watch or Silent())
+    stopwatch, journal = watched(recipe, watch)
     with (
         terminable(),
         prepared(recipe, stopwatch) as job,
         tracked(recipe, stopwatch.watch.note) as tracker,
+        _claimed(job, journal, stopwatch.watch.hear),
         plain_errors(),
         measuring(job, stopwatch) as measured,
     ):
-        job.folder.claim(recipe.identity(), recipe.to_yaml())
-        with stopwatch.stage("measure on select", job.grid.num_models, "models"):
+        with stopwatch.stage("measure on select", job.grid.num_models, MODELS):
             measured.measure(job.grid.trials, "select")
         choice = _choose(measured)
         confirmed = None if choice.winner is None else _confirm(measured, job.grid.trial(choice.winner))
         result = record(measured, choice, confirmed, tracker)
+        journal.exit = int(bool(result.failed or tracker.refused))
     return replace(result, refused=tracker.refused)
+
+
+@contextmanager
+def _claimed(job: OrganJob, journal: Journal, tell: Callable[[Fact], None]) -> Iterator[None]:
+    """The run folder is this recipe's; the log in it is kept for the block."""
+    job.folder.claim(job.recipe.identity(), job.recipe.to_yaml())
+    with journal.kept(job.folder, "organ sweep", tell):
+        tell(VariantsPlanned({trial.id: trial.label for trial in reversed(job.grid.trials)}))  # the first of equal ones names them
+        yield
 
 
 def plan_organs(recipe: OrganRecipe, watch: Watch | None = None) -> tuple[Grid, Mapping[str, Mapping[Split, int]]]:
@@ -59,12 +73,16 @@ def _choose(measured: Measuring) -> Choice:
     if (error := measured.errors.get((grid.recipient.id, "select"))) is not None:
         raise NumericsError(f"{measured.job.recipient.model}: the recipient itself could not be measured: {error}")
     losses = {text: _losses(measured, text) for text in (DOMAIN, GENERAL)}
-    return choose_trial(
+    choice = choose_trial(
         {trial.label: losses[DOMAIN][trial.id] for trial in grid.of("trial") if trial.id in losses[DOMAIN]},
         {trial.label: losses[GENERAL][trial.id] for trial in grid.of("trial") if trial.id in losses[GENERAL]},
         losses[GENERAL][grid.recipient.id],
         measured.job.recipe.sweep.most_lost,
     )
+    if choice.winner is not None:
+        winner = grid.trial(choice.winner)
+        measured.stopwatch.watch.hear(Winner(winner.label, winner.id, -losses[DOMAIN][winner.id]))
+    return choice
 
 
 def _losses(measured: Measuring, text: str) -> dict[str, float]:
@@ -82,12 +100,13 @@ def _confirm(measured: Measuring, winner: Trial) -> Confirmed:
     job, stopwatch = measured.job, measured.stopwatch
     with stopwatch.stage("export"):
         write_insertion(winner.insertion, job.folder.checkpoint, replace_old=True)
+    stopwatch.watch.hear(Exported(winner.id, str(job.folder.checkpoint)))
     exported = open_checkpoint(str(job.folder.checkpoint), accept=job.recipe.accept)
     untrained = job.grid.untrained(winner)
     beside = [job.grid.recipient, *([] if untrained is None else [untrained])]
     ids = {name: [example.id for example in task.examples["test"]] for name, task in job.asked.items()}
     opened = job.folder.open_tests(ids, job.recipe.identity())
-    with stopwatch.stage("confirm on test", len(beside) + 1, "models"):
+    with stopwatch.stage("confirm on test", len(beside) + 1, MODELS):
         measured.measure_exported(exported, SIDES)
         stopwatch.watch.advance(1)
         measured.measure(beside, "test")

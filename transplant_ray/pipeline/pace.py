@@ -14,9 +14,12 @@ from transplant_ray.distributed.facts import (
     StageEnds,
     StepsDone,
     VariantDone,
+    VariantRecalled,
     VariantsAsked,
 )
 
+MODELS = "models"
+"""Unit of the stages of an organ sweep, whose progress is no number of examples."""
 WINDOW_SECONDS = 60
 """Tokens a second are those of the last minute."""
 
@@ -43,7 +46,9 @@ class Pace:
     def hear(self, fact: Fact) -> None:
         match fact:
             case ShardRecalled():
-                self.recalled += fact.examples
+                self.recalled += fact.examples if self.unit != MODELS else 0
+            case VariantRecalled():
+                self.recalled += self.unit == MODELS
             case ShardDone() if fact.evaluator:  # a model that answers by itself tells all of it at once
                 self._count(fact.tokens)
             case StepsDone():

@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 from transplant_ray.distributed.actors import Workload
 from transplant_ray.distributed.cluster import Capacity, refuse_vanishing_paths
 from transplant_ray.distributed.facts import Fact, VariantFailed, of_shard
-from transplant_ray.distributed.meters import Meters
-from transplant_ray.distributed.preflight import COMPARED, Needs, preflight
+from transplant_ray.distributed.preflight import make_needs, preflight
 from transplant_ray.distributed.probing import Asked
 from transplant_ray.evaluate.answers import Answers, VariantShard
 from transplant_ray.evaluate.example import Split
@@ -24,11 +23,10 @@ from transplant_ray.graft.variant import ORIGIN
 from transplant_ray.models.catalogue import Module
 from transplant_ray.models.fingerprint import fingerprint
 from transplant_ray.pipeline.job import Job, prepare
-from transplant_ray.pipeline.journal import Journal
-from transplant_ray.pipeline.watch import Silent, Stopwatch, Watch, Watches
+from transplant_ray.pipeline.journal import Journal, watched
+from transplant_ray.pipeline.watch import Stopwatch, Watch
 from transplant_ray.recipe import MAIN, Recipe
 from transplant_ray.storage import RunFolder
-from transplant_ray.versions import versions
 
 
 @dataclass(frozen=True)
@@ -136,8 +134,7 @@ class Run:
 def begin(recipe: Recipe, watch: Watch | None) -> Run:
     """Refuse what can be refused before anything starts; nothing is written yet."""
     refuse_vanishing_paths(recipe)
-    journal = Journal(recipe)
-    stopwatch = Stopwatch(Watches(watch or Silent(), (journal, Meters(recipe.name))))
+    stopwatch, journal = watched(recipe, watch)
     with stopwatch.stage("prepare"):
         job = prepare(recipe)
         folder = RunFolder.of(recipe.storage, recipe.name)
@@ -151,13 +148,11 @@ def check_nodes(run: Run, capacity: Capacity) -> None:
     """Every node that may be given work shows that it can do it. ResourceError that names those that cannot, and why."""
     job, recipe = run.job, run.job.recipe
     base = {} if job.base is None else {"base": job.base.source}
-    uri = recipe.tracking.uri
-    needs = Needs(
-        checkpoints={"source": job.comparison.source, "target": job.comparison.target, **base},
-        scorers=tuple(sorted({task.rules.scorer for task in job.tasks.values()})),
-        shelf=run.folder.ledger,
-        tracking=uri if uri.startswith(("http://", "https://")) else None,
-        versions=versions(COMPARED),
+    needs = make_needs(
+        {"source": job.comparison.source, "target": job.comparison.target, **base},
+        run.folder.ledger,
+        recipe.tracking,
+        scorers=(task.rules.scorer for task in job.tasks.values()),
     )
     with run.stopwatch.stage("preflight"):
         preflight(needs, capacity.resources, run.stopwatch.watch.note)

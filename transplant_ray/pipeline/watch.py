@@ -69,7 +69,8 @@ class Watches:
         self.hear(Note(text))
 
     def hear(self, fact: Fact) -> None:
-        for listener in (self.pace, self.watch, *self.listeners):
+        everybody: tuple[Listener, ...] = (self.pace, self.watch, *self.listeners)
+        for listener in everybody:
             listener.hear(fact)
 
 

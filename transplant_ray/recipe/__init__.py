@@ -4,7 +4,9 @@ from transplant_ray.recipe.compare import CompareRecipe, InPlaceMethod, LoraMeth
 from transplant_ray.recipe.corpus import CorpusSpec, MeasuredSpec
 from transplant_ray.recipe.demo import DemoFamily, DemoSpec
 from transplant_ray.recipe.file import (
+    AnyRecipe,
     carry_recipe,
+    load_any_recipe,
     load_compare_recipe,
     load_organ_recipe,
     load_recipe,
@@ -54,6 +56,7 @@ __all__ = [
     "SEARCHES",
     "SPARSE_MERGES",
     "Acceptance",
+    "AnyRecipe",
     "BudgetSpec",
     "CompareRecipe",
     "ControlSpec",
@@ -95,6 +98,7 @@ __all__ = [
     "TrainingSpec",
     "WorkerSpec",
     "carry_recipe",
+    "load_any_recipe",
     "load_compare_recipe",
     "load_organ_recipe",
     "load_recipe",

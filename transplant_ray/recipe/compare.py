@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from transplant_ray.recipe.corpus import MeasuredSpec
 from transplant_ray.recipe.part import NAME, Part, grid_axis
 from transplant_ray.recipe.training import BudgetSpec, TrainingSpec
-from transplant_ray.recipe.whole import ModelSpec, TrackingSpec, redact
+from transplant_ray.recipe.whole import ModelSpec, TrackingSpec, content_hash, redact
 
 ONE_MODEL = "model"
 """What the model is called where there is only one."""
@@ -203,8 +201,7 @@ class CompareRecipe(Part):
 
     def identity(self) -> str:
         """Content hash of all that can change a result."""
-        content = self.model_dump(mode="json", exclude={"tracking", "storage", "resources", "keep"})
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return content_hash(self.model_dump(mode="json", exclude={"tracking", "storage", "resources", "keep"}))
 
     def to_yaml(self) -> str:
         """For the record: addresses come without the user and password in them."""

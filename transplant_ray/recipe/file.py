@@ -29,11 +29,14 @@ from transplant_ray.recipe.part import Part
 from transplant_ray.recipe.training import TrainingSpec
 from transplant_ray.recipe.whole import Recipe
 
+AnyRecipe = Recipe | OrganRecipe | CompareRecipe
 Place = Callable[[str, Path, str], str]
 """The text of an input, what a relative path starts from, and the key: where the input is."""
 Carry = Callable[[str, Path], str]
 """The key of an input and its path here: its name elsewhere."""
 P = TypeVar("P", bound=Part)
+TEXT = "text"
+"""The key under which `Place` and `Carry` are told of `data` that are read as they come: folders and patterns too."""
 LONGEST = 1_000_000
 """Characters of a recipe, what its aliases stand for written out."""
 LONGEST_SHOWN = 200
@@ -70,6 +73,13 @@ def make_organ_recipe(settings: dict[str, Any], overrides: Sequence[str] = ()) -
 def load_compare_recipe(path: str | Path, overrides: Sequence[str] = ()) -> CompareRecipe:
     """Read the recipe of a comparison and apply overrides, as `load_recipe` does."""
     return _validated(CompareRecipe, _settings(Path(path), overrides, _absolute), where=str(path))
+
+
+def load_any_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
+    """The same for a recipe of whichever kind: the one that knows most of its keys."""
+    settings = _settings(Path(path), overrides, _absolute)
+    kinds: tuple[type[AnyRecipe], ...] = (Recipe, OrganRecipe, CompareRecipe)
+    return _validated(max(kinds, key=lambda kind: len(kind.model_fields.keys() & settings.keys())), settings, str(path))
 
 
 def carry_recipe(path: str | Path, overrides: Sequence[str], carry: Carry) -> dict[str, Any]:
@@ -208,6 +218,8 @@ def _place_inputs(mapping: dict[str, Any], base: Path, place: Place) -> None:
     for section in _sections(mapping):
         for key in ("model", "data", "lm_eval"):
             section.update({key: _placed(section[key], base, key, place)} if key in section else {})
+    for corpus in (_mapping(mapping.get(name)) for name in ("training", "domain", "general")):
+        corpus.update({"data": _placed(corpus["data"], base, TEXT, place)} if "data" in corpus else {})
     organs = _mapping(mapping.get("organs"))
     for name, folder in organs.items():
         organs[name] = place(folder, base, "organ") if isinstance(folder, str) else folder
@@ -221,11 +233,11 @@ def _placed(value: Any, base: Path, key: str, place: Place) -> Any:
 
 
 def _sections(mapping: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The parts of a recipe that name a model or data."""
+    """The parts of a recipe that name a model, or the data of a task."""
     guards = _mapping(mapping.get("guards"))
     named = (*_mapping(guards.get("tasks")).values(), *_mapping(mapping.get("tasks")).values())
     tasks = [_mapping(task) for task in (mapping.get("task"), *named)]
-    parts = [mapping.get(name) for name in ("source", "target", "base", "recipient", "model", "training", "domain", "general")]
+    parts = [mapping.get(name) for name in ("source", "target", "base", "recipient", "model")]
     parts += _mapping(mapping.get("models")).values()
     yield from map(_mapping, (*parts, guards.get("text"), *tasks, *(task.get("shots") for task in tasks)))
 
@@ -238,7 +250,7 @@ def _absolute(text: str, base: Path, key: str) -> str:
     """The absolute path of an input; what is not a path (a hub id, `zoo:`) stays."""
     if text.startswith((zoo.PREFIX, HUB)):
         return text
-    is_file = key in ("data", "organ") or text.endswith((".yaml", ".yml"))
+    is_file = key in ("data", "organ", TEXT) or text.endswith((".yaml", ".yml"))
     try:
         path = base / Path(text).expanduser()
         return str(path) if is_file or text.startswith((".", "/", "~")) or path.exists() else text

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -11,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from transplant_ray.recipe.corpus import MeasuredSpec
 from transplant_ray.recipe.guards import GuardTask
 from transplant_ray.recipe.part import NAME, Part, distinct, grid_axis
-from transplant_ray.recipe.whole import Acceptance, ModelSpec, ResourceSpec, TrackingSpec, record_yaml
+from transplant_ray.recipe.whole import Acceptance, ModelSpec, ResourceSpec, TrackingSpec, content_hash, record_yaml
 
 DOMAIN, GENERAL = "domain", "general"
 """The two texts, among tasks that have names: what an organ is for, and what it should not cost."""
@@ -115,7 +113,7 @@ class OrganRecipe(Part):
         """Content hash of all that can change a result: where and how fast it runs, and who is told, cannot."""
         content = self.model_dump(mode="json", exclude={"tracking", "storage", "resources", "ledger"})
         content["numerics"] = [self.resources.dtype, self.resources.batch_size]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return content_hash(content)
 
     def to_yaml(self) -> str:
         """For the record: addresses come without the user and password in them."""

@@ -173,18 +173,20 @@ class Recipe(Part):
         return self
 
     def identity(self) -> str:
-        """Content hash of all that can change a result: where and how fast it runs, and who is told, cannot.
-
-        An input that travelled with the recipe counts by its content, not by where Ray unpacked it: that changes with every head.
-        """
+        """Content hash of all that can change a result: where and how fast it runs, and who is told, cannot."""
         content = self.model_dump(mode="json", exclude={"tracking", "storage", "resources", "ledger"})
         content["numerics"] = [self.resources.dtype, self.resources.batch_size, self.resources.shard_size]
-        text = _BEFORE_CARRIED.sub(r'"\1', json.dumps(content, sort_keys=True))
-        return hashlib.sha256(text.encode()).hexdigest()
+        return content_hash(content)
 
     def to_yaml(self) -> str:
         """For the record: addresses come without the user and password in them."""
         return record_yaml(self)
+
+
+def content_hash(content: dict[str, Any]) -> str:
+    """An input that travelled with a recipe counts by its content, not by where Ray unpacked it: that changes with every head."""
+    text = _BEFORE_CARRIED.sub(r'"\1', json.dumps(content, sort_keys=True))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def record_yaml(recipe: Part) -> str:

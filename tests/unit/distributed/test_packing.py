@@ -13,8 +13,10 @@ import yaml
 
 from transplant_ray.distributed import packing
 from transplant_ray.distributed.packing import (
+    COMMANDS,
     Pack,
     check_id,
+    command_for,
     entrypoint,
     environment,
     metadata,
@@ -22,8 +24,9 @@ from transplant_ray.distributed.packing import (
     read_environment,
     read_resources,
 )
-from transplant_ray.errors import CheckpointError, DataError, JobError, RecipeError, TransplantError
-from transplant_ray.recipe import load_recipe
+from transplant_ray.errors import CheckpointError, DataError, JobError, OrganError, RecipeError, TransplantError
+from transplant_ray.organ.text import stream_passages
+from transplant_ray.recipe import CompareRecipe, OrganRecipe, Recipe, load_any_recipe, load_recipe
 
 SETTINGS: dict[str, Any] = {
     "name": "tiny",
@@ -33,6 +36,22 @@ SETTINGS: dict[str, Any] = {
     "sweep": {"k": [1], "kind": ["all"]},
     "storage": "/shared/runs",
     "tracking": {"uri": "http://mlflow:5000"},
+}
+COMMON: dict[str, Any] = {"name": "tiny", "storage": "/shared/runs", "tracking": {"uri": "http://mlflow:5000"}}
+ORGANS: dict[str, Any] = {
+    **COMMON,
+    "recipient": {"model": "./mine"},
+    "organs": {"a": "organs/a", "b": "/shared/organs/b"},
+    "domain": {"data": ["rows.jsonl", "hub:some/text"], "text": "{p}", "share": [0, 0.2]},
+    "general": {"data": "docs/**/*.md"},
+}
+COMPARE: dict[str, Any] = {
+    **COMMON,
+    "models": {"one": {"model": "./mine"}, "other": {"model": "org/model"}},
+    "training": {"data": "rows.jsonl", "text": "{p}", "share": [0.2, 1], "context": 8, "steps": 1},
+    "methods": ["organ", "full"],
+    "domain": {"data": "./rows.jsonl", "text": "{p}", "share": [0, 0.2]},
+    "general": {"data": ["docs"]},
 }
 
 
@@ -47,6 +66,19 @@ def home(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def bench(home: Path) -> Path:
+    """Where a person has a model, an organ and texts too."""
+    model(home / "mine")
+    (home / "organs" / "a").mkdir(parents=True)
+    for name in ("organ.json", "organ.safetensors", "README.md"):
+        (home / "organs" / "a" / name).write_text(name)
+    for name in ("b.md", "a/z.md", "a/y.txt"):
+        (home / "docs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / "docs" / name).write_text(f"what {name} says")
+    return home
+
+
+@pytest.fixture
 def luggage(tmp_path: Path) -> Path:
     folder = tmp_path / "luggage"
     folder.mkdir()
@@ -56,6 +88,18 @@ def luggage(tmp_path: Path) -> Path:
 def recipe(home: Path, **changes: Any) -> Path:
     path = home / "recipe.yaml"
     path.write_text(yaml.safe_dump({**SETTINGS, **changes}))
+    return path
+
+
+def organs(home: Path, **changes: Any) -> Path:
+    path = home / "organs.yaml"
+    path.write_text(yaml.safe_dump({**ORGANS, **changes}))
+    return path
+
+
+def comparison(home: Path, **changes: Any) -> Path:
+    path = home / "compare.yaml"
+    path.write_text(yaml.safe_dump({**COMPARE, **changes}))
     return path
 
 
@@ -125,6 +169,87 @@ def test_a_path_in_somebodys_home_is_looked_up_on_the_cluster(home: Path, luggag
     assert "~/runs" in packed.text
 
 
+MODEL = {"config.json", "model.safetensors"}
+
+
+def test_of_an_organ_sweep_recipient_organs_and_texts_travel(bench: Path, luggage: Path) -> None:
+    packed = pack(organs(bench), [], luggage)
+    assert isinstance(packed.recipe, OrganRecipe)
+    assert carried(packed).keys() == MODEL | {"organ.json", "organ.safetensors", "README.md", "rows.jsonl", "b.md", "z.md"}
+    assert (Path(packed.recipe.organs["a"]) / "organ.json").read_text() == "organ.json"
+    assert packed.recipe.organs["b"] == "/shared/organs/b"
+    assert packed.recipe.domain.data[1] == load_any_recipe(organs(bench)).domain.data[1]  # type: ignore[union-attr]
+    assert str(bench) not in packed.text
+
+
+def test_of_a_comparison_models_and_texts_travel_each_file_once(bench: Path, luggage: Path) -> None:
+    packed = pack(comparison(bench), ["tune.lr=[0.001]"], luggage)
+    assert isinstance(packed.recipe, CompareRecipe)
+    assert carried(packed).keys() == MODEL | {"rows.jsonl", "b.md", "z.md", "y.txt"}
+    assert packed.recipe.training.data == packed.recipe.domain.data
+    assert (packed.recipe.models["other"].model, packed.recipe.tune.lr) == ("org/model", (0.001,))
+    assert str(bench) not in packed.text
+
+
+@pytest.mark.parametrize("data", ["docs", "docs/*", "docs/**/*.md", "docs/b.md", ["docs/a/*.txt", "docs"]])
+def test_a_text_that_travelled_is_read_as_it_was(bench: Path, luggage: Path, data: str | list[str]) -> None:
+    recipe = organs(bench, general={"data": data})
+    here, there = load_any_recipe(recipe), pack(recipe, [], luggage).recipe
+    assert isinstance(here, OrganRecipe)
+    assert isinstance(there, OrganRecipe)
+    assert list(stream_passages(there.general)) == list(stream_passages(here.general)) != []
+
+
+def test_organ_recipes_count_what_travelled_by_its_content(bench: Path, tmp_path: Path) -> None:
+    for write in (organs, comparison):
+        found = []
+        for number in range(3):
+            (bench / "docs" / "b.md").write_text(f"what it says {number // 2}")
+            (tmp_path / f"{write.__name__}-{number}").mkdir()
+            found.append(pack(write(bench), [], tmp_path / f"{write.__name__}-{number}").recipe.identity())
+        assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"organs": {"a": "docs"}}, OrganError, "docs: no such organ. Expected a folder with organ.json"),
+        ({"general": {"data": "none/*.md"}}, DataError, "none/.*: no such file, folder or pattern"),
+        ({"general": {"data": "mine"}}, DataError, r"config.json: does not travel with a job; .*absolute path"),
+        ({"general": {"data": "mine/.cache/*"}}, DataError, "token: does not travel"),
+        ({"general": {"data": ".hidden.txt"}}, DataError, "hidden.txt: does not travel"),
+        ({"storage": "runs"}, RecipeError, "e.g. storage=/shared/runs"),
+        ({"tracking": {"uri": "sqlite:///m.db"}}, RecipeError, "e.g. tracking.uri=sqlite:////shared/m.db"),
+        ({"sweep": {"k": [1]}}, RecipeError, "`sweep.k` is not a key of a recipe"),
+    ],
+)
+def test_what_cannot_be_of_an_organ_recipe_is_refused_here(
+    bench: Path, luggage: Path, changes: dict[str, Any], error: type[TransplantError], words: str
+) -> None:
+    (bench / ".hidden.txt").write_text("hush")
+    with pytest.raises(error, match=words):
+        pack(organs(bench, **changes), [], luggage)
+
+
+def test_a_comparison_that_would_lose_its_results_is_refused_here(bench: Path, luggage: Path) -> None:
+    with pytest.raises(RecipeError, match=r"e\.g\. storage=/shared/runs"):
+        pack(comparison(bench), ["storage=runs"], luggage)
+    assert not list(luggage.iterdir())
+
+
+def test_what_a_job_does_follows_from_the_recipe_and_nothing_else_fits(bench: Path) -> None:
+    kinds = {Recipe: recipe(bench), OrganRecipe: organs(bench), CompareRecipe: comparison(bench)}
+    loaded = {kind: load_any_recipe(path) for kind, path in kinds.items()}
+    assert [command_for(each, None) for each in loaded.values()] == ["sweep", "organ sweep", "organ compare"]
+    for command, kind in COMMANDS.items():
+        assert command_for(loaded[kind], command) == command
+        for other in loaded.keys() - {kind}:
+            with pytest.raises(JobError, match=f"--command '{command}': not what it is for. tiny is a recipe for"):
+                command_for(loaded[other], command)
+    with pytest.raises(JobError, match=r"no such command\. tiny is a recipe for sweep or rank: give that, or no --command"):
+        command_for(loaded[Recipe], "rm")
+
+
 def test_equal_recipes_make_equal_packs_wherever_they_lie(home: Path, tmp_path: Path) -> None:
     """Ray unpacks every head's jobs into another folder; the results of one recipe must stay one recipe's."""
     packs = []
@@ -175,7 +300,7 @@ def test_what_is_too_large_to_travel_is_refused_with_the_way_out(
     home: Path, luggage: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     os.truncate(home / "rows.jsonl", packing.LIMIT + 1)  # sparse: it takes no room
-    with pytest.raises(RecipeError, match=r"`data`: .*rows.jsonl has 100.0 MiB.* 100 MiB may.*absolute path"):
+    with pytest.raises(RecipeError, match=r"rows.jsonl has 100.0 MiB.* 100 MiB may.*absolute path"):
         pack(recipe(home), [], luggage)
     (home / "rows.jsonl").write_text("x" * 600)
     (home / "more.jsonl").write_text("x" * 600)
@@ -212,6 +337,7 @@ def test_no_credential_is_in_the_command_or_the_metadata(home: Path, luggage: Pa
 
 def test_the_command_is_one_that_a_shell_reads_as_it_was_meant() -> None:
     assert entrypoint("sweep") == "python -m transplant_ray.cli sweep recipe.yaml"
+    assert entrypoint("organ compare") == "python -m transplant_ray.cli organ compare recipe.yaml"
     assert shlex.split(entrypoint("rank", "/opt/my env/python; rm"))[0] == "/opt/my env/python; rm"
 
 

@@ -13,8 +13,12 @@ import pytest
 from tiny import tiny_model, tiny_tokenizer
 
 from transplant_ray.distributed import preflight
-from transplant_ray.distributed.preflight import COMPARED, DRIVER, Needs, look
+from transplant_ray.distributed.preflight import COMPARED, DRIVER, Needs, look, make_needs
 from transplant_ray.models.checkpoint import open_checkpoint
+from transplant_ray.organ.extract import extract_organ
+from transplant_ray.organ.folder import open_organ
+from transplant_ray.organ.manifest import WEIGHTS
+from transplant_ray.recipe import TrackingSpec
 from transplant_ray.storage import Shelf
 from transplant_ray.versions import versions
 
@@ -27,7 +31,9 @@ def needs(tmp_path: Path) -> Needs:
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     shelf = Shelf(str(tmp_path / "runs"))
     shelf.write(f"{TOKEN}/{DRIVER}", TOKEN.encode())
-    return Needs({"source": open_checkpoint(str(tmp_path / "model"))}, ("exact", "math"), shelf, None, versions(COMPARED))
+    model = open_checkpoint(str(tmp_path / "model"))
+    organ = open_organ(extract_organ(model, "0", tmp_path / "organ"))
+    return Needs({"source": model}, ("exact", "math"), shelf, None, versions(COMPARED), organs={"organs.a": organ})
 
 
 def test_a_node_like_the_driver_has_no_problem_and_leaves_a_word_in_the_storage(needs: Needs) -> None:
@@ -45,6 +51,23 @@ def give_another_model(needs: Needs) -> Needs:
     return needs
 
 
+def lose_the_organ(needs: Needs) -> Needs:
+    shutil.rmtree(str(needs.organs["organs.a"].checkpoint.folder))
+    return needs
+
+
+def lose_its_weights(needs: Needs) -> Needs:
+    (Path(str(needs.organs["organs.a"].checkpoint.folder)) / WEIGHTS).unlink()
+    return needs
+
+
+def give_another_organ(needs: Needs) -> Needs:
+    organ = needs.organs["organs.a"]
+    shutil.rmtree(str(organ.checkpoint.folder))
+    extract_organ(needs.checkpoints["source"], "1", Path(str(organ.checkpoint.folder)))
+    return needs
+
+
 def share_nothing(needs: Needs) -> Needs:
     return replace(needs, shelf=Shelf(f"{needs.shelf.place}-elsewhere"))
 
@@ -59,6 +82,9 @@ def read_only_leftovers(needs: Needs) -> Needs:
     [
         (lose_the_model, r"CheckpointError: .*model: no such folder"),
         (give_another_model, r"`source` .*other tensors than the driver sees\. Copy it again"),
+        (lose_the_organ, r"OrganError: .*organ.json: not the manifest of an organ"),
+        (lose_its_weights, r"CheckpointError: .*organ.safetensors"),
+        (give_another_organ, r"OrganError: `organs.a` .*organ: another organ than the driver sees\. Copy it again, or share"),
         (share_nothing, r"`storage`: .*runs-elsewhere is not what the driver sees there\. Use a place that all nodes share"),
         (read_only_leftovers, r"`storage`: .*is not what the driver sees there"),
         (lambda needs: replace(needs, versions={"torch": "0.1"}), r"other versions: torch \S+ \(the driver has 0\.1\)\. Install"),
@@ -85,6 +111,13 @@ def test_gpus_that_torch_cannot_use_are_a_problem_and_gpus_that_are_not_there_a_
     seen = look(replace(needs, num_gpus=2))
     assert [text.startswith(problem) for text in seen.problems] == ([True] if problem else [])
     assert [text.startswith(warning) for text in seen.warnings] == ([True] if warning else [])
+
+
+def test_what_every_verb_needs_is_asked_in_one_way(needs: Needs) -> None:
+    for uri, asked in (("http://mlflow:5000", "http://mlflow:5000"), ("sqlite:///mlflow.db", None)):
+        made = make_needs({}, needs.shelf, TrackingSpec(uri=uri), scorers=["math", "loss", "math"], libraries=["peft"])
+        assert (made.tracking, made.scorers, made.organs) == (asked, ("loss", "math"), {})
+        assert made.versions == versions((*COMPARED, "peft"))
 
 
 def test_a_tracking_server_that_a_node_does_not_reach_is_a_warning(needs: Needs) -> None:

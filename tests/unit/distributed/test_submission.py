@@ -317,6 +317,23 @@ def test_what_is_sent_is_what_was_asked_for_and_shows_no_password(recipe: Path) 
     assert not Path(request["runtime_env"]["working_dir"]).exists()  # nothing stays behind here
 
 
+def test_an_organ_recipe_is_sent_with_its_own_command_and_no_other(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("what it says")
+    settings = {
+        "name": "organs", "recipient": {"model": "org/model"}, "organs": {"a": "/shared/organ"}, "storage": "/shared/runs",
+        "domain": {"data": "text.txt"}, "general": {"data": "text.txt"}, "tracking": {"uri": "http://mlflow:5000"},
+    }  # fmt: skip
+    path, head = tmp_path / "recipe.yaml", Head()
+    path.write_text(yaml.safe_dump(settings))
+    send(path, connect=lambda _: at(head))
+    assert head.requests[0]["entrypoint"] == "python -m transplant_ray.cli organ sweep recipe.yaml"
+    assert head.requests[0]["metadata"]["command"] == "organ sweep"
+    for wrong in ("sweep", "organ compare"):
+        with pytest.raises(JobError, match="organs is a recipe for organ sweep"):
+            send(path, command=wrong, connect=lambda _: at(head))
+    assert len(head.requests) == 1
+
+
 def test_two_submissions_of_one_recipe_have_ids_of_their_own(recipe: Path) -> None:
     head = Head()
     assert send(recipe, connect=lambda _: at(head)).id != send(recipe, connect=lambda _: at(head)).id
@@ -335,7 +352,7 @@ def test_nothing_is_sent_of_what_is_wrong(recipe: Path) -> None:
 
     with pytest.raises(RecipeError, match="relative path 'runs'"):
         send(recipe, ["storage=runs"], connect=connect)
-    with pytest.raises(JobError, match="expected sweep or rank"):
+    with pytest.raises(JobError, match="no such command"):
         send(recipe, command="rm", connect=connect)
     with pytest.raises(JobError, match="no submission id"):
         send(recipe, submission_id="../x", connect=connect)

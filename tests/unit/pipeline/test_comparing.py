@@ -18,15 +18,16 @@ from stacks import save_model
 from trainings import sums
 
 from transplant_ray.cli_organ_compare import print_comparison
-from transplant_ray.distributed.cluster import JOB_CONFIG
+from transplant_ray.distributed.cluster import JOB_CONFIG, Capacity
 from transplant_ray.distributed.lessons import OnLearnt, OnPoint
+from transplant_ray.distributed.preflight import Needs
 from transplant_ray.errors import DataError, NumericsError, OrganError, RecipeError, RunError
 from transplant_ray.organ.folder import open_organ
 from transplant_ray.organ.lessons import Learnt, Lesson, carry_out, failed
 from transplant_ray.organ.training import CPU, Point
 from transplant_ray.pipeline import comparing as module
 from transplant_ray.pipeline.comparing import Compared, compare, plan
-from transplant_ray.recipe import CompareRecipe
+from transplant_ray.recipe import CompareRecipe, ModelSpec, ResourceSpec
 
 
 class Trials:
@@ -35,6 +36,7 @@ class Trials:
     def __init__(self) -> None:
         self.done: list[Lesson] = []
         self.told: list[Learnt] = []
+        self.needs: list[Needs] = []
         self.stop: int | None = None
 
     def carry_out(self, lessons: Sequence[Lesson], on_point: OnPoint, on_learnt: OnLearnt) -> dict[str, Learnt]:
@@ -72,7 +74,8 @@ def patched() -> Iterator[Trials]:
         yield trials
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "connect", lambda _: nullcontext())
+        patch.setattr(module, "connect", lambda _: nullcontext(Capacity(ResourceSpec())))
+        patch.setattr(module, "preflight", lambda needs, *_: trials.needs.append(needs))
         patch.setattr(module, "tracked_comparison", tracked)
         patch.setattr(module, "tutors", lambda *_: nullcontext(trials))
         yield trials
@@ -148,6 +151,39 @@ def test_every_method_is_tuned_and_confirmed_and_all_of_it_is_written(done: Done
     assert "\\toprule" in (folder / "comparison.tex").read_text()
     assert open_organ(folder / "shipped" / "model-organ-0").manifest.training is not None
     assert (folder / "shipped" / "model-full-1" / "model.safetensors").is_file()
+
+
+def log(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_the_log_tells_stages_and_steps_of_each_lesson_and_how_it_ended(done: Done) -> None:
+    told = log(done.place / "c")
+    assert (told[-1]["event"], told[-1]["exit"]) == ("sweep ends", 0)
+    assert next(line["verb"] for line in told if line["event"] == "sweep begins") == "organ compare"
+    assert [line["stage"] for line in told if line["event"] == "stage ends"] == list(done.compared.summary["seconds"])
+    steps = {line["lesson"]: line["step"] for line in told if line["event"] == "steps done"}
+    assert steps == {lesson.folder.name: 2 for lesson in done.trials.done if lesson.trained}
+
+
+def test_a_comparison_with_failures_ends_with_the_exit_code_of_the_command(model: Path, text: Path, tmp_path: Path) -> None:
+    compare(recipe(model, text, tmp_path, tune={"lr": [1e-3, 1e30]}, seeds=[0]))
+    assert log(tmp_path / "c")[-1]["exit"] == 1
+    with pytest.raises(NumericsError):
+        compare(recipe(model, text, tmp_path, name="d", tune={"lr": [1e30]}))
+    assert log(tmp_path / "d")[-1]["exit"] == 2
+
+
+def test_every_node_must_see_the_models_and_the_run_folder_and_have_what_the_methods_need(
+    model: Path, text: Path, tmp_path: Path, trials: Trials
+) -> None:
+    compare(recipe(model, text, tmp_path, methods={"full": {}}, seeds=[0]))
+    alone = recipe(model, text, tmp_path, name="d", methods={"lora": {}}, seeds=[0])
+    compare(alone.model_copy(update={"model": None, "models": {"one": ModelSpec(model=str(model))}}))
+    first, second = trials.needs
+    assert (list(first.checkpoints), list(second.checkpoints)) == (["model"], ["models.one"])
+    assert [Path(needs.shelf.place) for needs in trials.needs] == [tmp_path / "c", tmp_path / "d"]
+    assert second.versions.keys() - first.versions.keys() == {"peft"}
 
 
 def test_once_more_it_trains_nothing_and_a_seed_more_is_trained_alone(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ from pages import Page
 from stacks import contents, load, save_model, trained_copy
 from trainings import sums
 
-from transplant_ray.distributed.cluster import JOB_CONFIG
+from transplant_ray.distributed.cluster import JOB_CONFIG, Capacity
 from transplant_ray.distributed.organ_trials import TrialDone, Trials, answer_trial
+from transplant_ray.distributed.preflight import Needs, look
 from transplant_ray.distributed.probing import Asked, Said
 from transplant_ray.errors import DataError, IncompatibleModels, NumericsError, OrganError, RecipeError, RunError
 from transplant_ray.evaluate.answers import VariantShard
@@ -48,6 +51,7 @@ class Cluster:
         self.measured: list[str] = []
         self.loaded: list[str] = []
         self.fails: set[str] = set()
+        self.needs: list[Needs] = []
 
     def run(self, job: Trials, _: object) -> Iterator[TrialDone]:
         resident = Resident(torch.float32)
@@ -92,7 +96,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     def nothing(*_: object) -> Iterator[Any]:
         yield Tracker()
 
-    monkeypatch.setattr(module, "connect", nothing)
+    monkeypatch.setattr(module, "connect", lambda resources: nullcontext(Capacity(resources)))
+    monkeypatch.setattr(module, "preflight", lambda needs, *_: cluster.needs.append(needs))
     monkeypatch.setattr(module, "run_organ_trials", cluster.run)
     monkeypatch.setattr(module, "answer_made", cluster.answer)
     monkeypatch.setattr(organ_sweeping, "tracked", nothing)
@@ -137,7 +142,8 @@ def swept(made: Path, tmp_path_factory: pytest.TempPathFactory) -> OrganSweepRes
         def nothing(*_: object) -> Iterator[Any]:
             yield Tracker()
 
-        patch.setattr(module, "connect", nothing)
+        patch.setattr(module, "connect", lambda resources: nullcontext(Capacity(resources)))
+        patch.setattr(module, "preflight", lambda *_: None)
         patch.setattr(module, "run_organ_trials", calm.run)
         patch.setattr(module, "answer_made", calm.answer)
         patch.setattr(organ_sweeping, "tracked", nothing)
@@ -182,7 +188,7 @@ def test_losses_are_those_of_the_blocks_read_plainly(swept: OrganSweepResult, ma
 
 def test_the_same_again_measures_nothing(swept: OrganSweepResult, made: Path, cluster: Cluster) -> None:
     again = sweep_organs(recipe(made, swept.folder.path.parents[1]))
-    assert (cluster.measured, cluster.loaded) == ([], [])
+    assert (cluster.measured, cluster.loaded, cluster.needs) == ([], [], [])
     assert again.summary["measured"] == 0
     assert again.summary["recalled"] == swept.summary["measured"]
     assert [{**row.__dict__, "seconds": 0} for row in again.results] == [{**row.__dict__, "seconds": 0} for row in swept.results]
@@ -221,6 +227,54 @@ def test_a_trial_whose_process_dies_for_good_is_a_row_and_the_rest_goes_on(made:
     assert len(cluster.measured) <= 3  # and a winner's test half, where it has changed
 
 
+def log(result: OrganSweepResult) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in result.folder.log.read_text().splitlines()]
+
+
+def test_the_log_tells_it_from_the_plan_to_the_end(swept: OrganSweepResult, made: Path) -> None:
+    told = [line for line in log(swept) if line["attempt"] == log(swept)[0]["attempt"]]
+    count = Counter(line["event"] for line in told)
+    assert (told[-1]["event"], told[-1]["exit"]) == ("sweep ends", 0)
+    begins, planned, winner, exported = (
+        next(line for line in told if line["event"] == event)
+        for event in ("sweep begins", "variants planned", "winner", "exported")
+    )
+    assert (begins["verb"], begins["run"], begins["recipe"]) == (
+        "organ sweep", "tiny", recipe(made, swept.folder.path).identity(),
+    )  # fmt: skip
+    assert planned["variants"] == count["variant done"] == len({row.variant for row in swept.results if row.split == "select"})
+    assert swept.winner is not None
+    assert winner["trial"] == swept.winner.label
+    assert winner["score"] == pytest.approx(-(swept.winner.domain_loss or 0))
+    assert exported["checkpoint"] == str(swept.folder.checkpoint)
+    outcomes = sum(len(pq.read_table(path)) for path in (swept.folder.path / "outcomes").iterdir())
+    assert sum(line["examples"] for line in told if line["event"] == "shard done") == outcomes
+    assert {line["label"] for line in told if line["event"] == "shard done" and line["variant"] != "exported"} == {
+        row.label for row in swept.results if row.split == "select"
+    }
+    stages = [line["stage"] for line in told if line["event"] == "stage ends"]
+    assert stages[-4:] == ["export", "confirm on test", "record", "send to MLflow"]
+    assert {"prepare", "preflight", "measure on select"} < set(stages)
+
+
+def test_deaths_failures_and_what_was_known_are_in_the_log(made: Path, tmp_path: Path, cluster: Cluster) -> None:
+    cluster.fails = {"a insert 1"}
+    first = sweep_organs(recipe(made, tmp_path))
+    told = log(first)
+    failed = next(line for line in told if line["event"] == "variant failed")
+    assert {"label": "a insert 1", "level": "WARNING"}.items() <= failed.items()
+    deaths = [line for line in told if line["event"] == "evaluator died"]
+    assert [line["variants"] for line in deaths] == [[failed["variant"]]] * 4
+    assert told[-1]["exit"] == 1
+    cluster.fails = set()
+    again = log(sweep_organs(recipe(made, tmp_path)))[len(told) :]
+    asked = {line["label"] for line in again if line["event"] == "shard done" and line["split"] == "select"} - {"exported"}
+    assert "a insert 1" in asked
+    planned = next(line["variants"] for line in again if line["event"] == "variants planned")
+    assert Counter(line["event"] for line in again)["variant done"] == planned
+    assert again[-1]["exit"] == 0
+
+
 def test_what_costs_too_much_does_not_win(made: Path, tmp_path: Path) -> None:
     result = sweep_organs(recipe(made, tmp_path, sweep={"positions": [1, 4], "most_lost": 0}))
     recipient = result.results[0].general_loss or 0
@@ -229,6 +283,22 @@ def test_what_costs_too_much_does_not_win(made: Path, tmp_path: Path) -> None:
     assert result.winner is None or result.winner.label not in vetoed
     if result.winner is None:
         assert "No winner" in Page.of(report(result.folder.path).read_text()).text
+
+
+def test_every_node_must_see_recipient_organs_and_controls_and_be_able_to_score(
+    made: Path, tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(module, "preflight", lambda needs, *_: (cluster.needs.append(needs), seen.append(look(needs))))
+    sweep_organs(recipe(made, tmp_path))
+    (needs,) = cluster.needs
+    assert list(needs.checkpoints) == ["recipient"]
+    assert list(needs.organs) == ["organs.a", "controls.untrained of a"]
+    assert needs.scorers == ("loss",)
+    assert needs.shelf == RunFolder(tmp_path / "runs" / "tiny").ledger
+    assert seen[0].problems == ()
+    (gone,) = look(needs).problems  # the controls are there for as long as trials may want them
+    assert re.match(r"OrganError: .*/\.tiny\..*organ\.json: not the manifest", gone)
 
 
 def test_a_task_is_asked_beside_and_chooses_nothing(made: Path, tmp_path: Path) -> None:

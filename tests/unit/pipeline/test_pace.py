@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from transplant_ray.distributed.facts import AtWork, Fact, StageEnds, VariantDone, VariantsAsked, of_shard
+from transplant_ray.distributed.facts import AtWork, Fact, StageEnds, VariantDone, VariantRecalled, VariantsAsked, of_shard
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.outcome import Outcome
-from transplant_ray.pipeline.pace import WINDOW_SECONDS, Pace, shown_seconds
+from transplant_ray.pipeline.pace import MODELS, WINDOW_SECONDS, Pace, shown_seconds
 
 
 class Clock:
@@ -47,6 +47,21 @@ def test_what_was_recalled_is_progress_and_no_pace() -> None:
     pace.hear(shard(10, tokens=1))
     pace.advance(10)
     assert (pace.seconds_left, pace.tokens_per_second) == (5.0, 2.0)
+
+
+def test_models_that_were_recalled_are_no_pace_either_whatever_their_examples() -> None:
+    clock = Clock()
+    pace = Pace(clock)
+    pace.begin("measure on select", 10, MODELS)
+    for _ in range(5):
+        pace.hear(shard(80, tokens=50, recalled=True))
+        pace.hear(VariantRecalled("v", "select"))
+        pace.advance(1)
+    assert pace.seconds_left is None
+    clock.now += 20
+    pace.hear(shard(80, tokens=1))
+    pace.advance(1)
+    assert pace.seconds_left == 80
 
 
 def test_tokens_are_those_of_the_last_minute() -> None:
