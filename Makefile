@@ -32,6 +32,7 @@ format: setup
 bench: setup ## speed and memory, as ratios within one run
 	$(BIN)/python tests/bench/bench_main.py
 	$(BIN)/python tests/bench/bench_engine.py
+	$(BIN)/python tests/bench/bench_training.py
 
 scale: setup ## the pool, the driver and Tune beside 32 evaluators that sleep: ten minutes
 	$(BIN)/python tests/bench/bench_scale.py

@@ -1,8 +1,13 @@
 """Speed and memory of the training of organs against a bare loop: `python tests/bench/bench_training.py [--quick]`.
 
+Timed are two things against it. The class `Training` in a bare process, reports of every 10th step and checkpoints of every 50th
+included, but without Ray. And the same in a worker of Ray Train, as `organ train` runs it, timed in the driver: points come by
+the bulletin, and Ray copies the checkpoint of every 200th step (up to 0.2 seconds each, so closer ones would cost more).
+Starting Ray and its worker, and packing the text, are not in it; where Ray is not installed, that row is left out.
+
 The bare loop is a dozen lines of PyTorch on the same model, batch, optimizer and dtype, with its tokens in memory, and no report,
-checkpoint or clock but ours. Both run in processes of their own, in turn; memory is the peak of the whole process (of torch's own
-count on a GPU).
+checkpoint or clock but ours. Each runs in a process of its own, in turn; memory is the peak of the whole process (of torch's own
+count on a GPU), and of the class alone, for Ray's own is no part of a training.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HU
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from itertools import pairwise
 from multiprocessing import get_context
 from statistics import median
@@ -30,12 +36,13 @@ from stacks import Pair, make_pair
 from table import Row, main
 from tiny import tiny_tokenizer
 
+from transplant_ray.organ.learners import OrganLearner
 from transplant_ray.organ.pack import Pack, pack_text, training_cut
 from transplant_ray.organ.progress import save_progress
 from transplant_ray.organ.text import Passage
 from transplant_ray.organ.training import Rank, Training
 from transplant_ray.organ.wrapper import load_wrapper
-from transplant_ray.recipe import TrainingSpec
+from transplant_ray.recipe import TrainingSpec, WorkerSpec
 
 CPU_SHAPE = {"vocab_size": 1024, "hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4, "num_key_value_heads": 2}
 GPU_SHAPE = {
@@ -93,6 +100,25 @@ def bare(pair: Pair, folder: Path, settings: TrainingSpec) -> Measured:
     return (times[-1] - times[1]) / (10 * (len(times) - 2)), peak()
 
 
+def in_a_worker(pair: Pair, folder: Path, settings: TrainingSpec) -> float:
+    """Seconds a step, from the third point on."""
+    import ray
+
+    from transplant_ray.distributed import training as distributed
+
+    distributed.POLL_SECONDS = 0.01  # the clock's precision
+    learner, crew = OrganLearner(pair.recipient, pair.organ), WorkerSpec(cpus=1, gpus=int(device().type == "cuda"))
+    job = distributed.TrainingJob(learner, settings, folder / "pack", folder / "attempts", None, num_threads=1)
+    times = []
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        distributed.run_training(job, crew, lambda point: times.append((time.perf_counter(), point.step)), print)
+    finally:
+        ray.shutdown()
+    (start, first), (end, last) = times[2], times[-1]
+    return (end - start) / (last - first)
+
+
 def peak() -> int:
     if device().type == "cuda":
         return torch.cuda.max_memory_allocated()
@@ -115,14 +141,27 @@ def rows(options: Namespace) -> Iterator[Row]:
         texts = (Passage(f"{number} and {number * number}: " * 20) for number in range(100_000))
         pack_text(texts, tiny_tokenizer(), shape["vocab_size"], training_cut(settings), folder / "pack")
         found = [(alone(ours, pair, folder, settings), alone(bare, pair, folder, settings)) for _ in range(rounds)]
+        sizes = f"3 layers of {shape['hidden_size']}, {settings.batch} × {settings.context} tokens, {settings.dtype}"
+        yield from against_bare(found, f"{sizes}, {steps} steps", settings)
+        if find_spec("ray") is None:
+            return
+        settings = settings.model_copy(update={"steps": 3 * steps, "checkpoint_every": steps})
+        seconds, reference = in_a_worker(pair, folder, settings), alone(bare, pair, folder, settings)[0]
+        ratio = reference / seconds
+        shown = f"{ratio:.3f} ×, {settings.batch * settings.context / seconds:,.0f} tokens/s"
+        what = "throughput of a worker of Ray Train against a bare loop"
+        yield Row(what, f"{sizes}, {3 * steps} steps", "1 round", shown, "≥ 0.9 ×", ratio >= 0.9)
+
+
+def against_bare(found: list[tuple[Measured, Measured]], sizes: str, settings: TrainingSpec) -> Iterator[Row]:
     speeds = [theirs[0] / mine[0] for mine, theirs in found]
     memory = [mine[1] / theirs[1] for mine, theirs in found]
-    sizes = f"3 layers of {shape['hidden_size']}, {settings.batch} × {settings.context} tokens, {settings.dtype}, {steps} steps"
     tokens = settings.batch * settings.context / median(mine[0] for mine, _ in found)
+    rounds = f"{len(found)} rounds"
     shown = f"{median(speeds):.3f} × ({min(speeds):.3f}–{max(speeds):.3f}), {tokens:,.0f} tokens/s"
-    yield Row("throughput against a bare loop", sizes, f"{rounds} rounds", shown, "≥ 0.9 ×", median(speeds) >= 0.9)
+    yield Row("throughput of `Training`, without Ray, against a bare loop", sizes, rounds, shown, "≥ 0.9 ×", median(speeds) >= 0.9)
     shown = f"{median(memory):.3f} × ({min(memory):.3f}–{max(memory):.3f}), {found[0][0][1] / 2**20:,.0f} MiB"
-    yield Row("peak memory against a bare loop", sizes, f"{rounds} rounds", shown, "≤ 1.1 ×", median(memory) <= 1.1)
+    yield Row("peak memory of `Training`, without Ray, against a bare loop", sizes, rounds, shown, "≤ 1.1 ×", median(memory) <= 1.1)
 
 
 if __name__ == "__main__":

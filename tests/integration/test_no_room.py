@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -15,22 +17,32 @@ import pytest
 from integration.helpers import Place, folder_bytes, read_results, run_main, weight_bytes
 from runs import Made, write_run
 from stacks import Pair, make_pair
-from tiny import tiny_pair
+from tiny import VOCABULARY, tiny_pair, tiny_tokenizer
+from trainings import begin, sums, training_spec
 
 from transplant_ray.errors import RunError
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.example import Rendered
 from transplant_ray.evaluate.ledger import Ledger
 from transplant_ray.evaluate.outcome import Outcome
-from transplant_ray.files import whole_file, write_json
+from transplant_ray.files import whole_file, whole_folder, write_json
 from transplant_ray.graft.export import apply_delta, export_checkpoint, export_delta
 from transplant_ray.graft.variant import Variant
 from transplant_ray.models.compare import Comparison
+from transplant_ray.models.loading import load_model, read_tokenizer
+from transplant_ray.models.scratch import save_tokenizer
 from transplant_ray.organ.extract import extract_organ
 from transplant_ray.organ.insert import write_insertion
 from transplant_ray.organ.insertion import Placement, plan_insertion
+from transplant_ray.organ.learners import FullLearner, LoraLearner, OrganLearner
+from transplant_ray.organ.pack import Pack, pack_text, training_cut
+from transplant_ray.organ.progress import read_progress, save_progress
 from transplant_ray.organ.remove import remove_organs
+from transplant_ray.organ.text import Passage
+from transplant_ray.pipeline.demo_models import _write
+from transplant_ray.pipeline.organ_training import train
 from transplant_ray.pipeline.reporting import report
+from transplant_ray.recipe import WorkerSpec
 from transplant_ray.storage import RunFolder, Shelf, write_rows
 
 PAGE = 4096
@@ -277,11 +289,12 @@ def movers(pair: Pair, out: Path) -> dict[str, Callable[[], Path]]:
         "insert": lambda: write_insertion(plan_insertion(pair.recipient, [Placement(pair.organ, 1)]), out),
         "replace": lambda: write_insertion(plan_insertion(pair.recipient, [Placement(pair.organ, 1)], "replace"), out),
         "remove": lambda: remove_organs(inserted, out),
+        "export": lambda: write_insertion(plan_insertion(pair.recipient, [Placement(pair.organ, 1)]), out, replace_old=True),
     }
 
 
 @pytest.mark.parametrize("room", ROOMS)
-@pytest.mark.parametrize("what", ["extract", "insert", "replace", "remove"])
+@pytest.mark.parametrize("what", ["extract", "insert", "replace", "remove", "export"])
 def test_layers_without_room_leave_nothing(disk: Disk, organs: Pair, what: str, room: int) -> None:
     out = disk.path / "runs" / "out"
     out.parent.mkdir()
@@ -299,6 +312,125 @@ def test_layers_without_room_leave_nothing(disk: Disk, organs: Pair, what: str, 
 def test_layers_to_where_nobody_may_write_are_refused(disk: Disk, organs: Pair, what: str) -> None:
     disk.remount("ro")
     check_refused(movers(organs, disk.path / "out")[what], disk.path, READ_ONLY)
+
+
+def test_the_winner_of_an_organ_sweep_without_room_keeps_the_one_before(disk: Disk, organs: Pair) -> None:
+    export = movers(organs, disk.path / "checkpoint")["export"]
+    export()
+    before = folder_bytes(disk.path)
+    disk.leave(5 * PAGE)
+    check_refused(export, disk.path)
+    disk.make_room()
+    assert folder_bytes(disk.path) == before
+
+
+# Trainings.
+
+
+def shippers(pair: Pair, out: Path) -> dict[str, Callable[[], object]]:
+    """What learners give away, untrained; and the model of a demo."""
+    recipient = pair.recipient
+    learners = {
+        "organ": OrganLearner(recipient, pair.organ),
+        "lora": LoraLearner(recipient, rank=16, alpha=16.0),
+        "full": FullLearner(recipient),
+    }
+    ships = {name: partial(learner.ship, {}, out, {}) for name, learner in learners.items()}
+    model, tokenizer = load_model(recipient, "float32"), read_tokenizer(recipient)
+    record = {"asked": {"family": "llama", "layers": 6, "seed": 0}, "parameters": 1, "tokens": 1, "perplexity": PERPLEXITY}
+    return {**ships, "demo": lambda: _write(model, tokenizer, record, out)}
+
+
+PERPLEXITY = {"contexts": 1, "model": 1.0, "unigram": 1.0, "bigram": 1.0}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("what", ["organ", "lora", "full", "demo"])
+def test_what_was_learnt_is_shipped_whole_or_not(disk: Disk, organs: Pair, what: str, room: int) -> None:
+    out = disk.path / "lessons" / "shipped"
+    out.parent.mkdir()
+    ship = shippers(organs, out)[what]
+    disk.leave(room)
+    check_refused(ship, out.parent)
+    assert disk.files == {"lessons"}
+    disk.make_room()
+    ship()
+    assert list(out.glob("*.safetensors"))
+
+
+def test_a_tokenizer_without_room_is_said(disk: Disk, organs: Pair) -> None:
+    tokenizer = read_tokenizer(organs.recipient)
+    disk.leave(PAGE)
+
+    def write() -> None:
+        with whole_folder(disk.path / "tokenizer") as folder:
+            save_tokenizer(tokenizer, folder)  # type: ignore[arg-type]  # it is one
+
+    check_refused(write, disk.path)
+    assert disk.files == set()
+
+
+LONG = training_spec(steps=4000, held_out=0)
+"""Reads 256,000 tokens, which are 125 pages on disk."""
+
+
+def packed(folder: Path) -> Pack:
+    return pack_text(map(Passage, sums(12_000)), tiny_tokenizer(), VOCABULARY, training_cut(LONG), folder)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_text_without_room_leaves_nothing(disk: Disk, room: int) -> None:
+    disk.leave(room)
+    check_refused(lambda: packed(disk.path / "pack"), disk.path)
+    assert disk.files == set()
+    disk.make_room()
+    assert packed(disk.path / "pack").train.num >= 4000 * 4
+
+
+def test_a_training_without_room_for_its_text_leaves_nothing(disk: Disk, organs: Pair, tmp_path: Path) -> None:
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in sums(12_000)))
+    spec = LONG.model_copy(update={"data": (str(tmp_path / "text.jsonl"),)})
+    organ = Path(organs.organ.checkpoint.folder or "")
+    disk.leave(20 * PAGE)
+    check_refused(lambda: train(organs.recipient.model, spec, disk.path / "organ", organ=organ), disk.path)
+    assert disk.files == set()
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_checkpoint_without_room_is_not_gone_on_from(disk: Disk, organs: Pair, tmp_path: Path, room: int) -> None:
+    training = begin(organs, tmp_path / "pack", steps=1)
+    list(training.run())
+    folder = disk.path / "checkpoint"
+    folder.mkdir()
+    disk.leave(room)
+    check_refused(lambda: save_progress(training, folder), folder)
+    assert read_progress(folder) is None
+    disk.make_room()
+    save_progress(training, folder)
+    assert read_progress(folder) is not None
+
+
+@pytest.mark.slow
+def test_a_training_without_room_for_its_checkpoint_ends_and_can_be_begun_again(
+    disk: Disk,
+    organs: Pair,
+    tmp_path: Path,
+    cluster: None,  # noqa: ARG001
+) -> None:
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in sums(60)))
+    spec = training_spec(data=[str(tmp_path / "text.jsonl")])
+    organ = Path(organs.organ.checkpoint.folder or "")
+
+    def run() -> object:
+        return train(organs.recipient.model, spec, disk.path / "organ", organ=organ, workers=WorkerSpec(cpus=1))
+
+    disk.leave(30 * PAGE)
+    with pytest.raises(RunError, match=FULL):
+        run()
+    assert "organ" not in disk.files
+    disk.make_room()
+    run()
+    assert disk.files == {"organ", *(f"organ/{path.name}" for path in (disk.path / "organ").iterdir())}
 
 
 # Tables, report, claims, openings.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -28,6 +29,14 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, bos_token=END, eos_token=END, pad_token=END, clean_up_tokenization_spaces=False
     )
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """OSError where there is no room."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # what the tokenizers library raises is nothing narrower
+        raise OSError(str(error)) from error
 
 
 def small_config(family: str, *, vocabulary: int, layers: int, width: int, heads: int, context: int) -> PretrainedConfig:

@@ -19,7 +19,7 @@ from transplant_ray.distributed.training import ATTEMPT, CHECKPOINT, KEPT, find_
 from transplant_ray.errors import RunError
 from transplant_ray.evaluate.metrics import perplexity
 from transplant_ray.files import whole_folder, write_json, write_text
-from transplant_ray.models.scratch import first_weights, small_config, train_tokenizer
+from transplant_ray.models.scratch import first_weights, save_tokenizer, small_config, train_tokenizer
 from transplant_ray.organ.losses import block_losses
 from transplant_ray.organ.ngrams import Counts
 from transplant_ray.organ.pack import Blocks, Pack, measuring_cut, pack_text, training_cut
@@ -118,7 +118,7 @@ def _tokenizer(spec: DemoSpec, text: DemoText, folder: Path, watch: Watch) -> Pr
         corpora = [CorpusSpec.model_validate(text.trained_on(which)) for which in ("general", "domain")]
         texts = (passage.text for passage in chain.from_iterable(map(stream_passages, corpora)))
         with whole_folder(folder) as new:
-            train_tokenizer(texts, spec.vocabulary).save_pretrained(new)
+            save_tokenizer(train_tokenizer(texts, spec.vocabulary), new)
     tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)
     return tokenizer
 
@@ -196,7 +196,7 @@ def _thinned(curve: list[Point]) -> Iterator[Point]:
 def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, record: Mapping[str, Any], out: Path) -> None:
     with whole_folder(out) as folder:
         model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
         write_json(folder / RECORD, record)
         write_text(folder / "README.md", _card(record))
 
