@@ -23,7 +23,7 @@ from transplant_ray.distributed.facts import StepsDone
 from transplant_ray.distributed.lessons import Tutors, resources_of, tutors
 from transplant_ray.errors import NumericsError, RunError, TransplantError
 from transplant_ray.evaluate.learning import Findings, choose_rates, find
-from transplant_ray.files import writable_folder, write_text
+from transplant_ray.files import writable_folder
 from transplant_ray.models.checkpoint import Checkpoint, open_checkpoint
 from transplant_ray.models.fingerprint import fingerprint
 from transplant_ray.models.loading import read_tokenizer
@@ -56,7 +56,8 @@ from transplant_ray.versions import environment
 
 FORMAT = 1
 """Of the keys of lessons: larger whenever the same settings come to something else."""
-RECIPE = "compare.yaml"
+OWNER = "comparison"
+"""Of the run folder: any comparison of its name, for lessons are known by their content, and a changed recipe goes on in it."""
 
 
 @dataclass(frozen=True)
@@ -214,8 +215,7 @@ def sentences(findings: Findings) -> list[str]:
 @contextmanager
 def _claimed(folder: RunFolder, recipe: CompareRecipe) -> Iterator[None]:
     """For the block this comparison's alone."""
-    if folder.recipe.exists():
-        raise RunError(f"{folder.path}: holds a sweep. Give the comparison another `name` or `storage`.")
+    folder.check_owner(OWNER)
     lock = FileLock(writable_folder(folder.path) / ".lock")
     try:
         lock.acquire(timeout=0)
@@ -224,7 +224,7 @@ def _claimed(folder: RunFolder, recipe: CompareRecipe) -> Iterator[None]:
             f"{folder.path}: this comparison is running in another process. Wait for it, or choose another `name`."
         ) from None
     try:
-        write_text(folder.path / RECIPE, recipe.to_yaml())
+        folder.claim(OWNER, recipe.to_yaml())
         yield
     finally:
         lock.release()

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from filelock import FileLock
 from rich.console import Console
-from stacks import save_model
+from stacks import contents, save_model
 from trainings import sums
 
 from transplant_ray.cli_organ_compare import print_comparison
@@ -25,7 +25,8 @@ from transplant_ray.organ.lessons import Learnt, Lesson, carry_out, failed
 from transplant_ray.organ.training import CPU, Point
 from transplant_ray.pipeline import comparing as module
 from transplant_ray.pipeline.comparing import Compared, compare, plan
-from transplant_ray.recipe import CompareRecipe
+from transplant_ray.pipeline.organ_sweeping import sweep_organs
+from transplant_ray.recipe import CompareRecipe, parse_organ_recipe
 
 
 class Trials:
@@ -264,9 +265,26 @@ def test_a_folder_of_a_sweep_or_of_a_running_comparison_is_left_alone(model: Pat
     with FileLock(tmp_path / "c" / ".lock"), pytest.raises(RunError, match="running in another process"):
         compare(recipe(model, text, tmp_path))
     (tmp_path / "c" / "recipe.yaml").write_text("name: c")
-    with pytest.raises(RunError, match="holds a sweep"):
+    with pytest.raises(RunError, match="holds the results of another recipe of this name"):
         compare(recipe(model, text, tmp_path))
     assert sorted(path.name for path in (tmp_path / "c").iterdir() if path.name != ".lock") == ["recipe.yaml"]
+
+
+def test_a_sweep_leaves_the_folder_of_a_comparison_alone(done: Done, model: Path, text: Path) -> None:
+    folder, texts = done.place / "c", {name: {"data": str(text / f"{name}.jsonl"), "contexts": 3} for name in ("domain", "general")}
+    organs = {"a": str(folder / "shipped" / "model-organ-0")}
+    before = contents(folder)
+    settings = {
+        "name": "c",
+        "recipient": {"model": str(model)},
+        "organs": organs,
+        **texts,
+        "context": 16,
+        "storage": str(done.place),
+    }
+    with pytest.raises(RunError, match="holds the results of another recipe of this name"):
+        sweep_organs(parse_organ_recipe(settings))
+    assert contents(folder) == before
 
 
 def test_a_plan_counts_what_will_be_trained_and_measured(done: Done, model: Path, text: Path) -> None:
