@@ -49,7 +49,7 @@ from transplant_ray.recipe import (
     TrainingSpec,
     WorkerSpec,
 )
-from transplant_ray.report.comparison import write_comparison
+from transplant_ray.report.comparison import KIND, write_comparison
 from transplant_ray.storage import RunFolder
 from transplant_ray.tracking.comparison import ComparisonTracker, summary_numbers, tracked_comparison
 from transplant_ray.versions import environment
@@ -422,6 +422,7 @@ class _Told:
 def _record(run: Run, benches: Sequence[Bench], before: list[Learnt], tuned: list[Learnt], confirmed: list[Learnt]) -> Compared:
     findings, learnt = find(before, tuned, confirmed), (*before, *tuned, *confirmed)
     summary = {
+        "kind": KIND,
         "name": run.recipe.name,
         "models": {bench.name: bench.recipient.model for bench in benches},
         "budget": {

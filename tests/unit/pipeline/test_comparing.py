@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from rich.console import Console
 from stacks import contents, save_model
 from trainings import sums
 
+from transplant_ray import cli
 from transplant_ray.cli_organ_compare import print_comparison
 from transplant_ray.distributed.lessons import OnLearnt, OnPoint
 from transplant_ray.errors import DataError, NumericsError, OrganError, RecipeError, RunError
@@ -26,7 +29,9 @@ from transplant_ray.organ.training import CPU, Point
 from transplant_ray.pipeline import comparing as module
 from transplant_ray.pipeline.comparing import Compared, compare, plan
 from transplant_ray.pipeline.organ_sweeping import sweep_organs
+from transplant_ray.pipeline.reporting import report, show_comparison
 from transplant_ray.recipe import CompareRecipe, parse_organ_recipe
+from transplant_ray.report.comparison import budget
 
 
 class Trials:
@@ -285,6 +290,39 @@ def test_a_sweep_leaves_the_folder_of_a_comparison_alone(done: Done, model: Path
     with pytest.raises(RunError, match="holds the results of another recipe of this name"):
         sweep_organs(parse_organ_recipe(settings))
     assert contents(folder) == before
+
+
+def test_its_report_is_made_again_and_it_is_shown_again(
+    done: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(done.place / "c", tmp_path / "c", symlinks=True)
+    files = [tmp_path / "c" / name for name in ("report.html", "comparison.csv", "comparison.tex")]
+    before = [path.read_bytes() for path in files]
+    for path in files:
+        path.unlink()
+    assert main(monkeypatch, "report", str(tmp_path / "c")) == 0
+    assert capsys.readouterr().out.split() == ["wrote", str(files[0])]
+    assert [path.read_bytes() for path in files] == before
+    assert main(monkeypatch, "show", str(tmp_path / "c")) == 0
+    shown = capsys.readouterr().out
+    assert "full fine-tuning" in shown
+    assert budget(done.compared.summary) in shown
+
+
+def test_a_summary_that_is_not_whole_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "summary.json").write_text('{"kind": "comparison", "name": "c"}')
+    for verb in (report, show_comparison):
+        with pytest.raises(RunError, match=r"summary.json: not the whole summary of a comparison \('models' is missing\)"):
+            verb(tmp_path)
+    assert main(monkeypatch, "show", str(tmp_path)) == 2
+
+
+def main(monkeypatch: pytest.MonkeyPatch, *words: str) -> object:
+    """Exit code of the command line."""
+    monkeypatch.setattr(sys, "argv", ["transplant-ray", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code
 
 
 def test_a_plan_counts_what_will_be_trained_and_measured(done: Done, model: Path, text: Path) -> None:
