@@ -1,6 +1,7 @@
 """The command line: parse, call one function, print.
 
-Exit codes: 0 well, 1 some variants failed or MLflow refused something, 2 nothing could be done, 130 Ctrl-C, 143 SIGTERM.
+Exit codes: 0 well, 1 some variants (of a comparison: methods or seeds) failed or MLflow refused something, 2 nothing could be done,
+130 Ctrl-C, 143 SIGTERM.
 """
 
 from __future__ import annotations

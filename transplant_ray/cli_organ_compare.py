@@ -30,7 +30,10 @@ def compare(
         bool, typer.Option("--dry-run", help="Check the recipe and say what would be trained; nothing is written.")
     ] = False,
 ) -> None:
-    """Compare organs with LoRA and full fine-tuning: the same data, tokens and tuning for each. Run again, it goes on."""
+    """Compare organs with LoRA and full fine-tuning: the same data, tokens and tuning for each. Run again, it goes on.
+
+    Ends with 1 where a method or a seed has no result. A learning rate that diverges is a result: a row with its reason.
+    """
     from transplant_ray.console import TerminalWatch
     from transplant_ray.pipeline.comparing import compare as run_compare
     from transplant_ray.pipeline.comparing import plan
@@ -47,7 +50,9 @@ def compare(
     _print(f"MLflow: experiment {loaded.tracking.experiment!r}, run {compared.summary['mlflow_run']}")
     if compared.refused:
         tell(f"MLflow refused {len(compared.refused)} of its entries, the first: {compared.refused[0]}")
-    if compared.failed or compared.refused:
+    if compared.missing:
+        tell(f"without a result: {'; '.join(compared.missing)}. The report says why.")
+    if compared.missing or compared.refused:
         raise typer.Exit(1)
 
 

@@ -49,7 +49,7 @@ def demo(
     with resumable("the same command goes on where it stopped"), TerminalWatch(console) as watch:
         made = organ_demo(spec, out, domain=domain, threads=cpus, tracking=told, watch=watch)
     _print_demo(made)
-    if made.sweep.failed or made.compared.failed:
+    if made.sweep.failed or made.compared.missing:
         raise typer.Exit(1)
     if refused := [*made.sweep.refused, *made.compared.refused]:
         tell(f"MLflow refused {len(refused)} of its entries, the first: {refused[0]}. All results are in {made.folder}.")

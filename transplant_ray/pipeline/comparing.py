@@ -74,6 +74,14 @@ class Compared:
     def failed(self) -> tuple[Learnt, ...]:
         return tuple(learnt for learnt in self.learnt if learnt.error is not None)
 
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """What has no result: methods without a learning rate that does not fail, and seeds. A rate that failed and was not chosen
+        is a result."""
+        methods = [f"{choice.model}, {choice.method}" for choice in self.findings.choices if choice.lr is None]
+        seeds = [f"{each.model}, {each.method}, seed {each.seed}" for each in self.failed if each.stage == "confirm"]
+        return (*methods, *seeds)
+
 
 @dataclass(frozen=True)
 class Bench:

@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +204,7 @@ def test_a_rate_that_diverges_is_a_row_and_loses(model: Path, text: Path, tmp_pa
     assert (choice.lr, choice.at_edge) == (1e-3, True)
     (failure,) = found.failed
     assert (failure.lr, failure.stage) == (1e30, "tune")
+    assert found.missing == ()
     assert "What failed" in (tmp_path / "c" / "report.html").read_text()
     assert found.findings.standings[0].interval["domain"] is None
 
@@ -229,6 +230,23 @@ def test_one_method_whose_rates_all_diverge_does_not_stop_the_others(
     found = compare(recipe(model, text, tmp_path, seeds=[0], methods=BOTH))
     assert [standing.method for standing in found.findings.standings] == ["organ"]
     assert "model, full: every learning rate failed" in found.summary["said"]
+    assert found.missing == ("model, full",)
+
+
+def test_a_seed_without_a_result_is_missed(
+    done: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost = next(each for each in done.compared.learnt if (each.method, each.stage, each.seed) == ("full", "confirm", 1))
+    learnt = [replace(each, error="it died 4 times") if each is lost else each for each in done.compared.learnt]
+    found = replace(done.compared, learnt=tuple(learnt))
+    assert found.missing == ("model, full, seed 1",)
+    monkeypatch.setattr(module, "compare", lambda *_: found)
+    path = tmp_path / "recipe.yaml"
+    path.write_text((done.place / "c" / "recipe.yaml").read_text())
+    assert main(monkeypatch, "organ", "compare", str(path)) == 1
+    assert "without a result: model, full, seed 1." in capsys.readouterr().err
+    monkeypatch.setattr(module, "compare", lambda *_: done.compared)
+    assert main(monkeypatch, "organ", "compare", str(path)) == 0
 
 
 @pytest.mark.parametrize(
