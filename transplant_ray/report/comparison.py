@@ -111,7 +111,7 @@ def method_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
                 rows.append(
                     (
                         model, NAMES[said["method"]], f"{said['lr']:g}{edge}", *shown, f"{said['parameters']:,}",
-                        size(said["bytes"]), f"{said['seconds']:.3g} s", sites(said["sites"]),
+                        size(said["bytes"]), f"{_short(said['seconds'], 3)} s", sites(said["sites"]),
                     )
                 )  # fmt: skip
     return rows
