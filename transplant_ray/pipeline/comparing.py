@@ -150,7 +150,7 @@ def compare(recipe: CompareRecipe, watch: Watch | None = None) -> Compared:
         connect(resources_of(recipe.resources)),
         plain_errors(),
         terminable(),
-        tutors(recipe.resources, _most_at_once(recipe), stopwatch.watch.note) as gathered,
+        tutors(recipe.resources, most_at_once(recipe), stopwatch.watch.note) as gathered,
     ):
         run = Run(recipe, folder, stopwatch, tracker, gathered)
         benches = [_bench(run, name, checkpoint) for name, checkpoint in checkpoints.items()]
@@ -377,9 +377,10 @@ def _lesson(run: Run, bench: Bench, method: str, stage: str, lr: float | None = 
     )
 
 
-def _most_at_once(recipe: CompareRecipe) -> int:
-    """Trainings that do not wait for each other."""
-    return len(recipe.named_models) * len(recipe.methods.wanted) * max(len(recipe.tune.lr), len(recipe.seeds))
+def most_at_once(recipe: CompareRecipe) -> int:
+    """Trainings that do not wait for each other, and may go side by side."""
+    most = len(recipe.named_models) * len(recipe.methods.wanted) * max(len(recipe.tune.lr), len(recipe.seeds))
+    return most if recipe.resources.at_once is None else min(most, recipe.resources.at_once)
 
 
 def _carry_out(run: Run, stage: str, lessons: list[Lesson]) -> list[Learnt]:
