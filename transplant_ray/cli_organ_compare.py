@@ -15,7 +15,7 @@ from rich.text import Text
 from transplant_ray.terminal import resumable, tell
 
 if TYPE_CHECKING:
-    from transplant_ray.pipeline.comparing import Planned
+    from transplant_ray.pipeline.comparison_planning import Planned
     from transplant_ray.recipe import CompareRecipe
 
 console = Console(emoji=False)
@@ -36,7 +36,7 @@ def compare(
     """
     from transplant_ray.console import TerminalWatch
     from transplant_ray.pipeline.comparing import compare as run_compare
-    from transplant_ray.pipeline.comparing import plan
+    from transplant_ray.pipeline.comparison_planning import plan
     from transplant_ray.recipe import load_compare_recipe
 
     loaded = load_compare_recipe(recipe, overrides or [])

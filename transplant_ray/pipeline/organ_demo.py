@@ -24,7 +24,8 @@ import yaml
 from transplant_ray.errors import RunError
 from transplant_ray.files import write_json, write_text
 from transplant_ray.organ.folder import open_organ
-from transplant_ray.pipeline.comparing import Compared, compare
+from transplant_ray.pipeline.comparing import compare
+from transplant_ray.pipeline.comparison_recording import Compared
 from transplant_ray.pipeline.demo_models import SmallModel, make_model
 from transplant_ray.pipeline.demo_text import DemoText, find_gsm8k, make_text
 from transplant_ray.pipeline.organ_recording import OrganSweepResult

@@ -27,7 +27,9 @@ from transplant_ray.organ.folder import open_organ
 from transplant_ray.organ.lessons import Learnt, Lesson, carry_out, failed
 from transplant_ray.organ.training import CPU, Point
 from transplant_ray.pipeline import comparing as module
-from transplant_ray.pipeline.comparing import Compared, compare, plan
+from transplant_ray.pipeline.comparing import compare
+from transplant_ray.pipeline.comparison_planning import plan
+from transplant_ray.pipeline.comparison_recording import Compared
 from transplant_ray.pipeline.organ_sweeping import sweep_organs
 from transplant_ray.pipeline.reporting import report, show_comparison
 from transplant_ray.recipe import CompareRecipe, parse_organ_recipe

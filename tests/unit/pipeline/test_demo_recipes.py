@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from transplant_ray.pipeline.comparing import most_at_once
+from transplant_ray.pipeline.comparison_planning import most_at_once
 from transplant_ray.pipeline.demo_text import DemoText
 from transplant_ray.pipeline.organ_demo import Place, compare_recipe, sweep_recipe
 from transplant_ray.recipe import DemoSpec, TrackingSpec, load_compare_recipe, load_organ_recipe
