@@ -2,7 +2,7 @@
 
     python jobs/organ_models.py [--family gpt2] [--out runs/organ-demo] [--domain GSM8K/train.jsonl] [--threads 2]
 
-Each is some 250 seconds of one core, 1.9 million parameters, by the same function that `transplant-ray organ demo` calls. What is
+Each is some 330 seconds of one core, some 0.6 million parameters, by the same function that `transplant-ray organ demo` calls. What is
 there is taken, and what was begun goes on. The recipe of the full comparison is written beside them, so on a cluster, with a
 folder that all nodes see:
 

@@ -44,7 +44,7 @@ def made_comparison(models: Sequence[str] = ("gpt2", "llama"), seeds: Sequence[i
         "text": {model: {"training": {"sha256": "0" * 64, **sides, "also_trained_on": 0}} for model in models},
         "said": ["the organ is worse than LoRA on domain text"],
         **find(before, tuned, confirmed).to_json(),
-        "learnt": [{**one.to_json(), "test": {text: one.mean(text) for text in ("domain", "general")}} for one in everything],
+        "learnt": [one.in_short() for one in everything],
         "environment": {"python": "3.12"},
     }  # fmt: skip
     return {**summary, **changes}
@@ -54,7 +54,11 @@ def learnt(model: str, method: str, perplexities: Sequence[float], **said: Any) 
     """Of two blocks a text, one as much above its perplexity as the other is below."""
     settings = {"stage": "before" if method == "before" else "confirm", "lr": None, "seed": None, "select": 7.0, **said}
     losses = {text: (log(ppl) - 0.1, log(ppl) + 0.1) for text, ppl in zip(("domain", "general"), perplexities, strict=False)}
-    sites = tuple(SiteLoss(mode, at, 7.0 + at) for mode in ("insert", "replace") for at in range(4)) if method == "organ" else ()
+    sites = (
+        tuple(SiteLoss(mode, at, 7.0 + at, (6.9 + at, 7.1 + at)) for mode in ("insert", "replace") for at in range(4))
+        if method == "organ"
+        else ()
+    )
     return Learnt(
         f"{model}-{method}-{settings['stage']}-{settings['lr']}-{settings['seed']}", model, method, test=losses, sites=sites,
         site="replace at 0" if method == "organ" else None, parameters=PARAMETERS.get(method, 0), bytes=BYTES.get(method, 0),

@@ -12,7 +12,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from transplant_ray.errors import RunError
+
+CANNOT_WRITE = (OSError, SafetensorError)
+"""What a full disk comes as: safetensors, and `save_pretrained` with it, has an error of its own for it."""
 
 
 def writable_folder(path: Path) -> Path:
@@ -42,8 +47,8 @@ def whole_file(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.replace(temporary, path)
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written ({error.strerror or error}). Free space or choose another place.") from error
+    except CANNOT_WRITE as error:
+        raise RunError(f"{path}: cannot be written ({_reason(error)}). Free space or choose another place.") from error
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -64,10 +69,14 @@ def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
             path.rename(old)
         temporary.rename(path)
         shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written ({error.strerror or error}). Free space or choose another place.") from error
+    except CANNOT_WRITE as error:
+        raise RunError(f"{path}: cannot be written ({_reason(error)}). Free space or choose another place.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error)
 
 
 def sha256_file(path: Path) -> str:

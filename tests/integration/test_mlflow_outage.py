@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import requests
 from integration.helpers import Place, Swept, folder_bytes, free_port, run_main, wait_until
+from matplotlib.image import imread
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
@@ -143,6 +144,8 @@ def check_that_mlflow_has_everything(client: MlflowClient, swept: Swept, tmp_pat
     for name in ("results.parquet", "report.html", "summary.json"):
         path = Path(client.download_artifacts(parent.info.run_id, name, str(tmp_path)))
         assert path.read_bytes() == (swept.folder / name).read_bytes(), name
+    for name in [name for name in ARTIFACTS if name.endswith(".png")]:
+        assert imread(client.download_artifacts(parent.info.run_id, name, str(tmp_path))).std() > 0, f"{name} shows nothing"
     results = swept.results
     for split, role in (("select", "target"), ("test", "all")):
         assert parent.data.metrics[f"{split}_{role}"] == results.query("split == @split and role == @role")["accuracy"].item()

@@ -8,7 +8,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +18,17 @@ import ray
 import torch
 from integration.helpers import Place, run_main
 from mlflow import MlflowClient
+from ray.train import get_context
 from safetensors.torch import load_file
-from stacks import load, save_model
-from trainings import sums
+from stacks import load, make_pair, save_model
+from torch import nn
+from trainings import make_pack, sums, training_spec
 
 from transplant_ray.distributed.facts import Fact, StepsDone
+from transplant_ray.distributed.training import TrainingJob, run_training
+from transplant_ray.errors import NumericsError
 from transplant_ray.organ.folder import open_organ
+from transplant_ray.organ.learners import OrganLearner
 from transplant_ray.pipeline.organ_training import Trained, train
 from transplant_ray.pipeline.organs import insert
 from transplant_ray.recipe import TrainingSpec, WorkerSpec
@@ -52,8 +56,9 @@ class Calm:
     def spec(self) -> TrainingSpec:
         return TrainingSpec.model_validate({"data": [str(self.folder / "text.jsonl")], **SETTINGS})
 
-    def train(self, out: Path, workers: WorkerSpec, watch: Watcher | None = None) -> Trained:
-        return train(str(self.folder / "model"), self.spec, out, layers="1-3", workers=workers, watch=watch)
+    def train(self, out: Path, workers: WorkerSpec, watch: Watcher | None = None, **changes: int) -> Trained:
+        spec = self.spec.model_copy(update=changes)
+        return train(str(self.folder / "model"), spec, out, layers="1-3", workers=workers, watch=watch)
 
     def command(self, out: Path, *options: str) -> list[str]:
         options = (*options, "--model", str(self.folder / "model"), "--data", str(self.folder / "text.jsonl"), "--layers", "1-3")
@@ -142,25 +147,53 @@ def train_workers() -> list[psutil.Process]:
     return [process for process in psutil.Process().children(recursive=True) if "RayTrainWorker" in "".join(process.cmdline())]
 
 
-def test_a_driver_that_is_killed_goes_on_and_changes_no_bit(calm: Calm, tmp_path: Path) -> None:
-    command = calm.command(tmp_path / "organ", "--tracking", "none", "--address", ray.get_runtime_context().gcs_address)
-    process = subprocess.Popen([sys.executable, "-m", "transplant_ray.cli", *command], start_new_session=True)
-    end = time.monotonic() + 300
-    while not list(tmp_path.glob(".organ.training/attempt-0/checkpoint_*/progress.json")):
-        assert process.poll() is None
-        assert time.monotonic() < end
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+DRIVER = """
+import json, os, signal, sys
+from pathlib import Path
+from transplant_ray.distributed import training
+from transplant_ray.distributed.facts import StepsDone
+from transplant_ray.pipeline.organ_training import train
+from transplant_ray.pipeline.watch import Silent
+from transplant_ray.recipe import TrainingSpec, WorkerSpec
+
+class Killer(Silent):
+    def hear(self, fact):
+        if isinstance(fact, StepsDone) and fact.step >= asked["step"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+asked = json.loads(sys.argv[1])
+training.POLL_SECONDS = 0.02  # so that it is not long past that step
+train(asked["model"], TrainingSpec.model_validate(asked["spec"]), Path(asked["out"]), layers="1-3",
+      workers=WorkerSpec(cpus=1, address=asked["address"]), watch=Killer())
+"""
+"""Trains, and kills itself once it hears of a step."""
+
+
+@pytest.mark.parametrize("pause", [20, 200], ids=["after-a-checkpoint", "before-the-first"])
+def test_a_driver_that_is_killed_at_any_step_goes_on_and_changes_no_bit(calm: Calm, tmp_path: Path, pause: int) -> None:
+    seed = int(os.environ.get("KILL_SEED", random.randrange(10_000)))
+    step = random.Random(seed).randint(*((21, 170) if pause == 20 else (1, 80)))
+    print(f"killed at step {step}: KILL_SEED={seed}")
+    spec = calm.spec.model_copy(update={"checkpoint_every": pause})
+    asked = {
+        "model": str(calm.folder / "model"), "spec": spec.model_dump(mode="json"), "out": str(tmp_path / "organ"), "step": step,
+        "address": ray.get_runtime_context().gcs_address,
+    }  # fmt: skip
+    process = subprocess.run([sys.executable, "-c", DRIVER, json.dumps(asked)], timeout=600, check=False)
+    checkpoints = list(tmp_path.glob(".organ.training/attempt-0/checkpoint_*/progress.json"))
+    assert process.returncode == -signal.SIGKILL
+    assert bool(checkpoints) == (pause == 20)
     assert not (tmp_path / "organ").exists()
     watcher = Watcher(0, lambda: None)
-    calm.train(tmp_path / "organ", WorkerSpec(cpus=1), watcher)
-    assert any(note.startswith("goes on after step ") for note in watcher.notes)
+    calm.train(tmp_path / "organ", WorkerSpec(cpus=1), watcher, checkpoint_every=pause)
+    assert pause == 200 or any(note.startswith("goes on after step ") for note in watcher.notes)
     assert (tmp_path / "organ" / "organ.safetensors").read_bytes() == calm.organ
 
 
-def test_two_workers_come_to_the_same_but_for_rounding(calm: Calm, tmp_path: Path) -> None:
-    calm.train(tmp_path / "organ", WorkerSpec(num=2, cpus=1))
+@pytest.mark.parametrize("micro_batch", [2, 1], ids=["whole", "in-parts"])
+def test_two_workers_come_to_the_same_but_for_rounding(calm: Calm, tmp_path: Path, micro_batch: int) -> None:
+    """Each reads two contexts a step: at once, or one after the other with one exchange of gradients."""
+    calm.train(tmp_path / "organ", WorkerSpec(num=2, cpus=1), micro_batch=micro_batch)
     ours, theirs = (load_file(folder / "organ" / "organ.safetensors") for folder in (tmp_path, calm.folder))
     start = load_file(calm.folder / "model" / "model.safetensors")
     for name, weight in theirs.items():
@@ -170,3 +203,42 @@ def test_two_workers_come_to_the_same_but_for_rounding(calm: Calm, tmp_path: Pat
         assert moved > 0
         assert (ours[name] - weight).norm() < 0.02 * moved, name
     assert not torch.equal(ours["model.layers.0.mlp.up_proj.weight"], start["model.layers.1.mlp.up_proj.weight"])
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("max_failures", [0, 3])
+def test_one_of_two_workers_that_fails_ends_the_training_with_its_error(cluster: None, tmp_path: Path, max_failures: int) -> None:  # noqa: ARG001
+    """The other one waits for it in the exchange of gradients, for as long as it is let."""
+    pair, spec = make_pair(tmp_path), training_spec(steps=50, micro_batch=2)
+    job = TrainingJob(
+        failing(OrganLearner(pair.recipient, pair.organ), rank=1, after=12),
+        spec,
+        make_pack(tmp_path / "pack", spec).folder,
+        tmp_path / "attempts",
+        None,
+        num_threads=1,
+    )
+    notes: list[str] = []
+    with pytest.raises(NumericsError, match="rank 1 has had enough"):
+        run_training(job, WorkerSpec(num=2, cpus=1, max_failures=max_failures), lambda _: None, notes.append)
+    assert notes == []
+
+
+def failing(learner: OrganLearner, rank: int, after: int) -> OrganLearner:
+    """On one rank, at a forward pass. The class is in here so that it travels to the workers as it stands."""
+    passes = []
+
+    def count(*_: object) -> None:
+        passes.append(1)
+        if len(passes) > after:
+            raise NumericsError(f"rank {rank} has had enough")
+
+    @dataclass(frozen=True)
+    class Failing(OrganLearner):
+        def load(self, seed: int) -> nn.Module:
+            model = super().load(seed)
+            if get_context().get_world_rank() == rank:
+                model.register_forward_pre_hook(count)
+            return model
+
+    return Failing(learner.recipient, learner.organ)

@@ -25,7 +25,11 @@ class Bulletin:
         self.points.append(point)
 
     def fail(self, error: TransplantError) -> None:
-        self.failure = error
+        """The first counts: others may only come of it."""
+        self.failure = self.failure or error
+
+    def failed(self) -> bool:
+        return self.failure is not None
 
     def read(self, after: int) -> tuple[list[Said], int, TransplantError | None]:
         """Points from number `after` on, how often the training was begun, and what ended it where it could not go on."""

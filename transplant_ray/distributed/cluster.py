@@ -9,16 +9,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 from ray.autoscaler.sdk import request_resources
 
-from transplant_ray.distributed.packing import refuse_relative_outputs
+from transplant_ray.distributed.packing import refuse_relative, refuse_relative_database, refuse_relative_outputs
 from transplant_ray.distributed.room import both_at_once, fits, missing, room
 from transplant_ray.errors import ResourceError, TransplantError
-from transplant_ray.recipe import OrganRecipe, Place, Recipe, ResourceSpec
+from transplant_ray.recipe import CompareRecipe, OrganRecipe, Place, Recipe, ResourceSpec, TrackingSpec
 
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it in the process of a submitted job."""
@@ -106,10 +107,17 @@ def _ask_to_grow(resources: ResourceSpec) -> bool:
     return True
 
 
-def refuse_vanishing_paths(recipe: Recipe | OrganRecipe) -> None:
+def refuse_vanishing_paths(recipe: Recipe | OrganRecipe | CompareRecipe) -> None:
     """Inside a submitted job a relative path is in Ray's own session folder, and lost to whoever submitted it."""
     if JOB_CONFIG in os.environ:
         refuse_relative_outputs(recipe)
+
+
+def refuse_vanishing_organ(out: str | Path, tracking: TrackingSpec | None) -> None:
+    """The same of a training, which has no recipe."""
+    if JOB_CONFIG in os.environ:
+        refuse_relative("out", str(out))
+        refuse_relative_database("tracking", "" if tracking is None else tracking.uri)
 
 
 def _start(address: str | None) -> None:

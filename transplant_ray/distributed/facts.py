@@ -53,6 +53,18 @@ class StageEnds(Fact):
 
 
 @dataclass(frozen=True)
+class Paced(Fact):
+    """How fast the stage goes that is going on, every few seconds."""
+
+    level: ClassVar[int] = logging.DEBUG
+
+    tokens_per_second: float | None
+    """Over the last minute; None where none came."""
+    seconds_left: float | None
+    """At the pace of the stage so far; None where that is not known."""
+
+
+@dataclass(frozen=True)
 class Note(Fact):
     """What a user was told to read."""
 

@@ -18,6 +18,7 @@ from transplant_ray.distributed.facts import (
     AtWork,
     EvaluatorDied,
     Fact,
+    Paced,
     ShardDone,
     ShardRecalled,
     StageBegins,
@@ -50,6 +51,8 @@ GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "evaluators": ("Evaluators that are there", ("run",)),
     "evaluators_at_work": ("Evaluators that have work in hand", ("run",)),
     "gpus_at_work": ("GPUs that those hold", ("run",)),
+    "tokens_per_second": ("Tokens a second of all evaluators together, over the last minute", ("run",)),
+    "seconds_left": ("Of the stage that is going on, at its pace so far", ("run",)),
     "stage": ("1 while the stage is going on, else 0", ("run", "stage")),
 }
 HISTOGRAMS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -114,8 +117,13 @@ class Meters:
                 self._set("gpus_at_work", fact.gpus)
             case StageBegins():
                 self._set("stage", 1, stage=fact.stage)
+            case Paced():
+                self._set("tokens_per_second", fact.tokens_per_second or 0.0)
+                if fact.seconds_left is not None:
+                    self._set("seconds_left", fact.seconds_left)
             case StageEnds():
                 self._set("stage", 0, stage=fact.stage)
+                self._set("seconds_left", 0)
 
     def _take(self, shard: ShardDone) -> None:
         tags = {"run": self.run, "task": shard.task, "split": shard.split}

@@ -21,11 +21,13 @@ import yaml
 from transplant_ray import zoo
 from transplant_ray.errors import CheckpointError, DataError, JobError, RecipeError
 from transplant_ray.files import sha256_file
-from transplant_ray.recipe import CARRIED, OrganRecipe, Recipe, carry_recipe, load_recipe
+from transplant_ray.recipe import CARRIED, CompareRecipe, OrganRecipe, Recipe, carry_recipe, load_recipe
 
 Command = Literal["sweep", "rank"]
 COMMANDS: tuple[Command, ...] = ("sweep", "rank")
 RECIPE = "recipe.yaml"
+DATABASE = "sqlite:///"
+"""What the address of a database in a file begins with."""
 LIMIT = 100 * 2**20
 """Bytes that travel with one job: the head keeps them in its memory."""
 DATA_FILES = (".jsonl", ".parquet")
@@ -67,16 +69,24 @@ def pack(path: str | Path, overrides: Sequence[str], folder: Path) -> Pack:
     return Pack(folder, load_recipe(folder / RECIPE))
 
 
-def refuse_relative_outputs(recipe: Recipe | OrganRecipe) -> None:
+def refuse_relative_outputs(recipe: Recipe | OrganRecipe | CompareRecipe) -> None:
     """RecipeError where results would land in Ray's own session folder: lost to whoever submitted the job."""
-    prefix = "sqlite:///"
-    database = recipe.tracking.uri.removeprefix(prefix) if recipe.tracking.uri.startswith(prefix) else ""
-    for key, start, path in (("storage", "", recipe.storage), ("tracking.uri", prefix, database)):
-        if path and "://" not in path and not path.startswith("~") and not Path(path).is_absolute():
-            raise RecipeError(
-                f"`{key}` is the relative path {path!r}, which a submitted job would write into Ray's session folder and lose. "
-                f"Give an absolute path on shared storage, e.g. {key}={start}/shared/{path}."
-            )
+    refuse_relative("storage", recipe.storage)
+    refuse_relative_database("tracking.uri", recipe.tracking.uri)
+
+
+def refuse_relative_database(key: str, uri: str) -> None:
+    if uri.startswith(DATABASE):
+        refuse_relative(key, uri.removeprefix(DATABASE), DATABASE)
+
+
+def refuse_relative(key: str, path: str, start: str = "") -> None:
+    """`start` is what stands before the path in the setting `key`."""
+    if path and "://" not in path and not path.startswith("~") and not Path(path).is_absolute():
+        raise RecipeError(
+            f"`{key}` is the relative path {path!r}, which a submitted job would write into Ray's session folder and lose. "
+            f"Give an absolute path on shared storage, e.g. {key}={start}/shared/{path}."
+        )
 
 
 def entrypoint(command: Command, python: str = "python") -> str:

@@ -154,12 +154,20 @@ def _trainer(job: TrainingJob, workers: WorkerSpec, bulletin: ActorHandle) -> To
 
 
 def _work(config: dict[str, Any]) -> None:
-    """What every worker does. An error of ours would come again however often it is tried: it is told, and the work ends."""
+    """What every worker does. An error of ours would come again however often it is tried: it is told, and the work ends.
+
+    Where several work it is raised too, for the others wait in a collective for ever, and only Ray can end them. Those that it
+    starts in their place find that it was told, and end.
+    """
     job, bulletin = config["job"], config["bulletin"]
+    if ray.get(bulletin.failed.remote()):
+        return
     try:
         _train(job, bulletin)
     except TransplantError as error:
         ray.get(bulletin.fail.remote(error))
+        if train.get_context().get_world_size() > 1:
+            raise
 
 
 def _train(job: TrainingJob, bulletin: ActorHandle) -> None:
@@ -181,19 +189,25 @@ def _train(job: TrainingJob, bulletin: ActorHandle) -> None:
 
 
 def _last(job: TrainingJob) -> Progress | None:
+    """What Ray was told last; where that was damaged since, the furthest that is whole, of this attempt or an earlier one."""
     reported = train.get_checkpoint()
     folder = job.start if reported is None else Path(reported.path)
-    return None if folder is None else read_progress(folder)
+    return None if folder is None else read_progress(folder) or find_progress(job.folder)
 
 
 def _report(training: Training, point: Point, *, write: bool) -> None:
-    """A barrier for all workers; the first one writes."""
+    """A barrier for all workers; the first one writes. RunError where there is no room."""
     if not write:
         train.report({"step": point.step})
         return
     with TemporaryDirectory(prefix="transplant_ray-") as folder:
         save_progress(training, Path(folder))
-        train.report({"step": point.step}, checkpoint=train.Checkpoint.from_directory(folder))
+        try:
+            train.report({"step": point.step}, checkpoint=train.Checkpoint.from_directory(folder))
+        except OSError as error:  # Ray copies it to where all workers see it
+            raise RunError(
+                f"the checkpoint of step {point.step} cannot be written ({error}). Free space and run it again."
+            ) from error
 
 
 def _reason(error: BaseException) -> str:

@@ -26,7 +26,7 @@ READS = (FORCED, LOSS)
 """Scorers that read references, and decode nothing."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # a driver holds millions
 class Outcome:
     variant: str
     example: str

@@ -83,6 +83,8 @@ class SiteLoss:
     at: int
     loss: float | None
     """On `select` of the domain text, in nats a token; None where it is no number."""
+    blocks: tuple[float, ...] = ()
+    """Of each block of it."""
 
 
 @dataclass(frozen=True)
@@ -122,12 +124,17 @@ class Learnt:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    def in_short(self) -> dict[str, Any]:
+        """Without what there is of every block and step: the means of `test` by text."""
+        sites = [{"mode": site.mode, "at": site.at, "loss": site.loss} for site in self.sites]
+        return {**self.to_json(), "sites": sites, "test": {text: self.mean(text) for text in TEXTS}, "curve": None}
+
     @classmethod
     def from_json(cls, said: Mapping[str, Any]) -> Learnt:
         return cls(
             **{
                 **said,
-                "sites": tuple(SiteLoss(**site) for site in said["sites"]),
+                "sites": tuple(SiteLoss(**{**site, "blocks": tuple(site["blocks"])}) for site in said["sites"]),
                 "test": {text: tuple(losses) for text, losses in said["test"].items()},
                 "curve": tuple(Point(**point) for point in said["curve"]),
             }
@@ -222,7 +229,8 @@ def _measure(lesson: Lesson, device: torch.device, learnt: Learnt) -> Learnt:
     shipped = lesson.folder / SHIPPED
     sites = lesson.learner.sites(shipped) if lesson.learner is not None else [None]
     recovered = _recover(lesson, shipped, device)
-    on_select = {site: fmean(_losses(recovered(site), lesson, "domain", "select")) for site in sites}
+    blocks = {site: _losses(recovered(site), lesson, "domain", "select") for site in sites}
+    on_select = {site: fmean(losses) for site, losses in blocks.items()}
     finite = {site: loss for site, loss in on_select.items() if isfinite(loss)}
     if not finite:
         raise NumericsError(f"the loss on domain text is {next(iter(on_select.values()))} after the training: it has diverged.")
@@ -237,7 +245,11 @@ def _measure(lesson: Lesson, device: torch.device, learnt: Learnt) -> Learnt:
         learnt,
         select=finite[best],
         site=None if best is None else str(best),
-        sites=tuple(SiteLoss(site.mode, site.at, finite.get(site)) for site in sites if site is not None),
+        sites=tuple(
+            SiteLoss(site.mode, site.at, finite.get(site), tuple(blocks[site]) if site in finite else ())
+            for site in sites
+            if site is not None
+        ),
         test=test,
     )
 

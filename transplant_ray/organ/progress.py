@@ -2,14 +2,14 @@
 
 weights.safetensors       what is trained, in float32
 optimizer.safetensors     AdamW's moments
-progress.json             the step, the curve so far, and the hashes of the two files
+progress.json             the step, the curve so far, who trained, and the hashes of the two files
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -17,10 +17,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from transplant_ray.errors import RunError
-from transplant_ray.files import sha256_file, write_json
+from transplant_ray.files import sha256_file, whole_file, write_json
 from transplant_ray.organ.training import Point, Training
 
 WEIGHTS, MOMENTS, PROGRESS = "weights.safetensors", "optimizer.safetensors", "progress.json"
+
+
+@dataclass(frozen=True)
+class Crew:
+    """Who trained. On a CPU their number decides in which order sums are taken, and so the last bits of the weights."""
+
+    workers: int
+    threads: int
+    """Of each worker."""
+
+    def __str__(self) -> str:
+        return f"{self.workers} workers of {self.threads} threads"
 
 
 @dataclass(frozen=True)
@@ -28,6 +40,7 @@ class Progress:
     folder: Path
     step: int
     curve: tuple[Point, ...]
+    crew: Crew
 
     def weights(self) -> dict[str, torch.Tensor]:
         return _load(self.folder / WEIGHTS)
@@ -41,14 +54,13 @@ class Progress:
 
 def save_progress(training: Training, folder: Path) -> None:
     """Into a folder that is there. RunError where there is no room."""
-    try:
-        save_file({name: parameter.detach().contiguous() for name, parameter in training.parameters.items()}, folder / WEIGHTS)
-        save_file(training.moments(), folder / MOMENTS)
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{folder}: the checkpoint cannot be written ({error}). Free space and run it again.") from error
+    weights = {name: parameter.detach().contiguous() for name, parameter in training.parameters.items()}
+    for name, tensors in ((WEIGHTS, weights), (MOMENTS, training.moments())):
+        with whole_file(folder / name) as path:
+            save_file(tensors, path)
     hashes = {name: sha256_file(folder / name) for name in (WEIGHTS, MOMENTS)}
-    curve = [point.to_json() for point in training.curve]
-    write_json(folder / PROGRESS, {"step": training.step, "curve": curve, "files": hashes})
+    curve, crew = [point.to_json() for point in training.curve], Crew(training.rank.of, torch.get_num_threads())
+    write_json(folder / PROGRESS, {"step": training.step, "curve": curve, "crew": asdict(crew), "files": hashes})
 
 
 def read_progress(folder: Path) -> Progress | None:
@@ -56,7 +68,8 @@ def read_progress(folder: Path) -> Progress | None:
     try:
         said = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
         whole = all(sha256_file(folder / name) == said["files"][name] for name in (WEIGHTS, MOMENTS))
-        return Progress(folder, int(said["step"]), tuple(Point(**point) for point in said["curve"])) if whole else None
+        curve, crew = tuple(Point(**point) for point in said["curve"]), Crew(**said["crew"])
+        return Progress(folder, int(said["step"]), curve, crew) if whole else None
     except (OSError, ValueError, TypeError, LookupError, RecursionError):
         return None
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from filelock import FileLock, Timeout
 
-from transplant_ray.distributed.cluster import connect, plain_errors
+from transplant_ray.distributed.cluster import connect, plain_errors, refuse_vanishing_paths
 from transplant_ray.distributed.lessons import resources_of, tutors
 from transplant_ray.errors import NumericsError, RunError
 from transplant_ray.files import writable_folder
@@ -37,6 +37,7 @@ def compare(recipe: CompareRecipe, watch: Watch | None = None) -> Compared:
     A training that diverges is a row with its reason, and loses the tuning. NumericsError, after everything else is kept, where all
     of them do. RunError where the folder is another run's.
     """
+    refuse_vanishing_paths(recipe)
     checkpoints = {name: open_recipient(recipe, name) for name in recipe.named_models}
     plan(recipe, checkpoints)
     folder, stopwatch = RunFolder.of(recipe.storage, recipe.name), Stopwatch(watch or Silent())

@@ -31,7 +31,7 @@ from transplant_ray.recipe import CompareRecipe, CorpusSpec, InPlaceMethod, Lora
 from transplant_ray.storage import RunFolder
 from transplant_ray.tracking.comparison import ComparisonTracker
 
-FORMAT = 1
+FORMAT = 2
 """Of the keys of lessons: larger whenever the same settings come to something else."""
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from transplant_ray.evaluate.learning import Findings, find
 from transplant_ray.files import writable_folder
-from transplant_ray.organ.lessons import SHIPPED, TEXTS, Learnt
+from transplant_ray.organ.lessons import SHIPPED, Learnt
 from transplant_ray.organ.pack import Pack
 from transplant_ray.pipeline.comparison_lessons import Bench, Run
 from transplant_ray.report.comparison import KIND, write_comparison
@@ -62,7 +62,7 @@ def record(run: Run, benches: Sequence[Bench], before: list[Learnt], tuned: list
         "text": {bench.name: _text(bench) for bench in benches},
         "said": sentences(findings),
         **findings.to_json(),
-        "learnt": [{**each.to_json(), "test": {text: each.mean(text) for text in TEXTS}, "curve": None} for each in learnt],
+        "learnt": [each.in_short() for each in learnt],
         "shipped": _link(run, confirmed) if run.recipe.keep else {},
         "recalled": run.recalled,
         "seconds": run.watch.seconds,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transplant_ray.distributed.cluster import connect
+from transplant_ray.distributed.cluster import connect, refuse_vanishing_organ
 from transplant_ray.distributed.facts import StepsDone
 from transplant_ray.distributed.training import TrainingJob, find_progress, run_training, share_out
 from transplant_ray.errors import OrganError, RecipeError, RunError
@@ -23,7 +23,7 @@ from transplant_ray.organ.extract import extract_organ
 from transplant_ray.organ.folder import Organ, open_organ
 from transplant_ray.organ.learners import OrganLearner
 from transplant_ray.organ.pack import RECORD, Pack, pack_text, training_cut
-from transplant_ray.organ.progress import Progress
+from transplant_ray.organ.progress import Crew, Progress
 from transplant_ray.organ.text import Passage, data_files, stream_passages
 from transplant_ray.organ.training import Point
 from transplant_ray.organ.vocabulary import CHOICES
@@ -84,6 +84,7 @@ def train(
         raise OrganError(f"vocabulary {vocabulary!r}: expected one of {', '.join(CHOICES)}.")
     if organ is not None and (layers != "default" or licence is not None):
         raise OrganError("`layers` and `licence` have no effect on an organ that was cut out before. Leave them out.")
+    refuse_vanishing_organ(out, tracking)
     target, workers, watch = Path(out).absolute(), workers or WorkerSpec(), watch or Silent()
     if target.exists():
         raise RunError(f"{out}: is there already. Choose another place, or move it away; nothing was written.")
@@ -226,9 +227,20 @@ def _train(ready: Prepared, tracker: TrainingTracker | None, watch: Watch) -> Pr
             return so_far
     with connect(ResourceSpec(address=ready.workers.address, cpus_per_model=0.01)), terminable():
         threads = share_out(ready.workers)
+        _note_another_crew(so_far, ready.workers, threads, watch)
         start = None if so_far is None else so_far.folder
         job = TrainingJob(ready.learner, training, ready.pack.folder, ready.place.folder, start, threads)
         return run_training(job, ready.workers, told.point, watch.note)
+
+
+def _note_another_crew(so_far: Progress | None, workers: WorkerSpec, threads: int, watch: Watch) -> None:
+    """On GPUs threads sum nothing up."""
+    crew = Crew(workers.num, threads)
+    if so_far is not None and not workers.gpus and so_far.crew != crew:
+        watch.note(
+            f"warning: goes on with {crew}, it came so far with {so_far.crew}. Sums are taken in another order, so the last bits "
+            "of the weights may differ from those of a training that was not stopped; the same `--workers` and `--cpus` keep them"
+        )
 
 
 class _Told:

@@ -7,7 +7,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
-from transplant_ray.distributed.facts import Fact, Note, StageBegins, StageEnds
+from transplant_ray.distributed.facts import Fact, Note, Paced, StageBegins, StageEnds
+from transplant_ray.pipeline.pace import Pace
+
+PACE_SECONDS = 5.0
+"""Between two facts of the pace, at least."""
 
 
 class Watch(Protocol):
@@ -42,24 +46,30 @@ class Listener(Protocol):
 
 
 class Watches:
-    """One watch, and others who hear the facts; a stage that begins and a note are facts too."""
+    """One watch, and others who hear the facts; a stage that begins, its pace and a note are facts too."""
 
-    def __init__(self, watch: Watch, listeners: Sequence[Listener]) -> None:
-        self.watch, self.listeners = watch, listeners
+    def __init__(self, watch: Watch, listeners: Sequence[Listener], pace: Pace | None = None) -> None:
+        self.watch, self.listeners, self.pace = watch, listeners, pace or Pace()
+        self.paced_at = self.pace.clock()
 
     def stage(self, name: str, total: int, unit: str = "examples") -> None:
+        self.pace.begin(name, total, unit)
         self.watch.stage(name, total, unit)
         self.hear(StageBegins(name, total, unit))
 
     def advance(self, amount: int) -> None:
+        self.pace.advance(amount)
         self.watch.advance(amount)
+        if self.pace.clock() - self.paced_at >= PACE_SECONDS:
+            self.paced_at = self.pace.clock()
+            self.hear(Paced(self.pace.tokens_per_second, self.pace.seconds_left))
 
     def note(self, text: str) -> None:
         self.watch.note(text)
         self.hear(Note(text))
 
     def hear(self, fact: Fact) -> None:
-        for listener in (self.watch, *self.listeners):
+        for listener in (self.pace, self.watch, *self.listeners):
             listener.hear(fact)
 
 

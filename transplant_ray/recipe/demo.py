@@ -24,16 +24,16 @@ class DemoSpec(Part):
     vocabulary: int = Field(2_048, ge=260)
     """Tokens: 256 bytes, an end, and what byte-pair encoding finds."""
     layers: int = Field(8, ge=2)
-    width: int = Field(128, ge=8)
+    width: int = Field(64, ge=8)
     heads: int = Field(4, ge=1)
     context: int = Field(128, ge=8)
-    batch: int = Field(4, ge=1)
+    batch: int = Field(8, ge=1)
     """Contexts a step, in all trainings."""
-    tokens: int = Field(1_000_000, ge=1)
+    tokens: int = Field(3_000_000, ge=1)
     """Of general text that the model is trained on."""
     lr: float = Field(3e-3, gt=0)
     """Of the model; the organ's is `organ_lr`."""
-    organ_tokens: int = Field(100_000, ge=1)
+    organ_tokens: int = Field(200_000, ge=1)
     """Of domain text that the organ is trained on, and every method that it is compared with."""
     organ_lr: float = Field(1e-3, gt=0)
     contexts: int = Field(64, ge=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from transplant_ray.distributed.facts import (
     AtWork,
     EvaluatorDied,
     Fact,
+    Paced,
     StageBegins,
     StageEnds,
     SweepBegins,
@@ -72,7 +74,15 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> Noted:
             ],
         ),
         (StageBegins("evaluate", 3, "examples"), [("set", "stage", 1, {"run": "r", "stage": "evaluate"})]),
-        (StageEnds("evaluate", 3.0), [("set", "stage", 0, {"run": "r", "stage": "evaluate"})]),
+        (
+            StageEnds("evaluate", 3.0),
+            [("set", "stage", 0, {"run": "r", "stage": "evaluate"}), ("set", "seconds_left", 0, {"run": "r"})],
+        ),
+        (
+            Paced(120.0, 9.0),
+            [("set", "tokens_per_second", 120.0, {"run": "r"}), ("set", "seconds_left", 9.0, {"run": "r"})],
+        ),
+        (Paced(None, None), [("set", "tokens_per_second", 0.0, {"run": "r"})]),
     ],
 )  # fmt: skip
 def test_a_fact_is_counted(noted: Noted, fact: Fact, expected: Noted) -> None:
@@ -120,6 +130,24 @@ def test_what_goes_wrong_with_metrics_ends_nothing(monkeypatch: pytest.MonkeyPat
     counted = len(asked)
     count_in_evaluator("r", SHARD)
     assert 0 < counted < len(asked)
+
+
+def test_the_dashboard_asks_for_metrics_that_there_are() -> None:
+    """As Prometheus has them, and shows all of them but those of one kind that another panel has."""
+    root = Path(__file__).parents[3]
+    dashboard = json.loads((root / "cluster" / "grafana.json").read_text())
+    names = re.findall(r"ray_(transplant_ray_\w+)\{", json.dumps(dashboard["panels"]).replace('\\"', ""))
+    suffixes = {
+        **dict.fromkeys(meters.COUNTERS, "_total"),
+        **dict.fromkeys(meters.HISTOGRAMS, "_bucket"),
+        **dict.fromkeys(meters.GAUGES, ""),
+    }
+    offered = {f"transplant_ray_{name}{suffix}" for name, suffix in suffixes.items()}
+    assert set(names) <= offered
+    assert offered - set(names) == {f"transplant_ray_{name}_total" for name in ("tokens", "shards", "evaluator_examples")}
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+    places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in dashboard["panels"]]
+    assert len(set(places)) == len(places)
 
 
 def test_the_docs_list_every_metric_with_its_tags_and_no_other() -> None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -44,6 +45,19 @@ def test_rows_are_documents_and_empty_ones_are_left_out(tmp_path: Path, write: C
 def test_a_hub_dataset_is_read(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "train.jsonl")
     assert texts(HubData(path=str(tmp_path), split="train")) == ["one", "two\u2028lines"]
+
+
+def test_name_and_revision_of_a_hub_dataset_reach_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[object, ...]] = []
+
+    def load_dataset(*place: str, split: str, revision: str) -> list[dict[str, str]]:
+        asked.append((*place, split, revision))
+        return ROWS[:1]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert texts("hub:openai/gsm8k?name=main&split=train&revision=v1") == ["one"]
+    assert texts(HubData(path="openai/gsm8k", name="main", split="train", revision="v1")) == ["one"]
+    assert asked == [("openai/gsm8k", "main", "train", "v1")] * 2
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)

@@ -14,7 +14,7 @@ from stacks import Pair, make_pair
 from trainings import begin, same, training_spec, weights_of
 
 from transplant_ray.errors import NumericsError, ResourceError
-from transplant_ray.organ.progress import Progress, latest_progress, read_progress, save_progress
+from transplant_ray.organ.progress import Crew, Progress, latest_progress, read_progress, save_progress
 from transplant_ray.organ.training import Point, Training, learning_rate
 from transplant_ray.organ.wrapper import load_wrapper
 from transplant_ray.tracking.training import point_metrics
@@ -193,7 +193,7 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(saved: Path, name: str, d
 
 
 def test_the_furthest_checkpoint_is_taken(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    known = {name: Progress(saved / name, step, ()) for name, step in (("a", 3), ("b", 12), ("c", 9))}
+    known = {name: Progress(saved / name, step, (), Crew(1, 1)) for name, step in (("a", 3), ("b", 12), ("c", 9))}
     monkeypatch.setattr("transplant_ray.organ.progress.read_progress", lambda folder: known.get(folder.name))
     found = latest_progress([saved / name for name in ("a", "b", "c", "damaged")])
     assert found is not None

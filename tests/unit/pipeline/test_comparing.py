@@ -21,6 +21,7 @@ from trainings import sums
 
 from transplant_ray import cli
 from transplant_ray.cli_organ_compare import print_comparison
+from transplant_ray.distributed.cluster import JOB_CONFIG
 from transplant_ray.distributed.lessons import OnLearnt, OnPoint
 from transplant_ray.errors import DataError, NumericsError, OrganError, RecipeError, RunError
 from transplant_ray.organ.folder import open_organ
@@ -343,6 +344,17 @@ def main(monkeypatch: pytest.MonkeyPatch, *words: str) -> object:
     with pytest.raises(SystemExit) as ended:
         cli.main()
     return ended.value.code
+
+
+def test_a_submitted_job_writes_nothing_where_it_would_be_lost(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(JOB_CONFIG, "{}")
+    with pytest.raises(RecipeError, match="`storage` is the relative path 'runs'"):
+        compare(recipe(model, text, Path("runs")))
+    with pytest.raises(RecipeError, match=r"`tracking\.uri` is the relative path"):
+        compare(recipe(model, text, tmp_path))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_plan_counts_what_will_be_trained_and_measured(done: Done, model: Path, text: Path) -> None:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from filelock import FileLock
 from stacks import contents, save_model
 from trainings import sums
 
+from transplant_ray.distributed.cluster import JOB_CONFIG
 from transplant_ray.distributed.training import TrainingJob, find_progress
 from transplant_ray.errors import (
     DataError,
@@ -23,14 +25,16 @@ from transplant_ray.errors import (
     RunError,
     TransplantError,
 )
+from transplant_ray.models.checkpoint import open_checkpoint
 from transplant_ray.organ.folder import open_organ
 from transplant_ray.organ.pack import Pack
 from transplant_ray.organ.progress import Progress, read_progress, save_progress
 from transplant_ray.organ.training import Point, Training
 from transplant_ray.pipeline import organ_training as module
-from transplant_ray.pipeline.organ_training import Trained, describe_training, train
+from transplant_ray.pipeline.organ_training import Trained, describe_training, settle, train
 from transplant_ray.pipeline.organs import extract
-from transplant_ray.recipe import TrainingSpec, WorkerSpec
+from transplant_ray.pipeline.watch import Silent
+from transplant_ray.recipe import TrackingSpec, TrainingSpec, WorkerSpec
 
 SETTINGS = {"context": 16, "steps": 12, "batch": 4, "lr": 1e-2, "held_out": 0.2, "checkpoint_every": 4}
 
@@ -147,6 +151,29 @@ def test_stopped_it_goes_on_and_ends_with_the_same(model: Path, place: Path, wor
     assert names(place) == ["calm", "organ", "text.jsonl"]
 
 
+class Notes(Silent):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
+
+@pytest.mark.parametrize(("more", "gpus", "warned"), [(0, 0, False), (1, 0, True), (1, 1, False)])
+def test_another_number_of_threads_is_said_for_it_decides_the_last_bits(
+    model: Path, place: Path, workers: Workers, monkeypatch: pytest.MonkeyPatch, more: int, gpus: int, warned: bool
+) -> None:
+    threads, crew, notes = torch.get_num_threads(), WorkerSpec(gpus=gpus), Notes()
+    workers.stop = 8
+    with pytest.raises(KeyboardInterrupt):
+        run(model, place, workers=crew)
+    monkeypatch.setattr(module, "share_out", lambda _: threads + more)
+    workers.stop = None
+    run(model, place, workers=crew, watch=notes)
+    warning = f"goes on with 1 workers of {threads + 1} threads, it came so far with 1 workers of {threads} threads"
+    assert [warning in note for note in notes.said if note.startswith("warning")] == [True] * warned
+
+
 def test_stopped_after_its_last_step_it_only_writes_the_organ(model: Path, place: Path, workers: Workers) -> None:
     workers.stop = 12
     with pytest.raises(KeyboardInterrupt):
@@ -196,6 +223,25 @@ def test_a_second_process_is_refused(model: Path, place: Path) -> None:
         run(model, place)
 
 
+@pytest.mark.parametrize(
+    ("out", "uri", "words"),
+    [
+        ("organ", "http://mlflow", "`out` is the relative path 'organ'.* e.g. out=/shared/organ"),
+        (
+            "/shared/organ",
+            "sqlite:///mlflow.db",
+            r"`tracking` is the relative path 'mlflow\.db'.*tracking=sqlite:////shared/mlflow\.db",
+        ),
+    ],
+)
+def test_a_submitted_job_writes_nothing_where_it_would_be_lost(
+    monkeypatch: pytest.MonkeyPatch, out: str, uri: str, words: str
+) -> None:
+    monkeypatch.setenv(JOB_CONFIG, "{}")
+    with pytest.raises(RecipeError, match=words):
+        train("no-model", TrainingSpec(data=("none.txt",)), out, tracking=TrackingSpec(uri=uri))
+
+
 def test_a_place_that_is_taken_is_refused_before_anything_is_read(place: Path) -> None:
     (place / "organ").mkdir()
     with pytest.raises(RunError, match="is there already"):
@@ -237,6 +283,15 @@ def test_too_little_text_is_said_and_nothing_is_left(model: Path, place: Path, c
     with pytest.raises(DataError, match=words):
         run(model, place, settings={"held_out": 0})
     assert names(place) == ["text.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gpus", "settled"),
+    [("auto", 0, "float32"), ("auto", 1, "bfloat16"), ("float32", 1, "float32"), ("bfloat16", 0, "bfloat16")],
+)
+def test_what_is_computed_in_goes_by_the_machine_unless_it_is_said(model: Path, dtype: str, gpus: int, settled: str) -> None:
+    spec = TrainingSpec.model_validate({"data": "x", **SETTINGS, "dtype": dtype})
+    assert settle(spec, WorkerSpec(gpus=gpus), open_checkpoint(str(model))).dtype == settled
 
 
 def test_an_organ_of_another_model_is_refused_field_by_field(model: Path, place: Path) -> None:

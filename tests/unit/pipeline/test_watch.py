@@ -10,9 +10,10 @@ import pytest
 from rich.console import Console
 
 from transplant_ray.console import TerminalWatch, time_line
-from transplant_ray.distributed.facts import AtWork, Fact, Note, StageBegins, StageEnds, VariantsAsked, of_shard
+from transplant_ray.distributed.facts import AtWork, Fact, Note, Paced, StageBegins, StageEnds, VariantsAsked, of_shard
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.outcome import Outcome
+from transplant_ray.pipeline.pace import Pace
 from transplant_ray.pipeline.watch import Silent, Stopwatch, Watches
 
 
@@ -44,6 +45,18 @@ def test_all_who_listen_hear_stages_notes_and_facts() -> None:
     assert watch.heard == listener.heard
     assert listener.heard[:-1] == [StageBegins("evaluate", 3, "variants"), Note("beware"), AtWork(1, 1, 0.0)]
     assert listener.heard[-1] == StageEnds("evaluate", stopwatch.seconds["evaluate"])
+
+
+def test_the_pace_is_told_every_few_seconds_and_not_at_every_step() -> None:
+    now, listener = [0.0], Kept()
+    watches = Watches(Silent(), [listener], Pace(lambda: now[0]))
+    watches.stage("evaluate", 100, "examples")
+    for second in range(1, 13):
+        now[0] = float(second)
+        watches.hear(shard(10))
+        watches.advance(5)
+    paced = [fact for fact in listener.heard if isinstance(fact, Paced)]
+    assert paced == [Paced(70.0, 15.0), Paced(70.0, 10.0)]
 
 
 def test_where_there_is_no_terminal_a_long_stage_says_again_that_it_lives() -> None:
