@@ -1,6 +1,7 @@
 """The command line: parse, call one function, print.
 
-Exit codes: 0 well, 1 some variants failed or MLflow refused something, 2 nothing could be done, 130 Ctrl-C, 143 SIGTERM.
+Exit codes: 0 well, 1 some variants (of a comparison: methods or seeds) failed or MLflow refused something, 2 nothing could be done,
+130 Ctrl-C, 143 SIGTERM.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from rich.table import Column, Table
 
 from transplant_ray import zoo
 from transplant_ray.cli_organ import organ_app
+from transplant_ray.cli_organ_compare import print_comparison
 from transplant_ray.cli_organ_sweep import print_organs
 from transplant_ray.errors import TransplantError
 from transplant_ray.named_tasks import NAMED_TASKS
@@ -127,10 +129,13 @@ def apply(
 
 @app.command()
 def show(run: RunPath, every: Annotated[bool, typer.Option("--all", help="Every row of every split.")] = False) -> None:
-    """Print the results of a finished sweep again."""
+    """Print the results of a finished sweep or comparison again."""
     from transplant_ray.pipeline.exporting import show as run_show
-    from transplant_ray.pipeline.reporting import show_organs
+    from transplant_ray.pipeline.reporting import show_comparison, show_organs
 
+    if (compared := show_comparison(run)) is not None:
+        print_comparison(console, compared)
+        return
     if (organs := show_organs(run)) is not None:
         print_organs(organs.rows, organs.summary)
         return
@@ -139,7 +144,7 @@ def show(run: RunPath, every: Annotated[bool, typer.Option("--all", help="Every 
 
 @app.command()
 def report(run: RunPath) -> None:
-    """Make the report of a finished sweep again: report.html, and the variants as CSV and LaTeX."""
+    """Make the report of a finished sweep or comparison again: report.html, and its table as CSV and LaTeX."""
     from transplant_ray.pipeline.reporting import report as run_report
 
     console.print(f"wrote {run_report(run)}", markup=False, soft_wrap=True)

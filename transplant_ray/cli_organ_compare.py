@@ -15,7 +15,7 @@ from rich.text import Text
 from transplant_ray.terminal import resumable, tell
 
 if TYPE_CHECKING:
-    from transplant_ray.pipeline.comparing import Planned
+    from transplant_ray.pipeline.comparison_planning import Planned
     from transplant_ray.recipe import CompareRecipe
 
 console = Console(emoji=False)
@@ -30,10 +30,13 @@ def compare(
         bool, typer.Option("--dry-run", help="Check the recipe and say what would be trained; nothing is written.")
     ] = False,
 ) -> None:
-    """Compare organs with LoRA and full fine-tuning: the same data, tokens and tuning for each. Run again, it goes on."""
+    """Compare organs with LoRA and full fine-tuning: the same data, tokens and tuning for each. Run again, it goes on.
+
+    Ends with 1 where a method or a seed has no result. A learning rate that diverges is a result: a row with its reason.
+    """
     from transplant_ray.console import TerminalWatch
     from transplant_ray.pipeline.comparing import compare as run_compare
-    from transplant_ray.pipeline.comparing import plan
+    from transplant_ray.pipeline.comparison_planning import plan
     from transplant_ray.recipe import load_compare_recipe
 
     loaded = load_compare_recipe(recipe, overrides or [])
@@ -47,7 +50,9 @@ def compare(
     _print(f"MLflow: experiment {loaded.tracking.experiment!r}, run {compared.summary['mlflow_run']}")
     if compared.refused:
         tell(f"MLflow refused {len(compared.refused)} of its entries, the first: {compared.refused[0]}")
-    if compared.failed or compared.refused:
+    if compared.missing:
+        tell(f"without a result: {'; '.join(compared.missing)}. The report says why.")
+    if compared.missing or compared.refused:
         raise typer.Exit(1)
 
 
@@ -61,21 +66,27 @@ def print_comparison(console: Console, summary: Mapping[str, Any]) -> None:
 
 
 def _table(summary: Mapping[str, Any], model: str) -> Table:
-    """In 80 columns: where organs were put in is a line of its own."""
+    """In 80 columns: an interval is below its number, and where organs were put in is a line of its own."""
     from transplant_ray.report.comparison import COLUMNS, method_rows
 
     table = Table(title=Text(f"{model}: perplexity on test"), title_justify="left", caption_justify="left", box=SIMPLE_HEAD)
-    table.pad_edge, table.padding = False, (0, 1, 0, 0)
+    table.pad_edge, table.padding, table.show_edge = False, 0, False
     shown = [number for number, column in enumerate(COLUMNS) if column not in ("model", "× before", "put in")]
     for number in shown:
-        table.add_column(COLUMNS[number], justify="left" if number == 1 else "right", no_wrap=number == 1)
+        wide = COLUMNS[number] in ("domain", "general")  # where there is no room, the ends of an interval go below each other
+        table.add_column(COLUMNS[number], justify="left" if number == 1 else "right", no_wrap=not wide)
     rows = [row for row in method_rows(summary) if row[0] == model]
     for row in rows:
-        table.add_row(*(Text(row[number].replace(" (edge)", " *")) for number in shown))
+        table.add_row(*(Text(_narrow(row[number])) for number in shown))
     notes = [f"{row[1]} put in: {row[-1]}" for row in rows if row[-1]]
     notes += ["* the edge of the grid"] if any("(edge)" in row[2] for row in rows) else []
-    table.caption = Text("[ ] are 95 % intervals over seeds" + "".join(f"; {note}" for note in notes))
+    table.caption = Text("below: 95 % intervals over seeds" + "".join(f"; {note}" for note in notes))
     return table
+
+
+def _narrow(cell: str) -> str:
+    """`828.4 [812, 853.6]` in two lines, and the edge as a star."""
+    return cell.replace(" (edge)", "*").replace(" [", "\n").replace(", ", " – ").removesuffix("]")
 
 
 def _print_plan(recipe: CompareRecipe, planned: Sequence[Planned]) -> None:

@@ -29,7 +29,7 @@ def demo(
             "that is not there."
         ),
     ] = None,
-    cpus: Annotated[int | None, typer.Option(min=1, help="Threads of a training; by default all that there are.")] = None,
+    cpus: Annotated[int | None, typer.Option(min=1, help="Cores to use at a time; by default all that there are.")] = None,
     tracking: Annotated[str, typer.Option(help="MLflow server or database.")] = "sqlite:///mlflow.db",
     set: Annotated[
         list[str] | None,
@@ -47,9 +47,9 @@ def demo(
     spec = parse_demo([f"family={family}", f"seed={seed}", *(set or [])])
     told = TrackingSpec(uri=tracking, experiment="organs")
     with resumable("the same command goes on where it stopped"), TerminalWatch(console) as watch:
-        made = organ_demo(spec, out, domain=domain, threads=cpus, tracking=told, watch=watch)
+        made = organ_demo(spec, out, domain=domain, cpus=cpus, tracking=told, watch=watch)
     _print_demo(made)
-    if made.sweep.failed or made.compared.failed:
+    if made.sweep.failed or made.compared.missing:
         raise typer.Exit(1)
     if refused := [*made.sweep.refused, *made.compared.refused]:
         tell(f"MLflow refused {len(refused)} of its entries, the first: {refused[0]}. All results are in {made.folder}.")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -12,6 +13,12 @@ from rich.table import Table
 
 from transplant_ray.errors import RecipeError
 from transplant_ray.terminal import resumable, tell
+
+if TYPE_CHECKING:
+    from transplant_ray.evaluate.example import Split
+    from transplant_ray.evaluate.organ_results import OrganResult
+    from transplant_ray.organ.grid import Grid, Role
+    from transplant_ray.recipe import OrganRecipe
 
 console = Console(emoji=False)
 
@@ -58,7 +65,9 @@ def sweep(
         raise typer.Exit(1)
 
 
-def _load(words: list[str], recipient: str | None, organs: list[str], domain: list[str], general: list[str], name: str):  # type: ignore[no-untyped-def]
+def _load(
+    words: list[str], recipient: str | None, organs: list[str], domain: list[str], general: list[str], name: str
+) -> OrganRecipe:
     """The recipe; or one that is made of flags."""
     from transplant_ray.recipe import load_organ_recipe, make_organ_recipe
 
@@ -90,8 +99,13 @@ def _named(organs: list[str]) -> dict[str, str]:
     return named
 
 
-def _print_plan(grid, blocks) -> None:  # type: ignore[no-untyped-def]
-    roles = {"recipient": "the recipient", "trial": "trials", "untrained": "untrained controls", "alone": "organs alone"}
+def _print_plan(grid: Grid, blocks: Mapping[str, Mapping[Split, int]]) -> None:
+    roles: dict[Role, str] = {
+        "recipient": "the recipient",
+        "trial": "trials",
+        "untrained": "untrained controls",
+        "alone": "organs alone",
+    }
     counts = ", ".join(f"{len(grid.of(role))} {told}" for role, told in roles.items() if grid.of(role))
     _print(f"models: {counts}; {grid.num_models} different ones to measure")
     for name, sides in blocks.items():
@@ -106,7 +120,7 @@ def _print_plan(grid, blocks) -> None:  # type: ignore[no-untyped-def]
         console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
 
 
-def print_organs(rows, summary) -> None:  # type: ignore[no-untyped-def]
+def print_organs(rows: Sequence[OrganResult], summary: Mapping[str, Any]) -> None:
     """The table, and the headline in sentences."""
     console.print(_table(rows))
     if verdict := summary["verdict"]:
@@ -120,7 +134,7 @@ def print_organs(rows, summary) -> None:  # type: ignore[no-untyped-def]
     _print(f"MLflow: run {summary['mlflow_run']}")
 
 
-def _table(rows) -> Table:  # type: ignore[no-untyped-def]
+def _table(rows: Sequence[OrganResult]) -> Table:
     """On select, best first, controls dim."""
     shown = sorted(
         (row for row in rows if row.split == "select"),

@@ -68,7 +68,7 @@ class Shelf:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """`<storage>/<name>/`: what one sweep wrote.
+    """`<storage>/<name>/`: what one sweep or comparison wrote.
 
     Where storage is an object store (`s3://…`, any address that pyarrow reads), work is done in a local copy, which `publish`
     writes to `address`.
@@ -268,7 +268,7 @@ class RunFolder:
                 self.openings.write_bytes(system.open_input_stream(there).read())
 
     def check_owner(self, identity: str) -> None:
-        """RunError where the folder holds the results of another recipe."""
+        """RunError where the folder holds the results of another recipe, of whatever kind of run."""
         mark = self.path / ".identity"
         if self.address is not None:
             _mirror_claim(self, mark)
@@ -283,7 +283,7 @@ class RunFolder:
             )
 
     def claim(self, identity: str, recipe_text: str) -> None:
-        """Make the folder this recipe's."""
+        """Make the folder its that is called so: a recipe's, or any comparison's of this name."""
         writable_folder(self.path)
         write_text(self.path / ".identity", identity)  # first: a recipe without its mark would be taken for another's
         write_text(self.recipe, recipe_text)

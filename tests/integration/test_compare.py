@@ -64,7 +64,7 @@ def test_the_command_line_from_recipe_to_report(cluster: None, folder: Path, tem
     assert not (tmp_path / "runs").exists()
 
     finished: Finished = run_main("organ", "compare", path)
-    assert finished.code == 1, finished.err  # a rate of 1e25 diverges, for both
+    assert finished.code == 0, finished.err  # a rate of 1e25 diverges, for both; that is a result
     assert "organ, lr 1e+25, seed 1000 failed" in " ".join(finished.out.split())
     run = tmp_path / "runs" / "tiny"
     assert open_organ(run / "shipped" / "model-organ-1").manifest.training is not None

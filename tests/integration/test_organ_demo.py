@@ -49,6 +49,8 @@ def test_everything_is_where_it_says(place: Path, finished: Finished) -> None:  
     assert open_organ(here / "organ").manifest.training is not None
     for name in ("sweep/report.html", "compare/report.html", "sweep.yaml", "compare.yaml"):
         assert (here / name).is_file()
+    assert "at_once: 1" in (here / "compare.yaml").read_text()
+    assert "evaluators: 1" in (here / "sweep.yaml").read_text()
     assert json.loads((here / "demo.json").read_text())["stand_in"] is True
     assert not [path for path in here.iterdir() if path.name.endswith(".training")]
 

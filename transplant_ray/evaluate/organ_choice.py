@@ -2,7 +2,8 @@
 
 The rule: of the trials, the smallest mean loss on the select half of the domain's text; of two that are equal, the earlier in the
 grid. A trial that loses more on general text than `most_lost` cannot win. The test half is then read for three models alone: the
-recipient, the winner, and the winner's layers untrained at the same place. Blocks are the pairs of the tests.
+recipient, the winner, and the winner's layers untrained at the same place. Blocks are the pairs of the tests. A winner that reads
+general text worse is confirmed *with loss*, however small the loss: whether it is worth the gain is for the reader to say.
 """
 
 from __future__ import annotations
@@ -82,10 +83,12 @@ def judge(place: str, domain: Comparison, general: Comparison, untrained: Compar
         conclusion = "not distinguishable from the recipient"
     elif untrained is None:
         conclusion = "gain, untrained layers not tested"
-    elif untrained.lowers:
-        conclusion = "confirmed"
-    else:
+    elif not untrained.lowers:
         conclusion = "gain, not better than untrained layers"
+    elif general.raises:
+        conclusion = "confirmed, with loss"
+    else:
+        conclusion = "confirmed"
     verb = "lowers" if domain.lowers else "raises" if domain.raises else "leaves"
     sentences = [
         f"{place} {verb} perplexity on domain text {_from_to(domain)}",

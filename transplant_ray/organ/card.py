@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import yaml
 
+from transplant_ray.models.checkpoint import CARD
 from transplant_ray.organ.manifest import Manifest
 
 
@@ -29,16 +32,42 @@ def organ_card(organ: Manifest) -> str:
     )
 
 
+def said_licence(folder: Path) -> str | None:
+    """The licence in the front matter of a model's card, None where there is none."""
+    try:
+        found = re.match(r"---\n(.*?)\n---", (folder / CARD).read_text(encoding="utf-8"), re.DOTALL)
+        said = yaml.safe_load(found[1]) if found else None
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):  # a card is for people: whatever it holds is no error
+        return None
+    licence = said.get("license") if isinstance(said, dict) else None
+    return licence if isinstance(licence, str) else None
+
+
 def insertion_card(
-    recipient: str, organs: Sequence[tuple[int, Manifest]], mode: str, layers: Sequence[str], notes: Sequence[str]
+    recipient: str,
+    revision: str | None,
+    licence: str | None,
+    organs: Sequence[tuple[int, Manifest]],
+    mode: str,
+    layers: Sequence[str],
+    notes: Sequence[str],
+    licences: Sequence[str],
 ) -> str:
-    """`organs` with their positions, `layers` of the new model by where each comes from."""
+    """`organs` with their positions, `layers` of the new model by where each comes from, `licences`: files that came with organs.
+
+    Hubs are told a licence where recipient and organs have the same one; of several, which holds for the whole is not ours to say.
+    """
+    agreed = licence if all(organ.licence == licence for _, organ in organs) else None
     return "\n".join(
         [
-            _front(None, library="transformers"),
+            _front(agreed, library="transformers"),
             f"# {recipient} with {len(organs)} organ{'s' if len(organs) > 1 else ''}",
             "",
-            f"Layers of other models were put into `{recipient}` (mode `{mode}`); nothing was trained after that.",
+            f"Layers of other models were put into `{recipient}`{_revision(revision)} (mode `{mode}`).",
+            "Nothing was trained after that.",
+            "",
+            f"Licence of the recipient: {licence or 'not said'}.",
+            *(f"Came with an organ: `{name}`." for name in licences),
             "",
             "## Organs",
             *(line for at, organ in organs for line in _organ_lines(at, organ, mode)),

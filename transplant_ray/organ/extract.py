@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import yaml
 
 from transplant_ray.errors import OrganError
-from transplant_ray.models.checkpoint import CARD, Checkpoint
+from transplant_ray.models.checkpoint import Checkpoint
 from transplant_ray.models.loading import load_tensors
+from transplant_ray.organ.card import said_licence
 from transplant_ray.organ.folder import write_organ
 from transplant_ray.organ.manifest import Source
 from transplant_ray.organ.settings import layer_types, with_layers
@@ -60,21 +60,10 @@ def extract_organ(checkpoint: Checkpoint, layers: str, out: Path, licence: str |
         config=with_layers(checkpoint.config, [types[layer] for layer in chosen]),
         source=Source(model=checkpoint.model, revision=checkpoint.revision, first=chosen.start, num_layers=len(types)),
         vocabulary=read_vocabulary(checkpoint),
-        licence=licence or _said_licence(folder),
+        licence=licence or said_licence(folder),
         licences=folder,
     )
 
 
 def _load(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     return load_tensors(checkpoint, [name])[name]
-
-
-def _said_licence(folder: Path) -> str | None:
-    """The licence in the front matter of a model card, None where there is none."""
-    try:
-        found = re.match(r"---\n(.*?)\n---", (folder / CARD).read_text(encoding="utf-8"), re.DOTALL)
-        said = yaml.safe_load(found[1]) if found else None
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):  # a card is for people: whatever it holds is no error
-        return None
-    licence = said.get("license") if isinstance(said, dict) else None
-    return licence if isinstance(licence, str) else None

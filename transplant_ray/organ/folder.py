@@ -96,16 +96,13 @@ def write_organ(
         )
         write_json(folder / MANIFEST, manifest.to_json())
         write_text(folder / CARD, organ_card(manifest))
-        if licences is not None:
-            _copy_licences(licences, folder)
+        for path in [] if licences is None else licence_files(licences):
+            shutil.copyfile(path, folder / path.name)
     return out
 
 
-def _copy_licences(source: Path, folder: Path) -> None:
-    for pattern in LICENCES:
-        for path in source.glob(pattern):
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)
+def licence_files(folder: Path) -> list[Path]:
+    return sorted(path for pattern in LICENCES for path in folder.glob(pattern) if path.is_file())
 
 
 def _spelt_out(config: PretrainedConfig) -> dict[str, Any]:

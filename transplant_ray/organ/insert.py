@@ -4,6 +4,7 @@
     insertion.json               which layer comes from where, and the hash of every file of the recipient
     undo/                        the recipient's files that were changed: of weight files the headers, and layers that were replaced
     README.md                    the card
+    LICENSE.organ-ID, …          licence files that came with an organ, beside the recipient's own
 
 Tensors of the recipient are copied as bytes. A tensor of an organ takes the dtype that the recipient's layers have; it lies where
 the one that it replaces lay, or at the end of the file with the layer before which it was put. No model is loaded.
@@ -25,6 +26,7 @@ from transplant_ray.models.header import DTYPES, TensorInfo, header_text, read_h
 from transplant_ray.models.loading import load_tensors
 from transplant_ray.models.writing import copy_companions, make_header, stored_pieces, tensor_bytes, write_parts
 from transplant_ray.organ.card import insertion_card
+from transplant_ray.organ.folder import licence_files
 from transplant_ray.organ.insertion import Insertion
 from transplant_ray.organ.record import RECORD, REPLACED, UNDO, Record, make_record
 from transplant_ray.organ.settings import COUNT
@@ -67,7 +69,7 @@ def write_insertion(insertion: Insertion, out: Path, *, replace_old: bool = Fals
         if recipient.weight_files() != (SINGLE,):
             _write_index(insertion, record, files, folder)
         write_json(folder / RECORD, record.model_dump())
-        write_text(folder / CARD, _card(insertion))
+        write_text(folder / CARD, _card(insertion, record.licence, _add_licences(insertion, folder)))
     return out
 
 
@@ -172,10 +174,23 @@ def _rewrite(path: Path, before: Mapping[str, Any], after: Mapping[str, Any]) ->
         path.write_text(json.dumps(after, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _card(insertion: Insertion) -> str:
+def _add_licences(insertion: Insertion, folder: Path) -> list[str]:
+    """Licence files of the organs, under names of their own, so that the recipient's stay as they are. Returns the names."""
+    organs = {placement.organ.manifest.id: placement.organ for placement in insertion.placements}
+    names = {f"{path.name}.organ-{id}": path for id, organ in organs.items() for path in licence_files(organ.checkpoint.fetch())}
+    for name, path in names.items():
+        if not (folder / name).exists():  # the recipient has the same organ already, and gets its file back as it was
+            shutil.copyfile(path, folder / name)
+    return list(names)
+
+
+def _card(insertion: Insertion, licence: str | None, licences: list[str]) -> str:
+    recipient = insertion.recipient
     organs = [(placement.at, placement.organ.manifest) for placement in insertion.placements]
     origins = [
         f"layer {layer.index} of " + ("the recipient" if layer.organ is None else f"organ `{organs[layer.organ][1].id}`")
         for layer in insertion.layers
     ]
-    return insertion_card(insertion.recipient.model, organs, insertion.mode, origins, insertion.warnings)
+    return insertion_card(
+        recipient.model, recipient.revision, licence, organs, insertion.mode, origins, insertion.warnings, licences
+    )

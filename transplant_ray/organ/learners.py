@@ -12,7 +12,7 @@ float32 whatever the recipient is stored in; what is shipped has its dtype, but 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,9 +31,10 @@ from transplant_ray.models.loading import load_model, load_tensors
 from transplant_ray.models.writing import copy_companions
 from transplant_ray.organ.folder import Organ, open_organ, write_organ
 from transplant_ray.organ.insertion import MODES, Mode, Placement, plan_insertion
+from transplant_ray.organ.resident import Resident
 from transplant_ray.organ.stack import read_stack
 from transplant_ray.organ.vocabulary import read_vocabulary
-from transplant_ray.organ.wrapper import load_insertion, load_wrapper
+from transplant_ray.organ.wrapper import load_wrapper
 
 Weights = Mapping[str, torch.Tensor]
 
@@ -47,6 +48,10 @@ class Site:
 
     def __str__(self) -> str:
         return f"{self.mode} at {self.at}"
+
+
+Recovered = Callable[[Site | None], nn.Module]
+"""Makes the model of a site. Models of one may share their weights, which are not to be changed."""
 
 
 class Learner(Protocol):
@@ -64,8 +69,8 @@ class Learner(Protocol):
     def sites(self, shipped: Path) -> list[Site | None]:
         """Where what was shipped can go; `None` where there is nothing to choose."""
 
-    def recover(self, shipped: Path, site: Site | None) -> nn.Module:
-        """The recipient with what was shipped, in float32, in evaluation mode: what a receiver has."""
+    def recover(self, shipped: Path, device: torch.device) -> Recovered:
+        """The recipient with what was shipped, in float32, in evaluation mode: what a receiver has. Files are read once."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +95,15 @@ class OrganLearner:
             return list(found)
         raise IncompatibleModels(f"{self.recipient.model}: there is no position that the organ can have.")
 
-    def recover(self, shipped: Path, site: Site | None) -> nn.Module:
-        assert site is not None
-        placement = Placement(open_organ(shipped), site.at)
-        model: nn.Module = load_insertion(plan_insertion(self.recipient, [placement], site.mode, "warn"))
-        return model.eval().requires_grad_(False)
+    def recover(self, shipped: Path, device: torch.device) -> Recovered:
+        organ, resident = open_organ(shipped), Resident(torch.float32, str(device))
+
+        def put_in(site: Site | None) -> nn.Module:
+            assert site is not None
+            model: nn.Module = resident.model(plan_insertion(self.recipient, [Placement(organ, site.at)], site.mode, "warn"))
+            return model
+
+        return put_in
 
 
 @dataclass(frozen=True)
@@ -124,8 +133,8 @@ class InPlaceLearner:
     def sites(self, shipped: Path) -> list[Site | None]:  # noqa: ARG002
         return [Site("replace", self._first)]
 
-    def recover(self, shipped: Path, site: Site | None) -> nn.Module:
-        return OrganLearner(self.recipient, self.organ).recover(shipped, site)
+    def recover(self, shipped: Path, device: torch.device) -> Recovered:
+        return OrganLearner(self.recipient, self.organ).recover(shipped, device)
 
     @property
     def _first(self) -> int:
@@ -153,9 +162,9 @@ class FullLearner:
     def sites(self, shipped: Path) -> list[Site | None]:  # noqa: ARG002
         return [None]
 
-    def recover(self, shipped: Path, site: Site | None) -> nn.Module:  # noqa: ARG002
-        model: nn.Module = load_model(open_checkpoint(str(shipped)), "float32")
-        return model
+    def recover(self, shipped: Path, device: torch.device) -> Recovered:
+        model: nn.Module = load_model(open_checkpoint(str(shipped)), "float32").to(device)
+        return lambda _: model
 
 
 @dataclass(frozen=True)
@@ -186,10 +195,11 @@ class LoraLearner:
     def sites(self, shipped: Path) -> list[Site | None]:  # noqa: ARG002
         return [None]
 
-    def recover(self, shipped: Path, site: Site | None) -> nn.Module:  # noqa: ARG002
+    def recover(self, shipped: Path, device: torch.device) -> Recovered:
         model = load_model(self.recipient, "float32")
         found: nn.Module = require_peft().PeftModel.from_pretrained(model, shipped)
-        return found.eval().requires_grad_(False)
+        found = found.eval().requires_grad_(False).to(device)
+        return lambda _: found
 
 
 def with_weights(model: nn.Module, weights: Weights) -> nn.Module:

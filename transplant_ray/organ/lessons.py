@@ -23,7 +23,7 @@ from transplant_ray.errors import NumericsError
 from transplant_ray.files import whole_folder, write_json
 from transplant_ray.models.checkpoint import Checkpoint
 from transplant_ray.models.loading import load_model
-from transplant_ray.organ.learners import Learner, Site
+from transplant_ray.organ.learners import Learner, Recovered
 from transplant_ray.organ.losses import block_losses
 from transplant_ray.organ.pack import Pack
 from transplant_ray.organ.progress import latest_progress, save_progress
@@ -241,7 +241,8 @@ def _measure(lesson: Lesson, device: torch.device, learnt: Learnt) -> Learnt:
     """On `select` wherever it can go; on `test`, where that is opened, at the best of these sites alone."""
     shipped = lesson.folder / SHIPPED
     sites = lesson.learner.sites(shipped) if lesson.learner is not None else [None]
-    blocks = {site: _losses(_recovered(lesson, shipped, site, device), lesson, "domain", "select") for site in sites}
+    recovered = _recover(lesson, shipped, device)
+    blocks = {site: _losses(recovered(site), lesson, "domain", "select") for site in sites}
     on_select = {site: fmean(losses) for site, losses in blocks.items()}
     finite = {site: loss for site, loss in on_select.items() if isfinite(loss)}
     if not finite:
@@ -249,7 +250,7 @@ def _measure(lesson: Lesson, device: torch.device, learnt: Learnt) -> Learnt:
     best = min(finite, key=lambda site: finite[site])
     test: dict[str, tuple[float, ...]] = {}
     if lesson.stage != "tune":
-        model = _recovered(lesson, shipped, best, device)
+        model = recovered(best)
         test = {text: tuple(_losses(model, lesson, text, "test")) for text in TEXTS}
         if not all(isfinite(loss) for losses in test.values() for loss in losses):
             raise NumericsError("a loss on test text is no number after the training: it has diverged.")
@@ -266,11 +267,12 @@ def _measure(lesson: Lesson, device: torch.device, learnt: Learnt) -> Learnt:
     )
 
 
-def _recovered(lesson: Lesson, shipped: Path, site: Site | None, device: torch.device) -> nn.Module:
-    """What a receiver would have: loaded again from what is shipped."""
-    learner = lesson.learner
-    model: nn.Module = load_model(lesson.recipient, "float32") if learner is None else learner.recover(shipped, site)
-    return model.to(device)
+def _recover(lesson: Lesson, shipped: Path, device: torch.device) -> Recovered:
+    """What a receiver would have: loaded again from what is shipped; the recipient where nothing is."""
+    if lesson.learner is not None:
+        return lesson.learner.recover(shipped, device)
+    model: nn.Module = load_model(lesson.recipient, "float32").to(device)
+    return lambda _: model
 
 
 def _losses(model: nn.Module, lesson: Lesson, text: str, side: str) -> list[float]:

@@ -13,6 +13,7 @@ from transplant_ray.files import sha256_file
 from transplant_ray.models.checkpoint import CARD, Checkpoint
 from transplant_ray.models.convert import COMPANIONS
 from transplant_ray.models.header import brief
+from transplant_ray.organ.card import said_licence
 from transplant_ray.organ.insertion import Insertion, Mode
 from transplant_ray.organ.stack import split_name
 
@@ -46,6 +47,8 @@ class Record(_Part):
     mode: Mode
     recipient: str
     revision: str | None
+    licence: str | None = None
+    """Of the recipient, as its card says."""
     prefix: str
     """Name of the list of layers on disk."""
     organs: list[RecordedOrgan]
@@ -84,6 +87,7 @@ def make_record(insertion: Insertion) -> Record:
         mode=insertion.mode,
         recipient=recipient.model,
         revision=recipient.revision,
+        licence=said_licence(folder),
         prefix=insertion.stack.prefix,
         organs=[
             RecordedOrgan(

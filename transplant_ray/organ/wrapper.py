@@ -1,7 +1,6 @@
-"""Models in memory whose layers are other ones: what an organ is trained in, and a recipient with organs.
+"""What an organ is trained in: a recipient's embedding, the organ's layers, the recipient's final norm and head.
 
-An organ's wrapper is a recipient's embedding, the organ's layers, the recipient's final norm and head. Both are the recipient's own
-class with a config of so many layers, loaded by `transformers`: nothing of masks or positions is ours.
+It is the recipient's own class with a config of so many layers, loaded by `transformers`: nothing of masks or positions is ours.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from transplant_ray.errors import IncompatibleModels
 from transplant_ray.models.checkpoint import Checkpoint
 from transplant_ray.models.loading import assemble, load_tensors
 from transplant_ray.organ.folder import Organ
-from transplant_ray.organ.insertion import Insertion, Placement, check_compatible
+from transplant_ray.organ.insertion import Placement, check_compatible
 from transplant_ray.organ.settings import depends_on_index, with_layers
 from transplant_ray.organ.stack import read_stack, split_name
 from transplant_ray.organ.vocabulary import VocabularyChoice
@@ -46,17 +45,3 @@ def load_wrapper(recipient: Checkpoint, organ: Organ) -> PreTrainedModel:
     model.requires_grad_(False)
     model.get_submodule(stack.home).requires_grad_(True)
     return model
-
-
-def load_insertion(insertion: Insertion) -> PreTrainedModel:
-    """The recipient with organs, in float32 on CPU: what `write_insertion` writes, without a file."""
-    recipient, stack = insertion.recipient, insertion.stack
-    outside = {name: name for name in recipient.tensors if split_name(name, stack.prefix) is None}
-    wanted: dict[str, tuple[Checkpoint, dict[str, str]]] = {"": (recipient, outside)}
-    for name, origin, stored in insertion.tensors():
-        wanted.setdefault("" if origin is recipient else str(origin.folder), (origin, {}))[1][name] = stored
-    tensors: dict[str, torch.Tensor] = {}
-    for origin, names in wanted.values():
-        found = load_tensors(origin, names.values(), torch.float32)
-        tensors |= {name: found[stored] for name, stored in names.items()}
-    return assemble(replace(recipient, config=insertion.config), tensors, torch.float32)

@@ -24,7 +24,8 @@ import yaml
 from transplant_ray.errors import RunError
 from transplant_ray.files import write_json, write_text
 from transplant_ray.organ.folder import open_organ
-from transplant_ray.pipeline.comparing import Compared, compare
+from transplant_ray.pipeline.comparing import compare
+from transplant_ray.pipeline.comparison_recording import Compared
 from transplant_ray.pipeline.demo_models import SmallModel, make_model
 from transplant_ray.pipeline.demo_text import DemoText, find_gsm8k, make_text
 from transplant_ray.pipeline.organ_recording import OrganSweepResult
@@ -87,23 +88,23 @@ def organ_demo(
     folder: str | Path = DEFAULT_FOLDER,
     *,
     domain: str | Path | None = None,
-    threads: int | None = None,
+    cpus: int | None = None,
     tracking: TrackingSpec | None = None,
     watch: Watch | None = None,
 ) -> Demo:
     """All of the demo, in `folder`. `domain` is GSM8K's train.jsonl; where neither it nor a copy beside the repository is there, a
-    stand-in is made.
+    stand-in is made. `cpus`: cores that are used at a time; by default all that there are.
 
     RunError where the folder holds a demo of other settings.
     """
-    place, watch, threads = Place.of(Path(folder), spec), watch or Silent(), threads or num_cpus()
+    place, watch, threads = Place.of(Path(folder), spec), watch or Silent(), cpus or num_cpus()
     tracking = tracking or TrackingSpec(experiment="organs")
     if not has_peft():
         watch.note("peft is not installed, so LoRA is left out of the comparison: pip install 'transplant-ray[lora]' brings it")
     text, model = build(spec, place, domain=domain, threads=threads, watch=watch)
     trained = _trained(spec, place, text, threads, tracking, watch)
-    sweep = sweep_organs(load_organ_recipe(_write(place, "sweep", sweep_recipe(spec, place, text, tracking))), watch)
-    compared = compare(load_compare_recipe(_write(place, "compare", compare_recipe(spec, place, text, tracking))), watch)
+    sweep = sweep_organs(load_organ_recipe(_write(place, "sweep", sweep_recipe(spec, place, text, tracking, cpus))), watch)
+    compared = compare(load_compare_recipe(_write(place, "compare", compare_recipe(spec, place, text, tracking, cpus))), watch)
     demo = Demo(place.here, text, model, trained, sweep, compared)
     write_json(place.here / RECORD, _record(demo))
     return demo
@@ -128,8 +129,11 @@ def num_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def sweep_recipe(spec: DemoSpec, place: Place, text: DemoText, tracking: TrackingSpec) -> dict[str, Any]:
-    """Every position in both modes, untrained layers beside them; paths are relative to the recipe's folder."""
+def sweep_recipe(spec: DemoSpec, place: Place, text: DemoText, tracking: TrackingSpec, cpus: int | None = None) -> dict[str, Any]:
+    """Every position in both modes, untrained layers beside them; paths are relative to the recipe's folder.
+
+    A process measures in one thread, so as many as there are `cpus` measure side by side.
+    """
     return {
         "name": "sweep",
         "recipient": {"model": "./model"},
@@ -137,13 +141,14 @@ def sweep_recipe(spec: DemoSpec, place: Place, text: DemoText, tracking: Trackin
         "domain": {**_relative(text.measured_on("domain"), place), "contexts": spec.contexts},
         "general": {**_relative(text.measured_on("general"), place), "contexts": spec.contexts},
         "context": spec.context,
+        **({} if cpus is None else {"resources": {"evaluators": cpus}}),
         "tracking": tracking.model_dump(mode="json"),
         "storage": str(place.here),
     }
 
 
-def compare_recipe(spec: DemoSpec, place: Place, text: DemoText, tracking: TrackingSpec) -> dict[str, Any]:
-    """The organ's budget for every method, tuned alike, confirmed under one seed."""
+def compare_recipe(spec: DemoSpec, place: Place, text: DemoText, tracking: TrackingSpec, cpus: int | None = None) -> dict[str, Any]:
+    """The organ's budget for every method, tuned alike, confirmed under one seed; a training is one thread."""
     return {
         "name": "compare",
         "model": {"model": "./model"},
@@ -158,6 +163,7 @@ def compare_recipe(spec: DemoSpec, place: Place, text: DemoText, tracking: Track
         "seeds": [spec.seed],
         "domain": {**_relative(text.measured_on("domain"), place), "contexts": spec.contexts},
         "general": {**_relative(text.measured_on("general"), place), "contexts": spec.contexts},
+        **({} if cpus is None else {"resources": {"at_once": cpus}}),
         "tracking": tracking.model_dump(mode="json"),
         "storage": str(place.here),
     }

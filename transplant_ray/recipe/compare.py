@@ -106,13 +106,15 @@ class TuneSpec(Part):
 
 
 class RoomSpec(Part):
-    """What a training gets; as many go side by side as the cluster has room for."""
+    """What a training gets, and how many go side by side."""
 
     address: str | None = None
     """Address of a Ray cluster; without one Ray starts in this process (or `RAY_ADDRESS` is joined)."""
     gpus: int = Field(0, ge=0, le=1)
     cpus: int = Field(1, ge=1)
     """Its threads."""
+    at_once: int | None = Field(None, ge=1)
+    """Trainings that go side by side at most; by default as many as the cluster has room for."""
     max_failures: int = Field(3, ge=0)
     """Deaths of its process after which a training is given up; until then it goes on from its last checkpoint."""
     wait: float = Field(0, ge=0)

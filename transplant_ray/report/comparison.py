@@ -11,6 +11,7 @@ import pyarrow as pa
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from transplant_ray.errors import RunError
 from transplant_ray.evaluate.metrics import perplexity
 from transplant_ray.files import write_json, write_text
 from transplant_ray.report.comparison_figures import NAMES, positions, rates, swatch, trade
@@ -19,6 +20,10 @@ from transplant_ray.report.tables import escape_latex, to_csv
 from transplant_ray.storage import RunFolder, write_rows
 
 HERE = Path(__file__).parent
+KIND = "comparison"
+"""Of a summary, where a comparison wrote it."""
+NEEDED = ("name", "models", "budget", "text", "said", "choices", "standings", "differences", "contrasts", "learnt", "environment")
+"""Of a summary, to make everything else of it."""
 TEXTS = ("domain", "general")
 RESULTS = pa.schema(
     [("key", pa.string()), ("model", pa.string()), ("method", pa.string()), ("stage", pa.string()), ("lr", pa.float64()),
@@ -35,14 +40,34 @@ POSITIONS = pa.schema(
 
 def write_comparison(folder: RunFolder, summary: Mapping[str, Any]) -> list[Path]:
     """All files of a finished comparison; returns them."""
-    names = ("positions.parquet", "comparison.csv", "comparison.tex")
-    files = [folder.results, folder.summary, folder.report, *(folder.path / name for name in names)]
-    write_rows(files[0], [_result(said) for said in summary["learnt"]], RESULTS)
-    write_json(files[1], dict(summary))
-    write_text(files[2], render(summary))
-    write_rows(files[3], _positions(summary["learnt"]), POSITIONS)
-    write_text(files[4], to_csv([{"label": f"{said['model']} {said['method']}", **_result(said)} for said in summary["learnt"]]))
-    write_text(files[5], to_latex(summary))
+    positions = folder.path / "positions.parquet"
+    write_rows(folder.results, [_result(said) for said in summary["learnt"]], RESULTS)
+    write_rows(positions, _positions(summary["learnt"]), POSITIONS)
+    write_json(folder.summary, dict(summary))
+    return [folder.results, positions, folder.summary, *_write_reports(folder, summary)]
+
+
+def build_comparison_report(folder: RunFolder) -> Path:
+    """Write `report.html`, `comparison.csv` and `comparison.tex` again, of the summary alone; returns the first."""
+    return _write_reports(folder, read_comparison(folder))[0]
+
+
+def read_comparison(folder: RunFolder) -> Mapping[str, Any]:
+    """The summary of a comparison; RunError where it is not whole."""
+    summary = folder.read_summary()
+    if missing := [name for name in NEEDED if name not in summary]:
+        raise RunError(
+            f"{folder.summary}: not the whole summary of a comparison ({missing[0]!r} is missing). Run the comparison again: what "
+            "has been trained is kept."
+        )
+    return summary
+
+
+def _write_reports(folder: RunFolder, summary: Mapping[str, Any]) -> list[Path]:
+    files = [folder.report, folder.path / "comparison.csv", folder.path / "comparison.tex"]
+    table = [{"label": f"{said['model']} {said['method']}", **_result(said)} for said in summary["learnt"]]
+    for path, text in zip(files, (render(summary), to_csv(table), to_latex(summary)), strict=True):
+        write_text(path, text)
     return files
 
 
@@ -86,7 +111,7 @@ def method_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
                 rows.append(
                     (
                         model, NAMES[said["method"]], f"{said['lr']:g}{edge}", *shown, f"{said['parameters']:,}",
-                        size(said["bytes"]), f"{said['seconds']:.3g} s", sites(said["sites"]),
+                        size(said["bytes"]), f"{_short(said['seconds'], 3)} s", sites(said["sites"]),
                     )
                 )  # fmt: skip
     return rows

@@ -134,9 +134,8 @@ def _perplexity_axis(axis: Axes, which: str, losses: Sequence[float]) -> None:
     low, high = min(losses), max(losses)
     air = max(AIR * (high - low), 0.02)
     span = (low - air, high + air)
-    ticks = [
-        loss for loss in map(log, _round_numbers(exp(max(-700.0, span[0])), exp(min(700.0, span[1])))) if span[0] <= loss <= span[1]
-    ]
+    ends = [exp(min(700.0, max(-700.0, end))) for end in span]  # what has all but diverged has losses beyond that, and no labels
+    ticks = [loss for loss in map(log, _round_numbers(*ends)) if span[0] <= loss <= span[1]]
     side = axis.xaxis if which == "x" else axis.yaxis
     (axis.set_xlim if which == "x" else axis.set_ylim)(*span)
     side.set_ticks(ticks)

@@ -34,7 +34,16 @@ KIND = "organs"
 """Of a summary, where an organ sweep wrote it."""
 TEXTS = ("domain", "general")
 MEANINGS: Mapping[str, tuple[str, str]] = {
-    "confirmed": ("good", "The gain is there on text that nothing was chosen on, and the same layers untrained did worse."),
+    "confirmed": (
+        "good",
+        "The gain is there on text that nothing was chosen on, and the same layers untrained did worse. General text is not read "
+        "measurably worse.",
+    ),
+    "confirmed, with loss": (
+        "caution",
+        "The gain is there on text that nothing was chosen on, and the same layers untrained did worse. But general text is read "
+        "worse than before.",
+    ),
     "gain, untrained layers not tested": (
         "caution",
         "The gain is real. Whether the training is the reason, or any layers at this place would do, was not tested.",
@@ -327,7 +336,11 @@ def _method(run: OrganRun) -> dict[str, list[tuple[str, str]]]:
             ("rule", words.text(run.told("rule"))),
             ("level", words.text(run.told("level"))),
             ("intervals", "Student's, over blocks; paired t-tests of blocks on the test half"),
-            ("multiplicity", "two tests in a fixed order: against the recipient, and only then against the untrained layers"),
+            (
+                "multiplicity",
+                "tests in a fixed order: against the recipient, only then against the untrained layers, and only then whether "
+                "general text is read worse",
+            ),
         ],
         "Run": [
             (

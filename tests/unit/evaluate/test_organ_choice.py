@@ -7,6 +7,7 @@ import pytest
 from scipy import stats
 
 from transplant_ray.evaluate.organ_choice import Comparison, choose_trial, compare_blocks, judge
+from transplant_ray.report.organs import MEANINGS
 
 DRAW = np.random.default_rng(0)
 BEFORE = DRAW.normal(3, 0.5, 40)
@@ -42,21 +43,24 @@ def test_of_a_single_block_nothing_is_known() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gain", "over_untrained", "conclusion"),
+    ("gain", "price", "over_untrained", "conclusion"),
     [
-        (1.0, 1.0, "confirmed"),
-        (1.0, 0.0, "gain, not better than untrained layers"),
-        (1.0, None, "gain, untrained layers not tested"),
-        (0.0, 1.0, "not distinguishable from the recipient"),
-        (-1.0, 1.0, "worse than the recipient"),
+        (1.0, 0.5, 1.0, "confirmed, with loss"),
+        (1.0, 0.001, 1.0, "confirmed"),  # within chance
+        (1.0, -0.5, 1.0, "confirmed"),
+        (1.0, 0.5, 0.0, "gain, not better than untrained layers"),
+        (1.0, 0.5, None, "gain, untrained layers not tested"),
+        (0.0, 0.5, 1.0, "not distinguishable from the recipient"),
+        (-1.0, 0.5, 1.0, "worse than the recipient"),
     ],
 )
-def test_what_is_concluded(gain: float, over_untrained: float | None, conclusion: str) -> None:
+def test_what_is_concluded(gain: float, price: float, over_untrained: float | None, conclusion: str) -> None:
     control = None if over_untrained is None else _gain(over_untrained)
-    verdict = judge("organ a, before layer 1,", _gain(gain), _gain(-0.5), control, "its source is gone")
+    verdict = judge("organ a, before layer 1,", _gain(gain), _gain(-price), control, "its source is gone")
     assert verdict.conclusion == conclusion
     assert ("its source is gone" in verdict.sentence) == (control is None)
     assert "on general text it goes from" in verdict.sentence
+    assert (MEANINGS[conclusion][0] == "good") == (conclusion == "confirmed")
 
 
 def _gain(size: float) -> Comparison:

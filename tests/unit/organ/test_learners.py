@@ -12,7 +12,6 @@ import pytest
 import torch
 from stacks import Pair, load, logits, make_pair
 from trainings import make_pack, training_spec
-from transformers import PreTrainedModel
 
 from transplant_ray.errors import RecipeError
 from transplant_ray.models.checkpoint import open_checkpoint
@@ -22,8 +21,7 @@ from transplant_ray.organ.insert import write_insertion
 from transplant_ray.organ.insertion import Placement, plan_insertion
 from transplant_ray.organ.learners import FullLearner, InPlaceLearner, Learner, LoraLearner, OrganLearner, Site
 from transplant_ray.organ.pack import Order, Pack
-from transplant_ray.organ.training import Training
-from transplant_ray.organ.wrapper import load_insertion
+from transplant_ray.organ.training import CPU, Training
 
 MAPS = {"llama": 7, "gpt2": 4}
 """Linear maps of a layer."""
@@ -140,7 +138,7 @@ def test_plain_peft_loads_the_adapter(pair: Pair, learners: dict[str, Learner], 
     folder = shipped(learners["lora"], training, tmp_path / "adapter")
     plain = peft.PeftModel.from_pretrained(load(pair.recipient.folder), folder).eval()
     assert torch.equal(logits(plain), logits(training.model))
-    assert torch.equal(logits(learners["lora"].recover(folder, None)), logits(training.model))
+    assert torch.equal(logits(learners["lora"].recover(folder, CPU)(None)), logits(training.model))
     assert not torch.allclose(logits(training.model), logits(load(pair.recipient.folder)), atol=1e-3)
     weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     assert weights < sum(path.stat().st_size for path in pair.recipient.folder.glob("*.safetensors")) / 2  # type: ignore[union-attr]
@@ -160,7 +158,7 @@ def test_what_was_trained_in_place_is_an_organ_that_gives_the_whole_model(
     training = trained(learners["in_place"], pack)
     folder = shipped(learners["in_place"], training, tmp_path / "organ")
     assert learners["in_place"].sites(folder) == [Site("replace", 1)]
-    assert torch.equal(logits(learners["in_place"].recover(folder, Site("replace", 1))), logits(training.model))
+    assert torch.equal(logits(learners["in_place"].recover(folder, CPU)(Site("replace", 1))), logits(training.model))
     manifest = open_organ(folder).manifest
     assert manifest.training == {"steps": 3}
 
@@ -172,13 +170,11 @@ def test_an_organ_can_go_everywhere_and_comes_as_it_is_written(learners: dict[st
         *(f"insert at {at}" for at in range(7)),
         *(f"replace at {at}" for at in range(4)),
     ]
-    organ = open_organ(folder)
+    organ, recovered = open_organ(folder), learner.recover(folder, CPU)
     for site in (Site("insert", 6), Site("replace", 0)):
         insertion = plan_insertion(learner.recipient, [Placement(organ, site.at)], site.mode)
         out = write_insertion(insertion, tmp_path / site.mode)
-        found: PreTrainedModel = load_insertion(insertion)
-        assert torch.equal(logits(found.eval()), logits(load(out)))
-        assert torch.equal(logits(learner.recover(folder, site)), logits(load(out)))
+        assert torch.equal(logits(recovered(site)), logits(load(out)))
 
 
 def test_a_checkpoint_in_bfloat16_is_shipped_in_it(pack: Pack, tmp_path: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,8 +16,13 @@ from stacks import Pair, load, make_pair
 from tiny import VOCABULARY, tiny_tokenizer
 from trainings import make_pack, sums, training_spec
 
+from transplant_ray.models.checkpoint import Checkpoint, open_checkpoint
+from transplant_ray.models.loading import load_model
+from transplant_ray.organ import resident
 from transplant_ray.organ.extract import extract_organ
 from transplant_ray.organ.folder import open_organ
+from transplant_ray.organ.insert import write_insertion
+from transplant_ray.organ.insertion import Mode, Placement, plan_insertion
 from transplant_ray.organ.learners import FullLearner, Learner, OrganLearner
 from transplant_ray.organ.lessons import CHECKPOINT, LEARNT, SHIPPED, Learnt, Lesson, carry_out, read_learnt
 from transplant_ray.organ.losses import block_losses
@@ -23,6 +30,8 @@ from transplant_ray.organ.pack import Pack, measuring_cut, pack_text
 from transplant_ray.organ.text import Passage
 from transplant_ray.organ.training import CPU, Point
 from transplant_ray.recipe import MeasuredSpec
+
+SIDES = ("select", "test")
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +95,38 @@ def test_the_site_of_an_organ_is_the_best_on_select_and_test_is_opened_there_alo
     assert len(learnt.sites) == 7 + 4
     assert (learnt.select, learnt.site) == (best.loss, f"{best.mode} at {best.at}")
     assert {len(losses) for losses in learnt.test.values()} == {4}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_measured_of_an_organ_at_every_site_is_the_written_checkpoint_bit_for_bit(
+    texts: dict[str, Path], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    pair = make_pair(tmp_path, dtype=dtype)
+    organ = open_organ(extract_organ(pair.recipient, "1-3", tmp_path / "own"))
+    _, learnt = learn(lesson(OrganLearner(pair.recipient, organ), pair, texts, tmp_path / "a"))
+    shipped, blocks = open_organ(tmp_path / "a" / SHIPPED), {side: Pack.open(texts["domain"]).side(side) for side in SIDES}
+    for number, site in enumerate(learnt.sites):
+        insertion = plan_insertion(pair.recipient, [Placement(shipped, site.at)], cast(Mode, site.mode))
+        model = load_model(open_checkpoint(str(write_insertion(insertion, tmp_path / f"{number}"))), "float32")
+        assert site.loss == fmean(block_losses(model, blocks["select"], range(blocks["select"].num), 4))
+        if f"{site.mode} at {site.at}" == learnt.site:
+            assert learnt.test["domain"] == tuple(block_losses(model, blocks["test"], range(blocks["test"].num), 4))
+
+
+def test_what_is_shipped_is_read_once_however_many_sites_there_are(
+    llama: Pair, texts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    organ, read = open_organ(extract_organ(llama.recipient, "1-3", tmp_path / "organ")), Counter[str]()
+    real = resident.load_tensors
+
+    def counted(origin: Checkpoint, names: list[str], *rest: Any) -> dict[str, torch.Tensor]:
+        read.update(f"{origin.model} {name}" for name in names)
+        return real(origin, names, *rest)
+
+    monkeypatch.setattr(resident, "load_tensors", counted)
+    learn(lesson(OrganLearner(llama.recipient, organ), llama, texts, tmp_path / "a"))
+    assert read
+    assert set(read.values()) == {1}
 
 
 def test_what_only_tunes_is_not_measured_on_test_and_ships_nothing(llama: Pair, texts: dict[str, Path], tmp_path: Path) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hostile import Hand, ends_well
 from safetensors.torch import load_file, save_file
 from stacks import Pair, contents, make_pair
@@ -17,6 +19,7 @@ from transplant_ray.errors import CheckpointError, OrganError, RunError
 from transplant_ray.models.checkpoint import open_checkpoint
 from transplant_ray.organ import extract, folder, insert, remove
 from transplant_ray.organ.extract import extract_organ
+from transplant_ray.organ.folder import open_organ
 from transplant_ray.organ.insert import write_insertion
 from transplant_ray.organ.insertion import Insertion, Mode, Placement, plan_insertion
 from transplant_ray.organ.remove import remove_organs
@@ -127,6 +130,48 @@ def test_a_card_of_the_recipient_comes_back(llama: Pair, tmp_path: Path) -> None
     write_insertion(plan_insertion(open_checkpoint(str(own)), [Placement(llama.organ, 1)]), tmp_path / "out")
     remove_organs(tmp_path / "out", tmp_path / "back")
     assert contents(tmp_path / "back") == contents(own)
+
+
+def licensed(pair: Pair, place: Path, recipient: str, organ: str | None) -> Insertion:
+    """Of a recipient and an organ with licences and their files."""
+    own = Path(shutil.copytree(pair.recipient.model, place / "own"))
+    (own / "README.md").write_text(f"---\nlicense: {recipient}\n---\n# Mine")
+    (own / "LICENSE").write_text("the recipient's")
+    source = Path(shutil.copytree(pair.source.model, place / "source"))
+    for name in ("LICENSE", "NOTICE.txt"):
+        (source / name).write_text(f"the organ's {name}")
+    cut = open_organ(extract_organ(open_checkpoint(str(source)), "1-3", place / "organ", organ))
+    return plan_insertion(replace(open_checkpoint(str(own)), revision="abc"), [Placement(cut, 1)])
+
+
+@pytest.mark.parametrize(("organ", "front"), [("mit", {"license": "mit"}), ("apache-2.0", {}), (None, {})])
+def test_licences_of_recipient_and_organ_are_said(llama: Pair, tmp_path: Path, organ: str | None, front: dict[str, str]) -> None:
+    card = (write_insertion(licensed(llama, tmp_path, "mit", organ), tmp_path / "out") / "README.md").read_text()
+    said = yaml.safe_load(card.split("---")[1])
+    assert said == {"library_name": "transformers", "tags": ["transplant-ray"], **front}
+    assert f"put into `{tmp_path / 'own'}`, revision `abc` (mode `insert`)" in card
+    assert "Licence of the recipient: mit." in card
+    assert f"licence: {organ or 'not said'}" in card
+    record = json.loads((tmp_path / "out" / "insertion.json").read_text())
+    assert (record["licence"], record["organs"][0]["licence"]) == ("mit", organ)
+
+
+def test_licence_files_of_an_organ_go_along_and_the_recipient_comes_back(llama: Pair, tmp_path: Path) -> None:
+    insertion = licensed(llama, tmp_path, "mit", "mit")
+    organ = insertion.placements[0].organ
+    out = write_insertion(insertion, tmp_path / "out")
+    names = [f"LICENSE.organ-{organ.manifest.id}", f"NOTICE.txt.organ-{organ.manifest.id}"]
+    assert [(out / name).read_text() for name in names] == ["the organ's LICENSE", "the organ's NOTICE.txt"]
+    assert (out / "LICENSE").read_text() == "the recipient's"
+    card = (out / "README.md").read_text()
+    assert all(f"Came with an organ: `{name}`." in card for name in names)
+    (out / names[0]).write_text("as somebody mended it")
+    before = contents(out)
+    write_insertion(plan_insertion(open_checkpoint(str(out)), [Placement(organ, 8)]), tmp_path / "twice")  # the same again
+    remove_organs(tmp_path / "twice", tmp_path / "once")
+    assert contents(tmp_path / "once") == before
+    remove_organs(tmp_path / "once", tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(tmp_path / "own")
 
 
 def test_a_header_that_another_library_wrote_comes_back(llama: Pair, tmp_path: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,10 @@ import pandas as pd
 import pytest
 from filelock import FileLock
 from rich.console import Console
-from stacks import save_model
+from stacks import contents, save_model
 from trainings import sums
 
+from transplant_ray import cli
 from transplant_ray.cli_organ_compare import print_comparison
 from transplant_ray.distributed.cluster import JOB_CONFIG, Capacity
 from transplant_ray.distributed.lessons import OnLearnt, OnPoint
@@ -26,8 +29,13 @@ from transplant_ray.organ.folder import open_organ
 from transplant_ray.organ.lessons import Learnt, Lesson, carry_out, failed
 from transplant_ray.organ.training import CPU, Point
 from transplant_ray.pipeline import comparing as module
-from transplant_ray.pipeline.comparing import Compared, compare, plan
-from transplant_ray.recipe import CompareRecipe, ModelSpec, ResourceSpec
+from transplant_ray.pipeline.comparing import compare
+from transplant_ray.pipeline.comparison_planning import plan
+from transplant_ray.pipeline.comparison_recording import Compared
+from transplant_ray.pipeline.organ_sweeping import sweep_organs
+from transplant_ray.pipeline.reporting import report, show_comparison
+from transplant_ray.recipe import CompareRecipe, ModelSpec, ResourceSpec, parse_organ_recipe
+from transplant_ray.report.comparison import budget
 
 
 class Trials:
@@ -166,9 +174,9 @@ def test_the_log_tells_stages_and_steps_of_each_lesson_and_how_it_ended(done: Do
     assert steps == {lesson.folder.name: 2 for lesson in done.trials.done if lesson.trained}
 
 
-def test_a_comparison_with_failures_ends_with_the_exit_code_of_the_command(model: Path, text: Path, tmp_path: Path) -> None:
+def test_the_log_ends_with_the_exit_code_of_the_command(model: Path, text: Path, tmp_path: Path) -> None:
     compare(recipe(model, text, tmp_path, tune={"lr": [1e-3, 1e30]}, seeds=[0]))
-    assert log(tmp_path / "c")[-1]["exit"] == 1
+    assert log(tmp_path / "c")[-1]["exit"] == 0
     with pytest.raises(NumericsError):
         compare(recipe(model, text, tmp_path, name="d", tune={"lr": [1e30]}))
     assert log(tmp_path / "d")[-1]["exit"] == 2
@@ -235,6 +243,7 @@ def test_a_rate_that_diverges_is_a_row_and_loses(model: Path, text: Path, tmp_pa
     assert (choice.lr, choice.at_edge) == (1e-3, True)
     (failure,) = found.failed
     assert (failure.lr, failure.stage) == (1e30, "tune")
+    assert found.missing == ()
     assert "What failed" in (tmp_path / "c" / "report.html").read_text()
     assert found.findings.standings[0].interval["domain"] is None
 
@@ -260,6 +269,24 @@ def test_one_method_whose_rates_all_diverge_does_not_stop_the_others(
     found = compare(recipe(model, text, tmp_path, seeds=[0], methods=BOTH))
     assert [standing.method for standing in found.findings.standings] == ["organ"]
     assert "model, full: every learning rate failed" in found.summary["said"]
+    assert log(tmp_path / "c")[-1]["exit"] == 1
+    assert found.missing == ("model, full",)
+
+
+def test_a_seed_without_a_result_is_missed(
+    done: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost = next(each for each in done.compared.learnt if (each.method, each.stage, each.seed) == ("full", "confirm", 1))
+    learnt = [replace(each, error="it died 4 times") if each is lost else each for each in done.compared.learnt]
+    found = replace(done.compared, learnt=tuple(learnt))
+    assert found.missing == ("model, full, seed 1",)
+    monkeypatch.setattr(module, "compare", lambda *_: found)
+    path = tmp_path / "recipe.yaml"
+    path.write_text((done.place / "c" / "recipe.yaml").read_text())
+    assert main(monkeypatch, "organ", "compare", str(path)) == 1
+    assert "without a result: model, full, seed 1." in capsys.readouterr().err
+    monkeypatch.setattr(module, "compare", lambda *_: done.compared)
+    assert main(monkeypatch, "organ", "compare", str(path)) == 0
 
 
 @pytest.mark.parametrize(
@@ -301,9 +328,59 @@ def test_a_folder_of_a_sweep_or_of_a_running_comparison_is_left_alone(model: Pat
     with FileLock(tmp_path / "c" / ".lock"), pytest.raises(RunError, match="running in another process"):
         compare(recipe(model, text, tmp_path))
     (tmp_path / "c" / "recipe.yaml").write_text("name: c")
-    with pytest.raises(RunError, match="holds a sweep"):
+    with pytest.raises(RunError, match="holds the results of another recipe of this name"):
         compare(recipe(model, text, tmp_path))
     assert sorted(path.name for path in (tmp_path / "c").iterdir() if path.name != ".lock") == ["recipe.yaml"]
+
+
+def test_a_sweep_leaves_the_folder_of_a_comparison_alone(done: Done, model: Path, text: Path) -> None:
+    folder, texts = done.place / "c", {name: {"data": str(text / f"{name}.jsonl"), "contexts": 3} for name in ("domain", "general")}
+    organs = {"a": str(folder / "shipped" / "model-organ-0")}
+    before = contents(folder)
+    settings = {
+        "name": "c",
+        "recipient": {"model": str(model)},
+        "organs": organs,
+        **texts,
+        "context": 16,
+        "storage": str(done.place),
+    }
+    with pytest.raises(RunError, match="holds the results of another recipe of this name"):
+        sweep_organs(parse_organ_recipe(settings))
+    assert contents(folder) == before
+
+
+def test_its_report_is_made_again_and_it_is_shown_again(
+    done: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(done.place / "c", tmp_path / "c", symlinks=True)
+    files = [tmp_path / "c" / name for name in ("report.html", "comparison.csv", "comparison.tex")]
+    before = [path.read_bytes() for path in files]
+    for path in files:
+        path.unlink()
+    assert main(monkeypatch, "report", str(tmp_path / "c")) == 0
+    assert capsys.readouterr().out.split() == ["wrote", str(files[0])]
+    assert [path.read_bytes() for path in files] == before
+    assert main(monkeypatch, "show", str(tmp_path / "c")) == 0
+    shown = capsys.readouterr().out
+    assert "full fine-tuning" in shown
+    assert budget(done.compared.summary) in shown
+
+
+def test_a_summary_that_is_not_whole_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "summary.json").write_text('{"kind": "comparison", "name": "c"}')
+    for verb in (report, show_comparison):
+        with pytest.raises(RunError, match=r"summary.json: not the whole summary of a comparison \('models' is missing\)"):
+            verb(tmp_path)
+    assert main(monkeypatch, "show", str(tmp_path)) == 2
+
+
+def main(monkeypatch: pytest.MonkeyPatch, *words: str) -> object:
+    """Exit code of the command line."""
+    monkeypatch.setattr(sys, "argv", ["transplant-ray", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code
 
 
 def test_a_submitted_job_writes_nothing_where_it_would_be_lost(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from transplant_ray.pipeline.comparison_planning import most_at_once
 from transplant_ray.pipeline.demo_text import DemoText
 from transplant_ray.pipeline.organ_demo import Place, compare_recipe, sweep_recipe
 from transplant_ray.recipe import DemoSpec, TrackingSpec, load_compare_recipe, load_organ_recipe
@@ -49,16 +50,23 @@ def resolved(value: Any) -> Any:
     return os.path.normpath(value.rpartition("organ-demo/")[2]) if isinstance(value, str) else value
 
 
-def test_the_comparison_is_that_of_the_demo(place: Place, text: DemoText) -> None:
+@pytest.mark.parametrize("cpus", [None, 1, 3])
+def test_the_comparison_is_that_of_the_demo(place: Place, text: DemoText, cpus: int | None) -> None:
     ours = load_compare_recipe(RECIPES / "organ-demo.yaml")
-    demo = load_compare_recipe(written(compare_recipe(DemoSpec(), place, text, TrackingSpec()), place.here / "compare.yaml"))
+    settings = compare_recipe(DemoSpec(), place, text, TrackingSpec(), cpus)
+    demo = load_compare_recipe(written(settings, place.here / "compare.yaml"))
     assert content(ours) == content(demo)
+    assert demo.resources == ours.resources.model_copy(update={"at_once": cpus})
+    assert most_at_once(demo) == (9 if cpus is None else cpus)  # three methods at three rates
 
 
-def test_the_sweep_is_that_of_the_demo(place: Place, text: DemoText) -> None:
+@pytest.mark.parametrize("cpus", [None, 1, 3])
+def test_the_sweep_is_that_of_the_demo(place: Place, text: DemoText, cpus: int | None) -> None:
     ours = load_organ_recipe(RECIPES / "organ-demo-sweep.yaml")
-    demo = load_organ_recipe(written(sweep_recipe(DemoSpec(), place, text, TrackingSpec()), place.here / "sweep.yaml"))
+    settings = sweep_recipe(DemoSpec(), place, text, TrackingSpec(), cpus)
+    demo = load_organ_recipe(written(settings, place.here / "sweep.yaml"))
     assert content(ours) == content(demo)
+    assert demo.resources == ours.resources.model_copy(update={"evaluators": cpus or 1})
 
 
 def test_the_full_comparison_is_of_both_models_under_three_seeds_with_one_budget() -> None:
