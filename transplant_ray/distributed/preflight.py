@@ -26,7 +26,7 @@ from transplant_ray.evaluate.scorers import check_scorer
 from transplant_ray.models.checkpoint import Checkpoint, open_checkpoint
 from transplant_ray.recipe import Place, ResourceSpec, redact
 from transplant_ray.storage import Shelf
-from transplant_ray.versions import DECIDING, versions
+from transplant_ray.versions import DECIDING, public_version, versions
 
 ANSWER_SECONDS = 300
 """A node may have to unpack a runtime environment and to import torch first."""
@@ -160,8 +160,12 @@ def _see_checkpoint(key: str, ours: Checkpoint) -> None:
 
 
 def _see_versions(wanted: Mapping[str, str]) -> None:
+    """Builds of one version are alike: a head without GPUs may have torch for CPUs beside workers with torch for CUDA."""
     here = versions(wanted)
-    differing = [f"{name} {here[name]} (the driver has {version})" for name, version in wanted.items() if here[name] != version]
+    pairs = [(name, here[name], version) for name, version in wanted.items()]
+    differing = [
+        f"{name} {ours} (the driver has {theirs})" for name, ours, theirs in pairs if public_version(ours) != public_version(theirs)
+    ]
     if differing:
         raise ResourceError(f"other versions: {', '.join(differing)}. Install the same on all nodes.")
 

@@ -35,6 +35,17 @@ def test_a_node_like_the_driver_has_no_problem_and_leaves_a_word_in_the_storage(
     assert len(list((Path(needs.shelf.place) / TOKEN).iterdir())) == 2
 
 
+@pytest.mark.parametrize(("drivers", "nodes"), [("2.13.0+cpu", "2.13.0"), ("2.13.0", "2.13.0+cu130")])
+def test_another_build_of_the_same_version_is_no_other_version(
+    needs: Needs, monkeypatch: pytest.MonkeyPatch, drivers: str, nodes: str
+) -> None:
+    """The image of a head without GPUs has torch for CPUs."""
+    monkeypatch.setattr(preflight, "versions", lambda _names: {"torch": nodes})
+    assert not look(replace(needs, versions={"torch": drivers})).problems
+    (problem,) = look(replace(needs, versions={"torch": "2.12.0+cpu"})).problems
+    assert f"torch {nodes} (the driver has 2.12.0+cpu)" in problem
+
+
 def lose_the_model(needs: Needs) -> Needs:
     shutil.rmtree(str(needs.checkpoints["source"].folder))
     return needs
