@@ -79,7 +79,7 @@ def shards(evaluators: int, number: int, seconds: float) -> None:
         if len(came) % max(1, number // 10) == 0:
             memory.append(rss())
 
-    with fleet(Sleeper.remote, lambda: evaluators, Overseer(), print) as gathered:  # type: ignore[attr-defined]
+    with fleet(lambda _: Sleeper.remote(), lambda _: evaluators, Overseer(), print) as gathered:  # type: ignore[attr-defined]
         while gathered.joining:
             gathered.welcome(ray.wait(list(gathered.joining), num_returns=1)[0][0])
         pool = Pool(gathered, rows=1)

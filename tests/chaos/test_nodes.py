@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import ray
 from chaos.machines import Machines, machines
+from ray.actor import ActorHandle
 
 from transplant_ray.distributed.cluster import Capacity, wait_for_room
 from transplant_ray.distributed.fleet import fleet
 from transplant_ray.distributed.overseer import Overseer
 from transplant_ray.distributed.pool import Pool, Work, packed
 from transplant_ray.distributed.preflight import COMPARED, Needs, preflight
+from transplant_ray.distributed.room import Refused
 from transplant_ray.errors import ResourceError
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.example import Rendered
@@ -31,11 +33,13 @@ EXAMPLES = tuple(Rendered(f"e{i}", (1, i), (2,), "x") for i in range(2))
 VARIANTS = [Variant({f"module{i}": 1.0}) for i in range(320)]
 AUTO = ResourceSpec(gpus_per_model=1, evaluators="auto")
 PATIENCE = 120
+LARGE = 200_000
+"""Bytes of a completion: objects from 100 kB on are kept by the node where they were made, and are lost with it."""
 
 
 @ray.remote
 class Sleeper:
-    """Answers after a nap, with the id of its node."""
+    """Answers after a nap, with the id of its node, and with more than Ray sends along: it stays on that node till it is read."""
 
     def join(self) -> str:
         return str(ray.get_runtime_context().get_node_id())
@@ -45,7 +49,8 @@ class Sleeper:
     ) -> Iterator[VariantShard]:
         for variant in variants:
             time.sleep(0.15)
-            yield VariantShard(variant.id, tuple(Outcome(variant.id, e.id, self.join(), True, 1, True) for e in examples), 1.0)
+            said = self.join() + " " * LARGE
+            yield VariantShard(variant.id, tuple(Outcome(variant.id, e.id, said, True, 1, True) for e in examples), 1.0)
 
 
 @pytest.fixture
@@ -85,7 +90,7 @@ def test_the_fleet_grows_with_the_cluster_and_shrinks_with_it_and_loses_nothing(
 
     def take(shard: VariantShard) -> None:
         shards.append(shard)
-        places.append(shard.outcomes[0].completion)
+        places.append(shard.outcomes[0].completion.strip())
         sizes.append(len(gathered))
         if len(shards) == 40:
             nodes.add("target")
@@ -93,7 +98,10 @@ def test_the_fleet_grows_with_the_cluster_and_shrinks_with_it_and_loses_nothing(
         if came and len(nodes.nodes) == 2 and places.count(came[0]) == 20:
             nodes.kill("source")
 
-    with fleet(lambda: capacity.start(Sleeper, "evaluator"), capacity.evaluators, Overseer(), print) as gathered:
+    def start(refused: Refused) -> ActorHandle:
+        return capacity.start(Sleeper, "evaluator", refused=refused)
+
+    with fleet(start, capacity.evaluators, Overseer(), print) as gathered:
         Pool(gathered, rows=8).run([Work(pack, EXAMPLES, RULES) for pack in packed(VARIANTS)], take)
         assert Counter(shard.variant for shard in shards) == dict.fromkeys((variant.id for variant in VARIANTS), 1)
         assert not [shard for shard in shards if shard.error]

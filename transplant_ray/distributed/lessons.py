@@ -20,6 +20,7 @@ from ray.actor import ActorHandle
 from transplant_ray.distributed.cluster import Capacity
 from transplant_ray.distributed.fleet import Fleet, fleet, nodes_alive
 from transplant_ray.distributed.overseer import Overseer
+from transplant_ray.distributed.room import Refused
 from transplant_ray.errors import TransplantError
 from transplant_ray.models.loading import placement
 from transplant_ray.organ.lessons import Learnt, Lesson, carry_out, failed
@@ -80,11 +81,11 @@ class Tutors:
         if self.gathered is None:
             capacity = Capacity(resources_of(self.asked))
 
-            def start() -> ActorHandle:
-                return capacity.start(Tutor, "evaluator", self.asked)
+            def start(refused: Refused) -> ActorHandle:
+                return capacity.start(Tutor, "evaluator", self.asked, refused=refused)
 
-            def size() -> int:
-                return min(self.most, capacity.evaluators())
+            def size(refused: Refused) -> int:
+                return min(self.most, capacity.evaluators(refused))
 
             self.gathered = self.held.enter_context(fleet(start, size, Overseer(), self.note))
         return self.gathered
