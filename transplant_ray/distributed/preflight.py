@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -24,6 +24,7 @@ from transplant_ray.distributed.room import Node, fits
 from transplant_ray.errors import CheckpointError, ResourceError, TransplantError
 from transplant_ray.evaluate.scorers import check_scorer
 from transplant_ray.models.checkpoint import Checkpoint, open_checkpoint
+from transplant_ray.models.fingerprint import sample
 from transplant_ray.recipe import Place, ResourceSpec, redact
 from transplant_ray.storage import Shelf
 from transplant_ray.versions import DECIDING, public_version, versions
@@ -50,6 +51,8 @@ class Needs:
     """Address of a tracking server; only the driver must reach it."""
     versions: Mapping[str, str]
     """Those of the driver."""
+    samples: Mapping[str, str] = field(default_factory=dict)
+    """By folder, of the driver's copies of the checkpoints."""
     num_gpus: float = 0
     """That Ray promises on the node, where models run on GPUs."""
 
@@ -83,9 +86,9 @@ def preflight(needs: Needs, resources: ResourceSpec, note: Callable[[str], None]
 def look(needs: Needs, token: str | None = None) -> Seen:
     """What this process sees of it; `token` names what the driver has left in the storage."""
     checks = [
-        *(partial(_see_checkpoint, key, checkpoint) for key, checkpoint in needs.checkpoints.items()),
+        *(partial(_see_checkpoint, key, checkpoint, needs.samples) for key, checkpoint in needs.checkpoints.items()),
         *(partial(check_scorer, scorer) for scorer in needs.scorers),
-        partial(_see_versions, needs.versions),
+        partial(check_versions, needs.versions),
         *([] if token is None else [partial(_see_storage, needs.shelf, token)]),
     ]
     gpu_problem, gpu_warning = _see_gpus(needs.num_gpus)
@@ -151,16 +154,33 @@ def _problem(check: Callable[[], None]) -> str | None:
     return None
 
 
-def _see_checkpoint(key: str, ours: Checkpoint) -> None:
-    """The same tensors in the same files; what is in them, fingerprints tell the driver, and loading tells the rest."""
+def samples_of(checkpoints: Iterable[Checkpoint]) -> dict[str, str]:
+    """By folder. What the hub gives is known by its commit."""
+    folders = {checkpoint.folder for checkpoint in checkpoints if checkpoint.folder is not None and checkpoint.home is None}
+    return {str(folder): sample(folder) for folder in folders}
+
+
+def check_sample(checkpoint: Checkpoint, samples: Mapping[str, str]) -> None:
+    """CheckpointError where this machine's copy is not the one that the driver sampled, and took the fingerprint of."""
+    wanted = samples.get(str(checkpoint.folder))
+    if checkpoint.folder is not None and wanted is not None and sample(checkpoint.folder) != wanted:
+        raise CheckpointError(f"{checkpoint.folder}: not the bytes that the driver sees there. Copy it again, or share the folder.")
+
+
+def _see_checkpoint(key: str, ours: Checkpoint, samples: Mapping[str, str]) -> None:
+    """The same tensors in the same files, which begin and end alike."""
     accept = ["remote_code"] if ours.remote_code else []
     theirs = open_checkpoint(str(ours.folder or ours.model), ours.revision, accept=accept)
     if theirs.tensors != ours.tensors:
         raise CheckpointError(f"`{key}` {ours.model}: other tensors than the driver sees. Copy it again, or share the folder.")
+    check_sample(ours, samples)
 
 
-def _see_versions(wanted: Mapping[str, str]) -> None:
-    """Builds of one version are alike: a head without GPUs may have torch for CPUs beside workers with torch for CUDA."""
+def check_versions(wanted: Mapping[str, str]) -> None:
+    """ResourceError where this machine's libraries are other ones than the driver's.
+
+    Builds of one version are alike: a head without GPUs may have torch for CPUs beside workers with torch for CUDA.
+    """
     here = versions(wanted)
     pairs = [(name, here[name], version) for name, version in wanted.items()]
     differing = [

@@ -13,7 +13,9 @@ import pytest
 from tiny import tiny_model, tiny_tokenizer
 
 from transplant_ray.distributed import preflight
-from transplant_ray.distributed.preflight import COMPARED, DRIVER, Needs, look
+from transplant_ray.distributed.actors import Workload
+from transplant_ray.distributed.preflight import COMPARED, DRIVER, Needs, look, samples_of
+from transplant_ray.errors import CheckpointError, ResourceError
 from transplant_ray.models.checkpoint import open_checkpoint
 from transplant_ray.storage import Shelf
 from transplant_ray.versions import versions
@@ -31,6 +33,8 @@ def needs(tmp_path: Path) -> Needs:
 
 
 def test_a_node_like_the_driver_has_no_problem_and_leaves_a_word_in_the_storage(needs: Needs) -> None:
+    needs = replace(needs, samples=samples_of(needs.checkpoints.values()))
+    assert needs.samples
     assert look(needs, TOKEN) == preflight.Seen((), ())
     assert len(list((Path(needs.shelf.place) / TOKEN).iterdir())) == 2
 
@@ -56,6 +60,13 @@ def give_another_model(needs: Needs) -> Needs:
     return needs
 
 
+def leave_it_out_of_date(needs: Needs) -> Needs:
+    """A private copy of the same shapes, as it was before the last training."""
+    told = replace(needs, samples=samples_of(needs.checkpoints.values()))
+    tiny_model("llama", 2).save_pretrained(str(needs.checkpoints["source"].folder))
+    return told
+
+
 def share_nothing(needs: Needs) -> Needs:
     return replace(needs, shelf=Shelf(f"{needs.shelf.place}-elsewhere"))
 
@@ -70,6 +81,7 @@ def read_only_leftovers(needs: Needs) -> Needs:
     [
         (lose_the_model, r"CheckpointError: .*model: no such folder"),
         (give_another_model, r"`source` .*other tensors than the driver sees\. Copy it again"),
+        (leave_it_out_of_date, r"CheckpointError: .*model: not the bytes that the driver sees there\. Copy it again"),
         (share_nothing, r"`storage`: .*runs-elsewhere is not what the driver sees there\. Use a place that all nodes share"),
         (read_only_leftovers, r"`storage`: .*is not what the driver sees there"),
         (lambda needs: replace(needs, versions={"torch": "0.1"}), r"other versions: torch \S+ \(the driver has 0\.1\)\. Install"),
@@ -96,6 +108,18 @@ def test_gpus_that_torch_cannot_use_are_a_problem_and_gpus_that_are_not_there_a_
     seen = look(replace(needs, num_gpus=2))
     assert [text.startswith(problem) for text in seen.problems] == ([True] if problem else [])
     assert [text.startswith(warning) for text in seen.warnings] == ([True] if warning else [])
+
+
+def test_an_actor_on_a_node_that_came_later_looks_for_itself(needs: Needs) -> None:
+    """The nodes of the start were looked at; whoever comes after that would write outcomes under the driver's name."""
+    checkpoint = needs.checkpoints["source"]
+    workload = Workload(checkpoint, "float32", 0, 1, versions=needs.versions, samples=samples_of([checkpoint]))
+    workload.check_node(checkpoint, checkpoint)
+    with pytest.raises(ResourceError, match=r"other versions: torch \S+ \(the driver has 0\.1\)"):
+        replace(workload, versions={"torch": "0.1"}).check_node(checkpoint)
+    leave_it_out_of_date(needs)
+    with pytest.raises(CheckpointError, match="not the bytes that the driver sees"):
+        workload.check_node(checkpoint)
 
 
 def test_a_tracking_server_that_a_node_does_not_reach_is_a_warning(needs: Needs) -> None:
