@@ -140,6 +140,7 @@ class Fleet:
         if known < WHOLE:  # others had begun to load there
             self.note(f"an evaluator could not load and is left out; the others go on: {error.cause}")
         ray.kill(actor)
+        self.resized_at = -RESIZE_SECONDS  # at once: it may have been the only one
 
     def work_through(self, tasks: Iterable[Task]) -> None:
         """Hand out all of them in order, as they are taken; what comes is taken in here, and what a death leaves comes first."""

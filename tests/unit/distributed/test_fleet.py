@@ -72,6 +72,7 @@ class Machines:
         self.actors.remove(actor)
 
     def wait(self, refs: Sequence[Any], **_: Any) -> tuple[list[Any], list[Any]]:
+        assert refs, "Ray waits for nothing"
         held = Counter(actor.node for actor in self.actors)
         for actor in (actor for actor in self.actors if actor.node is None):
             free = [node for node, number in self.places.items() if held[node] < number and node not in actor.avoided]
@@ -139,7 +140,7 @@ def gather(machines: Machines, notes: list[str]) -> Fleet:
 
 def settle(machines: Machines, gathered: Fleet) -> None:
     gathered.resize()
-    while ready := machines.wait(list(gathered.joining))[0]:
+    while gathered.joining and (ready := machines.wait(list(gathered.joining))[0]):
         gathered.welcome(ready[0])
         gathered.resize()
 
@@ -198,6 +199,14 @@ def test_one_gpu_that_fails_does_not_rule_out_those_beside_it(machines: Machines
     machines.spoilt.clear()
     settle(machines, gathered)
     assert [actor.node for actor in machines.actors] == ["one", "one"]
+
+
+def test_where_one_is_asked_for_and_cannot_load_another_place_is_tried(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
+    machines.places["two"] = 1
+    machines.spoilt["one"] = ResourceError("other versions")
+    monkeypatch.setattr(module, "RESIZE_SECONDS", 1000.0)
+    with fleet(machines.start, lambda refused: min(1, machines.size(refused)), Overseer(), print) as gathered:
+        assert gathered.first().node == "two"
 
 
 def test_where_no_place_is_left_what_kept_them_from_loading_is_raised(machines: Machines) -> None:
