@@ -17,6 +17,11 @@ def versions(names: Iterable[str]) -> dict[str, str]:
     return {name: _version(name) for name in names}
 
 
+def public_version(version: str) -> str:
+    """Without the local part, which names a build and not other code: `2.13.0+cpu` and `2.13.0` are one version."""
+    return version.partition("+")[0]
+
+
 def environment() -> dict[str, Any]:
     """Versions and machine, for the record."""
     return {"python": platform.python_version(), "platform": platform.platform(), "cpus": os.cpu_count(), **versions(LIBRARIES)}

@@ -122,7 +122,7 @@ def shards(evaluators: int, number: int, seconds: float) -> float:
     at_desk = 0.0
     with (
         tempfile.TemporaryDirectory() as folder,
-        fleet(Sleeper.remote, lambda: evaluators, Overseer(), print) as gathered,  # type: ignore[attr-defined]
+        fleet(lambda _: Sleeper.remote(), lambda _: evaluators, Overseer(), print) as gathered,  # type: ignore[attr-defined]
         (desk := Desk(Path(folder))).open(),
     ):
 

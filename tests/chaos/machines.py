@@ -22,6 +22,8 @@ FAST_DETECTION = {
     "health_check_failure_threshold": 5,
 }
 """Of nodes that are dead: Ray's own defaults take half a minute."""
+HEAD = {"num_cpus": 2, "num_gpus": 0, "include_dashboard": False, "_system_config": FAST_DETECTION}
+"""Ray's dashboard is nine processes, and nobody looks at it here."""
 ROLES = ("source", "target")
 
 
@@ -66,7 +68,7 @@ def titled(process: psutil.Process) -> str:
 
 @contextmanager
 def machines(**head: Any) -> Iterator[Machines]:
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 0, "_system_config": FAST_DETECTION, **head})
+    cluster = Cluster(initialize_head=True, head_node_args=HEAD | head)
     try:
         gathered = Machines(cluster)
         for role in ROLES:

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import ray
 from chaos.machines import Machines, machines
+from ray.actor import ActorHandle
 
 from transplant_ray.distributed.cluster import Capacity, wait_for_room
 from transplant_ray.distributed.fleet import fleet
 from transplant_ray.distributed.overseer import Overseer
-from transplant_ray.distributed.pool import Pool, Work, packed
+from transplant_ray.distributed.pool import Pool, Work
 from transplant_ray.distributed.preflight import COMPARED, Needs, preflight
+from transplant_ray.distributed.room import Refused
 from transplant_ray.errors import ResourceError
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.example import Rendered
@@ -28,14 +30,15 @@ from transplant_ray.versions import versions
 
 RULES = Rules(GenerationSettings(4, (2,)), "exact")
 EXAMPLES = tuple(Rendered(f"e{i}", (1, i), (2,), "x") for i in range(2))
-VARIANTS = [Variant({f"module{i}": 1.0}) for i in range(320)]
 AUTO = ResourceSpec(gpus_per_model=1, evaluators="auto")
 PATIENCE = 120
+LARGE = 200_000
+"""Bytes of a completion: objects from 100 kB on are kept by the node where they were made, and are lost with it."""
 
 
 @ray.remote
 class Sleeper:
-    """Answers after a nap, with the id of its node."""
+    """Answers after a nap, with the id of its node, and with more than Ray sends along: it stays on that node till it is read."""
 
     def join(self) -> str:
         return str(ray.get_runtime_context().get_node_id())
@@ -45,7 +48,8 @@ class Sleeper:
     ) -> Iterator[VariantShard]:
         for variant in variants:
             time.sleep(0.15)
-            yield VariantShard(variant.id, tuple(Outcome(variant.id, e.id, self.join(), True, 1, True) for e in examples), 1.0)
+            said = self.join() + " " * LARGE
+            yield VariantShard(variant.id, tuple(Outcome(variant.id, e.id, said, True, 1, True) for e in examples), 1.0)
 
 
 @pytest.fixture
@@ -82,20 +86,35 @@ def test_the_fleet_grows_with_the_cluster_and_shrinks_with_it_and_loses_nothing(
     shards: list[VariantShard] = []
     places: list[str] = []
     sizes: list[int] = []
+    given: list[Variant] = []
+
+    def start(refused: Refused) -> ActorHandle:
+        return capacity.start(Sleeper, "evaluator", refused=refused)
+
+    def work() -> Iterator[Work]:
+        """As much as it takes until a node has joined and another has died, and some more."""
+        end = time.monotonic() + 2 * PATIENCE
+        more = 4
+        while more and time.monotonic() < end:
+            more -= "source" not in nodes.nodes
+            pack = tuple(Variant({f"module{len(given) + i}": 1.0}) for i in range(16))
+            given.extend(pack)
+            yield Work(pack, EXAMPLES, RULES)
 
     def take(shard: VariantShard) -> None:
         shards.append(shard)
-        places.append(shard.outcomes[0].completion)
+        places.append(shard.outcomes[0].completion.strip())
         sizes.append(len(gathered))
         if len(shards) == 40:
             nodes.add("target")
         came = [place for place in set(places) if place != places[0]]
         if came and len(nodes.nodes) == 2 and places.count(came[0]) == 20:
+            time.sleep(1)  # so that there are answers on it which nobody has read
             nodes.kill("source")
 
-    with fleet(lambda: capacity.start(Sleeper, "evaluator"), capacity.evaluators, Overseer(), print) as gathered:
-        Pool(gathered, rows=8).run([Work(pack, EXAMPLES, RULES) for pack in packed(VARIANTS)], take)
-        assert Counter(shard.variant for shard in shards) == dict.fromkeys((variant.id for variant in VARIANTS), 1)
+    with fleet(start, capacity.evaluators, Overseer(), print) as gathered:
+        Pool(gathered, rows=8).run(work(), take)
+        assert Counter(shard.variant for shard in shards) == dict.fromkeys((variant.id for variant in given), 1)
         assert not [shard for shard in shards if shard.error]
         assert len(set(places)) == 2, "the node that joined was given work"
         assert max(sizes) == 2
@@ -104,6 +123,34 @@ def test_the_fleet_grows_with_the_cluster_and_shrinks_with_it_and_loses_nothing(
             time.sleep(0.5)
             gathered.resize()
         assert len(gathered) == 1, "the one whose node is gone is waited for no longer"
+
+
+def test_a_cluster_that_grows_is_shown_that_more_is_of_use(nodes: Machines) -> None:
+    """One actor waits in vain till its node has come. A newcomer keeps off a node that was refused."""
+    nodes.kill("target")
+    wait_for(2)
+    capacity = Capacity(AUTO.model_copy(update={"wait": PATIENCE}))
+    places: list[str] = []
+
+    def start(refused: Refused) -> ActorHandle:
+        return capacity.start(Sleeper, "evaluator", refused=refused)
+
+    def work() -> Iterator[Work]:
+        end = time.monotonic() + 2 * PATIENCE
+        while len(set(places)) < 2 and time.monotonic() < end:
+            yield Work(tuple(Variant({f"module{len(places)}-{i}": 1.0}) for i in range(4)), EXAMPLES, RULES)
+
+    def take(shard: VariantShard) -> None:
+        places.append(shard.outcomes[0].completion.strip())
+        if len(gathered.joining) == 1 and "target" not in nodes.nodes:
+            nodes.add("target")
+
+    with fleet(start, capacity.evaluators, Overseer(), print, grows=capacity.grows) as gathered:
+        Pool(gathered, rows=8).run(work(), take)
+        assert len(set(places)) == 2, "whoever waited went to the node that came"
+        assert len(gathered) == 2, "nobody waits where no work does"
+    avoided = Capacity(AUTO).start(Sleeper, "evaluator", refused={places[0]: 1})
+    assert ray.get(avoided.join.remote(), timeout=PATIENCE) != places[0]
 
 
 def test_what_is_not_there_yet_is_waited_for(nodes: Machines) -> None:

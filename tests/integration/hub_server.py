@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
+
+GATE_SECONDS = 200
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,10 @@ class Hub:
     references: Mapping[str, str]
     address: str = ""
     log: list[Request] = field(default_factory=list)
+    gate: threading.Barrier | None = None
+    """Where whoever marks waits for the others."""
+    seconds: float = 0.0
+    """That a whole file takes, at least."""
 
     def commit(self, revision: str) -> str | None:
         commit = self.references.get(revision, revision)
@@ -68,6 +75,8 @@ class _Handler(BaseHTTPRequestHandler):
         parts = urlsplit(self.path)
         path = parts.path
         if parts.path == "/mark":
+            if self.hub.gate is not None:
+                self.hub.gate.wait(GATE_SECONDS)
             self._send(200, b"", {}, parts.query, body)
             return
         api, files = f"/api/models/{self.hub.repository}", f"/{self.hub.repository}/resolve/"
@@ -126,6 +135,8 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {**headers, "Content-Length": str(len(content))}.items():
             self.send_header(name, value)
         self.end_headers()
+        if body and status == 200:
+            time.sleep(self.hub.seconds)
         if body:
             self.wfile.write(content)
 

@@ -63,7 +63,7 @@ class Mortal:
 @contextmanager
 def make_pool(folder: Path, *, always: Sequence[Variant] = (), once: Sequence[Variant] = (), size: int = 2) -> Iterator[Pool]:
     dying = [frozenset(variant.id for variant in some) for some in (always, once)]
-    with fleet(lambda: Mortal.remote(folder, *dying), lambda: size, Overseer(), print) as gathered:  # type: ignore[attr-defined]
+    with fleet(lambda _: Mortal.remote(folder, *dying), lambda _: size, Overseer(), print) as gathered:  # type: ignore[attr-defined]
         yield Pool(gathered, rows=8)
 
 

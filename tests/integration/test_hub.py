@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,17 @@ print(json.dumps(said))
 """
 
 
+FETCH = """
+import sys, urllib.request
+from transplant_ray.models.checkpoint import open_checkpoint
+import huggingface_hub.constants
+
+checkpoint = open_checkpoint("someone/tiny", "v1")
+urllib.request.urlopen(f"{huggingface_hub.constants.ENDPOINT}/mark?opened").read()
+print(checkpoint.fetch())
+"""
+
+
 @dataclass(frozen=True)
 class Visit:
     said: dict[str, Any]
@@ -92,6 +105,25 @@ def test_loading_downloads_each_file_once_and_gets_its_bytes(visit: Visit) -> No
     full = [request for request in visit.loading if request.file.endswith(".safetensors") and request.num_bytes]
     assert [request.num_bytes for request in full] == [size]
     assert weight_bytes(Path(visit.said["folder"])) == weight_bytes(visit.folders[NEW])
+
+
+@pytest.mark.slow
+def test_two_evaluators_of_a_node_that_load_at_once_fetch_each_file_once(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / OLD, seed=1, intermediate_size=WIDE, shard="60KB")
+    with running(Hub(REPOSITORY, {OLD: folder}, {"v1": OLD}, gate=threading.Barrier(2), seconds=0.5)) as hub:
+        environment = {**os.environ, "HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
+        pair = [
+            subprocess.Popen([sys.executable, "-c", FETCH], env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)
+        ]
+        told = [process.communicate(timeout=300)[0].strip() for process in pair]
+    assert [process.returncode for process in pair] == [0, 0]
+    assert told[0] == told[1]
+    assert weight_bytes(Path(told[0])) == weight_bytes(folder)
+    shards = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
+    assert len(shards) > 1
+    opened = [request.file for request in hub.log].index("opened")  # headers were read before; small files are read whole for them
+    whole = Counter(request.file for request in hub.log[opened:] if request.num_bytes and request.file in shards)
+    assert whole == dict.fromkeys(shards, 1)
 
 
 def test_a_revision_is_honoured_and_recorded_as_a_commit(visit: Visit) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -14,6 +14,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from transplant_ray.distributed.meters import count_in_evaluator
+from transplant_ray.distributed.preflight import check_sample, check_versions
 from transplant_ray.errors import TransplantError
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.engine import Engine
@@ -45,6 +46,16 @@ class Workload:
     num_threads: int
     run: str = ""
     """Its name, for metrics."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Of the driver's libraries. An actor may come to a node that was not there when the nodes were looked at."""
+    samples: Mapping[str, str] = field(default_factory=dict)
+    """Of the driver's copies of the checkpoints, by folder."""
+
+    def check_node(self, *checkpoints: Checkpoint) -> None:
+        """TransplantError where libraries or weights here are not those of the driver, whose name is on what comes of them."""
+        check_versions(self.versions)
+        for checkpoint in checkpoints:
+            check_sample(checkpoint, self.samples)
 
 
 @dataclass(frozen=True)
@@ -72,6 +83,7 @@ class ModelActor:
     def _load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Not in __init__: an error there reaches the caller as the death of the actor, without its words."""
         if self._loaded is None:
+            self.workload.check_node(self.checkpoint)
             with at_hand(self.checkpoint) as checkpoint:
                 model = load_model(checkpoint, self.workload.dtype, placement(self.workload.num_gpus))
             self._loaded = model, load_tokenizer(self.workload.tokenizer)
@@ -119,6 +131,7 @@ class Evaluator:
 
     def _load(self) -> tuple[ResidentPair, PreTrainedTokenizerBase]:
         if self._loaded is None:
+            self.workload.check_node(self.comparison.source, self.comparison.target)
             place = placement(self.workload.num_gpus)
             pair = load_resident_pair(self.comparison, self.workload.dtype, place, self.names)
             self._loaded = pair, load_tokenizer(self.workload.tokenizer)
@@ -155,7 +168,7 @@ class Evaluator:
         yield self._engine(rules, rows).divergences(variants, texts)
 
     def join(self) -> str:
-        """Loads the pair; the id of the node where it is now."""
+        """Loads the pair, where the node's libraries and weights are the driver's; the id of the node where it is now."""
         self._load()
         node: str = ray.get_runtime_context().get_node_id()
         return node

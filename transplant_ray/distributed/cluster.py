@@ -17,15 +17,27 @@ from ray.actor import ActorHandle
 from ray.autoscaler.sdk import request_resources
 
 from transplant_ray.distributed.packing import refuse_relative, refuse_relative_database, refuse_relative_outputs
-from transplant_ray.distributed.room import both_at_once, fits, missing, room
+from transplant_ray.distributed.room import NOBODY, Refused, both_at_once, demand, fits, missing, room, useless
 from transplant_ray.errors import ResourceError, TransplantError
 from transplant_ray.recipe import AnyRecipe, Place, ResourceSpec, TrackingSpec
 
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it in the process of a submitted job."""
+NODE_LABEL = "ray.io/node-id"
+"""Of every node, by Ray."""
 REACH_SECONDS = 10
 POLL_SECONDS = 2.0
 """How often it is asked whether a node has come or gone."""
+
+
+GONE = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.ObjectLostError,  # what it gave was still on its node, which died: what is large stays there till it is read
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.OutOfMemoryError,  # where Ray itself ended it, to save its node
+    ray.exceptions.WorkerCrashedError,
+)
+"""How Ray says that an actor has died, or that what it gave was lost with it: asked again, it comes."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +46,20 @@ class Capacity:
 
     resources: ResourceSpec
 
-    def start(self, actor_class: Any, place: Place, *args: Any) -> ActorHandle:
+    def start(self, actor_class: Any, place: Place, *args: Any, refused: Refused = NOBODY) -> ActorHandle:
         """A model actor; it waits where the cluster is full."""
-        return actor_class.options(**self.options(place)).remote(*args)
+        return actor_class.options(**self.options(place, refused)).remote(*args)
 
-    def options(self, place: Place) -> dict[str, Any]:
-        """Ray options of a model actor: it restarts when it dies, and calls to it are tried again until it answers."""
+    def options(self, place: Place, refused: Refused = NOBODY) -> dict[str, Any]:
+        """Ray options of a model actor: it restarts when it dies, and calls to it are tried again until it answers.
+
+        It goes to no node where others found no place of use.
+        """
         resources = self.resources
-        placed: dict[str, Any] = {"label_selector": dict(resources.labels[place])} if place in resources.labels else {}
+        labels = dict(resources.labels.get(place, {}))
+        if avoided := useless(ray.nodes(), resources, place, refused) if refused else []:
+            labels.setdefault(NODE_LABEL, f"!in({','.join(sorted(avoided))})")
+        placed: dict[str, Any] = {"label_selector": labels} if labels else {}
         if resources.accelerator_type is not None:
             placed["accelerator_type"] = resources.accelerator_type
         num = {"num_cpus": resources.cpus_per_model, "num_gpus": resources.gpus_per_model}
@@ -57,11 +75,18 @@ class Capacity:
         """Where a model actor may be."""
         return sum(fits(node, self.resources, "evaluator") > 0 for node in ray.nodes())
 
-    def evaluators(self) -> int:
-        """How many there should be now."""
-        if self.resources.evaluators != "auto":
-            return self.resources.evaluators
-        return max(1, room(ray.nodes(), self.resources, "evaluator"))
+    @property
+    def grows(self) -> bool:
+        """Whether more evaluators are of use than there is room for now, for somebody may make room."""
+        return self.resources.evaluators == "auto" and self.resources.wait > 0
+
+    def evaluators(self, refused: Refused = NOBODY) -> int:
+        """How many there should be now; none where every place was refused."""
+        wanted = self.resources.evaluators
+        if wanted != "auto" and not refused:
+            return wanted
+        found = room(ray.nodes(), self.resources, "evaluator", refused)
+        return found if wanted == "auto" else min(wanted, found)
 
 
 @contextmanager
@@ -101,9 +126,8 @@ def wait_for_room(resources: ResourceSpec) -> None:
 
 
 def _ask_to_grow(resources: ResourceSpec) -> bool:
-    bundle = {"CPU": resources.cpus_per_model, "GPU": resources.gpus_per_model}
-    number = 1 if resources.evaluators == "auto" else resources.evaluators
-    request_resources(bundles=[{name: amount for name, amount in bundle.items() if amount}] * number)
+    bundles, labels = demand(resources)
+    request_resources(bundles=bundles, bundle_label_selectors=labels)
     return True
 
 
@@ -157,7 +181,13 @@ def plain_errors() -> Iterator[None]:
             cause = cause.cause
         if isinstance(cause, TransplantError):
             raise type(cause)(str(cause)) from None
+        if isinstance(cause, GONE):
+            raise _gone_for_good(cause) from error
         raise
-    except ray.exceptions.RayActorError as error:
-        reason = " ".join(str(error).split())[:500]
-        raise ResourceError(f"an actor is gone for good ({reason}). The same command goes on where it stopped.") from error
+    except GONE as error:
+        raise _gone_for_good(error) from error
+
+
+def _gone_for_good(error: BaseException) -> ResourceError:
+    reason = " ".join(str(error).split())[:500]
+    return ResourceError(f"an actor is gone for good ({reason}). The same command goes on where it stopped.")

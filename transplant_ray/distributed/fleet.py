@@ -14,11 +14,15 @@ from typing import Any, Protocol
 import ray
 from ray.actor import ActorHandle
 
+from transplant_ray.distributed.cluster import GONE
 from transplant_ray.distributed.overseer import Overseer
+from transplant_ray.distributed.room import Refused
 from transplant_ray.errors import TransplantError
 
 RESIZE_SECONDS = 5.0
 """How often it is asked whether the cluster has grown or shrunk."""
+WHOLE = 1_000_000
+"""More places than a node has."""
 
 
 @dataclass(frozen=True)
@@ -50,31 +54,46 @@ class Fleet:
     """As many actors as there should be; those that die come back by themselves, and join again."""
 
     def __init__(
-        self, start: Callable[[], ActorHandle], size: Callable[[], int], overseer: Overseer, note: Callable[[str], None]
+        self,
+        start: Callable[[Refused], ActorHandle],
+        size: Callable[[Refused], int],
+        overseer: Overseer,
+        note: Callable[[str], None],
+        *,
+        grows: bool = False,
     ) -> None:
-        """`start` makes an actor, `size` says how many there should be now, `note` is told of those that cannot be used."""
-        self.start, self.size, self.overseer, self.note = start, size, overseer, note
+        """`start` makes an actor, `size` says how many there should be now, `note` is told of those that cannot be used.
+
+        Where the cluster `grows` by itself, one more waits for room as long as work waits: to an autoscaler that is a demand.
+        """
+        self.start, self.size, self.overseer, self.note, self.grows = start, size, overseer, note, grows
         self.joining: dict[Any, ActorHandle] = {}
         self.idle: deque[Member] = deque()
         self.at_work: list[Member] = []
-        self.num_refused = 0
-        """Newcomers that could not load: their places stay empty."""
+        self.refused: dict[str, int] = {}
+        """Of nodes that are alive, how many places were of no use to newcomers: they stay empty."""
         self.resized_at = -RESIZE_SECONDS
         self.resize()
 
     def __len__(self) -> int:
         return len(self.joining) + len(self.idle) + len(self.at_work)
 
-    def resize(self) -> None:
+    def resize(self, *, work_waits: bool = False) -> None:
         """Start those that are missing; of those that wait for room which is gone, let go. Who works is never disturbed."""
         self.overseer.go_on()
         if time.monotonic() - self.resized_at < RESIZE_SECONDS:
             return
         self.resized_at = time.monotonic()
-        wanted = max(1, self.size() - self.num_refused)
+        alive = nodes_alive()
+        self.refused = {node: number for node, number in self.refused.items() if node in alive}
+        wanted = max(1, self.size(self.refused)) + (self.grows and work_waits)
         for _ in range(wanted - len(self)):
-            self._join(self.start())
-        for ref, actor in list(reversed(self.joining.items()))[: max(0, len(self) - wanted)]:
+            self._join(self.start(self.refused))
+        self._let_go(len(self) - wanted)
+
+    def _let_go(self, number: int) -> None:
+        """Of so many who have not joined, the latest first."""
+        for ref, actor in list(reversed(self.joining.items()))[: max(0, number)]:
             del self.joining[ref]
             ray.kill(actor)
 
@@ -103,11 +122,25 @@ class Fleet:
             self.idle.append(Member(actor, ray.get(ref)))
             self.overseer.joined(actor)
         except ray.exceptions.RayTaskError as error:
-            if not len(self) or not isinstance(error.cause, TransplantError | RuntimeError | OSError):
+            if not isinstance(error.cause, TransplantError | RuntimeError | OSError):
                 raise
-            self.num_refused += 1
-            self.note(f"an evaluator could not load and is left out; {len(self)} go on: {error.cause}")
-            ray.kill(actor)
+            self._refuse(actor, error)
+
+    def _refuse(self, actor: ActorHandle, error: ray.exceptions.RayTaskError) -> None:
+        """A newcomer that could not load is left out. What is wrong with a node is wrong for all on it; a GPU may be alone in it.
+
+        Raises what kept it from loading where nobody has joined, and no place is left to try.
+        """
+        node = _node_of(actor)
+        known = 0 if node is None else self.refused.get(node, 0)
+        if node is not None:
+            self.refused[node] = known + (WHOLE if isinstance(error.cause, TransplantError) else 1)
+        if not self.idle and not self.at_work and not self.size(self.refused):
+            raise error
+        if known < WHOLE:  # others had begun to load there
+            self.note(f"an evaluator could not load and is left out; the others go on: {error.cause}")
+        ray.kill(actor)
+        self.resized_at = -RESIZE_SECONDS  # at once: it may have been the only one
 
     def work_through(self, tasks: Iterable[Task]) -> None:
         """Hand out all of them in order, as they are taken; what comes is taken in here, and what a death leaves comes first."""
@@ -118,8 +151,10 @@ class Fleet:
                 self.overseer.handed_out(member.actor, len(task.left))
                 running[task.start(member.actor)] = member, task
             if not running and not waiting:
+                if self.grows:
+                    self._let_go(len(self) - max(1, self.size(self.refused)))
                 return
-            self.resize()
+            self.resize(work_waits=bool(waiting))
             ready, _ = ray.wait([*running, *self.joining], num_returns=1, timeout=RESIZE_SECONDS)
             for stream in ready:
                 if stream in self.joining:
@@ -132,7 +167,7 @@ class Fleet:
                         self.overseer.came(member.actor, len(task.left))
                         continue
                     self.give_back(member)
-                except ray.exceptions.RayActorError:
+                except GONE:
                     self.died(member, task.left)
                     waiting.first.extendleft(reversed(list(task.after_a_death(member.node))))
                 del running[stream]
@@ -171,16 +206,33 @@ class _Waiting:
         return self.first.popleft()
 
 
+def _node_of(actor: ActorHandle) -> str | None:
+    """Where an actor is that has just answered; None where it has died since."""
+    try:
+        return str(ray.get(actor.__ray_call__.options(max_task_retries=0).remote(_this_node)))
+    except GONE:
+        return None
+
+
+def _this_node(_actor: Any) -> str:
+    return str(ray.get_runtime_context().get_node_id())
+
+
 def nodes_alive() -> Collection[str]:
     return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 @contextmanager
 def fleet(
-    start: Callable[[], ActorHandle], size: Callable[[], int], overseer: Overseer, note: Callable[[str], None]
+    start: Callable[[Refused], ActorHandle],
+    size: Callable[[Refused], int],
+    overseer: Overseer,
+    note: Callable[[str], None],
+    *,
+    grows: bool = False,
 ) -> Iterator[Fleet]:
     """A fleet that is dissolved when the block ends."""
-    gathered = Fleet(start, size, overseer, note)
+    gathered = Fleet(start, size, overseer, note, grows=grows)
     try:
         yield gathered
     finally:

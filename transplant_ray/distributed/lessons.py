@@ -21,6 +21,7 @@ from transplant_ray.distributed.cluster import Capacity
 from transplant_ray.distributed.facts import Fact, LessonBegins, LessonDone, LessonFact, LessonFailed
 from transplant_ray.distributed.fleet import Fleet, fleet, nodes_alive
 from transplant_ray.distributed.overseer import Overseer
+from transplant_ray.distributed.room import Refused
 from transplant_ray.errors import TransplantError
 from transplant_ray.models.loading import placement
 from transplant_ray.organ.lessons import Learnt, Lesson, carry_out, failed
@@ -83,14 +84,14 @@ class Tutors:
         if self.gathered is None:
             capacity = Capacity(resources_of(self.asked))
 
-            def start() -> ActorHandle:
-                return capacity.start(Tutor, "evaluator", self.asked)
+            def start(refused: Refused) -> ActorHandle:
+                return capacity.start(Tutor, "evaluator", self.asked, refused=refused)
 
-            def size() -> int:
-                return min(self.most, capacity.evaluators())
+            def size(refused: Refused) -> int:
+                return min(self.most, capacity.evaluators(refused))
 
             overseer = Overseer(self.tell, self.asked.gpus)
-            self.gathered = self.held.enter_context(fleet(start, size, overseer, self.note))
+            self.gathered = self.held.enter_context(fleet(start, size, overseer, self.note, grows=capacity.grows))
         return self.gathered
 
 

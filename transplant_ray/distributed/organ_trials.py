@@ -20,12 +20,12 @@ from typing import Any
 import torch
 import transformers
 from ray import tune
-from ray.exceptions import RayActorError
 
 from transplant_ray.distributed.actors import Workload, who
-from transplant_ray.distributed.cluster import Capacity
+from transplant_ray.distributed.cluster import GONE, Capacity
 from transplant_ray.distributed.meters import count_in_evaluator
 from transplant_ray.distributed.probing import Asked
+from transplant_ray.distributed.room import ACCELERATOR, SHARE
 from transplant_ray.distributed.tuning import Listener, make_tuner
 from transplant_ray.errors import RunError, TransplantError
 from transplant_ray.evaluate.answers import VariantShard
@@ -120,7 +120,7 @@ def _tuner(job: Trials, capacity: Capacity, folder: Path, ended: queue.Queue[Tri
         ("trial", list(job.trials)),
         _TrialListener(ended),
         folder / "trials",
-        at_once=min(len(job.trials), capacity.evaluators()),
+        at_once=max(1, min(len(job.trials), capacity.evaluators())),
         starting=1,
         max_failures=MAX_FAILURES,
         checkpoints=tune.CheckpointConfig(checkpoint_at_end=False),  # by default a class is asked for one
@@ -131,7 +131,7 @@ def _resources(capacity: Capacity) -> tune.PlacementGroupFactory:
     resources = capacity.resources
     bundle = {"CPU": resources.cpus_per_model, "GPU": resources.gpus_per_model}
     if resources.accelerator_type is not None:
-        bundle[f"accelerator_type:{resources.accelerator_type}"] = 0.001
+        bundle[f"{ACCELERATOR}{resources.accelerator_type}"] = SHARE
     return tune.PlacementGroupFactory([{name: amount for name, amount in bundle.items() if amount}])
 
 
@@ -194,6 +194,6 @@ class _TrialListener(Listener):
 def _reason(trial: Any) -> str | None:
     """What a process has raised that is no error of ours; None where it died."""
     error = trial.get_pickled_error()
-    if error is None or isinstance(error, RayActorError):
+    if error is None or isinstance(error, GONE):
         return None
     return (str(error).strip().splitlines() or [repr(error)])[-1][:300]

@@ -17,6 +17,7 @@ from transplant_ray.distributed.actors import Evaluator, Workload
 from transplant_ray.distributed.cluster import Capacity
 from transplant_ray.distributed.fleet import Fleet, fleet, nodes_alive
 from transplant_ray.distributed.overseer import Overseer
+from transplant_ray.distributed.room import Refused
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.engine import VARIANTS_PER_PACK
 from transplant_ray.evaluate.example import Rendered
@@ -157,10 +158,10 @@ def evaluator_pool(
     `rows` is how many rows each has in flight; None lets the first of them measure it, for `examples` and their `rules`.
     """
 
-    def start() -> ActorHandle:
-        return capacity.start(Evaluator, "evaluator", comparison, names, workload)
+    def start(refused: Refused) -> ActorHandle:
+        return capacity.start(Evaluator, "evaluator", comparison, names, workload, refused=refused)
 
-    with fleet(start, capacity.evaluators, overseer, note) as gathered:
+    with fleet(start, capacity.evaluators, overseer, note, grows=capacity.grows) as gathered:
         if rows is None:
             most = VARIANTS_PER_PACK * len(examples)
             rows = int(ray.get(gathered.first().actor.measure_rows.remote(examples, rules, most)))

@@ -24,12 +24,13 @@ from transplant_ray.distributed.room import Node, fits
 from transplant_ray.errors import CheckpointError, OrganError, ResourceError, TransplantError
 from transplant_ray.evaluate.scorers import check_scorer
 from transplant_ray.models.checkpoint import Checkpoint, open_checkpoint
+from transplant_ray.models.fingerprint import sample
 from transplant_ray.models.header import read_header
 from transplant_ray.organ.folder import Organ
 from transplant_ray.organ.manifest import WEIGHTS, read_manifest
 from transplant_ray.recipe import Place, ResourceSpec, TrackingSpec, redact
 from transplant_ray.storage import Shelf
-from transplant_ray.versions import DECIDING, versions
+from transplant_ray.versions import DECIDING, public_version, versions
 
 ANSWER_SECONDS = 300
 """A node may have to unpack a runtime environment and to import torch first."""
@@ -53,6 +54,8 @@ class Needs:
     """Address of a tracking server; only the driver must reach it."""
     versions: Mapping[str, str]
     """Those of the driver."""
+    samples: Mapping[str, str] = field(default_factory=dict)
+    """By folder, of the driver's copies of the checkpoints."""
     num_gpus: float = 0
     """That Ray promises on the node, where models run on GPUs."""
     organs: Mapping[str, Organ] = field(default_factory=dict)
@@ -108,10 +111,10 @@ def preflight(needs: Needs, resources: ResourceSpec, note: Callable[[str], None]
 def look(needs: Needs, token: str | None = None) -> Seen:
     """What this process sees of it; `token` names what the driver has left in the storage."""
     checks = [
-        *(partial(_see_checkpoint, key, checkpoint) for key, checkpoint in needs.checkpoints.items()),
+        *(partial(_see_checkpoint, key, checkpoint, needs.samples) for key, checkpoint in needs.checkpoints.items()),
         *(partial(_see_organ, key, organ) for key, organ in needs.organs.items()),
         *(partial(check_scorer, scorer) for scorer in needs.scorers),
-        partial(_see_versions, needs.versions),
+        partial(check_versions, needs.versions),
         *([] if token is None else [partial(_see_storage, needs.shelf, token)]),
     ]
     gpu_problem, gpu_warning = _see_gpus(needs.num_gpus)
@@ -177,12 +180,26 @@ def _problem(check: Callable[[], None]) -> str | None:
     return None
 
 
-def _see_checkpoint(key: str, ours: Checkpoint) -> None:
-    """The same tensors in the same files; what is in them, fingerprints tell the driver, and loading tells the rest."""
+def samples_of(checkpoints: Iterable[Checkpoint]) -> dict[str, str]:
+    """By folder. What the hub gives is known by its commit."""
+    folders = {checkpoint.folder for checkpoint in checkpoints if checkpoint.folder is not None and checkpoint.home is None}
+    return {str(folder): sample(folder) for folder in folders}
+
+
+def check_sample(checkpoint: Checkpoint, samples: Mapping[str, str]) -> None:
+    """CheckpointError where this machine's copy is not the one that the driver sampled, and took the fingerprint of."""
+    wanted = samples.get(str(checkpoint.folder))
+    if checkpoint.folder is not None and wanted is not None and sample(checkpoint.folder) != wanted:
+        raise CheckpointError(f"{checkpoint.folder}: not the bytes that the driver sees there. Copy it again, or share the folder.")
+
+
+def _see_checkpoint(key: str, ours: Checkpoint, samples: Mapping[str, str]) -> None:
+    """The same tensors in the same files, which begin and end alike."""
     accept = ["remote_code"] if ours.remote_code else []
     theirs = open_checkpoint(str(ours.folder or ours.model), ours.revision, accept=accept)
     if theirs.tensors != ours.tensors:
         raise CheckpointError(f"`{key}` {ours.model}: other tensors than the driver sees. Copy it again, or share the folder.")
+    check_sample(ours, samples)
 
 
 def _see_organ(key: str, ours: Organ) -> None:
@@ -192,9 +209,16 @@ def _see_organ(key: str, ours: Organ) -> None:
         raise OrganError(f"`{key}` {folder}: another organ than the driver sees. Copy it again, or share the folder.")
 
 
-def _see_versions(wanted: Mapping[str, str]) -> None:
+def check_versions(wanted: Mapping[str, str]) -> None:
+    """ResourceError where this machine's libraries are other ones than the driver's.
+
+    Builds of one version are alike: a head without GPUs may have torch for CPUs beside workers with torch for CUDA.
+    """
     here = versions(wanted)
-    differing = [f"{name} {here[name]} (the driver has {version})" for name, version in wanted.items() if here[name] != version]
+    pairs = [(name, here[name], version) for name, version in wanted.items()]
+    differing = [
+        f"{name} {ours} (the driver has {theirs})" for name, ours, theirs in pairs if public_version(ours) != public_version(theirs)
+    ]
     if differing:
         raise ResourceError(f"other versions: {', '.join(differing)}. Install the same on all nodes.")
 

@@ -16,6 +16,7 @@ from ray.actor import ActorHandle
 
 from transplant_ray.distributed.actors import Evaluator, ModelActor, Seen, Workload
 from transplant_ray.distributed.cluster import Capacity
+from transplant_ray.distributed.streams import steady
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.example import Rendered, Split
 from transplant_ray.evaluate.generate import GenerationSettings, Rules
@@ -190,18 +191,18 @@ class _Stage:
         texts: Continuations = ray.get(source.continuations.remote(plan.probe, plan.settings))
         return texts
 
-    def _collect(self, actor: ActorHandle) -> Any:
-        """A stream of counts that ends in the statistics of one model."""
+    def _collect(self, actor: ActorHandle) -> Iterator[int | ActivationStats]:
+        """Counts as they come, and in the end the statistics of one model."""
         modules = tuple(self.comparison.pairs)
-        streaming = self.ranking.collect.options(num_returns="streaming")
-        return streaming.remote(actor, self.plan.probe, modules, self.plan.settings, self.texts)
+        streaming = self.ranking.collect.options(num_returns="streaming", max_task_retries=0)
+        return steady(self.ranking, lambda: streaming.remote(actor, self.plan.probe, modules, self.plan.settings, self.texts))
 
-    def _follow(self, streams: Mapping[Role, Any]) -> None:
+    def _follow(self, streams: Mapping[Role, Iterator[int | ActivationStats]]) -> None:
         """Read the streams in turn, so that none runs far ahead, until each has given its statistics."""
         waiting = dict(streams)
         while waiting:
             for role, stream in list(waiting.items()):
-                item = ray.get(next(stream))
+                item = next(stream)
                 if isinstance(item, int):
                     self.advance(item)
                 else:
@@ -225,10 +226,10 @@ class RankingActor:
         texts: Continuations | None,
     ) -> Iterator[int | ActivationStats]:
         """Merge what an actor streams; yields how many examples came, last the statistics. Backpressure keeps the stream short."""
-        stream = actor.stream_stats.options(num_returns="streaming", _generator_backpressure_num_objects=4)
+        streaming = actor.stream_stats.options(num_returns="streaming", max_task_retries=0, _generator_backpressure_num_objects=4)
         parts: list[ActivationStats] = []
-        for ref in stream.remote(probe, modules, settings, texts):
-            parts.append(ray.get(ref))
+        for part in steady(actor, lambda: streaming.remote(probe, modules, settings, texts)):
+            parts.append(part)
             yield len({example for example, _ in parts[-1].keys})
         yield ActivationStats.merge(parts)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from transplant_ray.recipe import Place, ResourceSpec
@@ -10,6 +12,11 @@ from transplant_ray.recipe import Place, ResourceSpec
 Node = Mapping[str, Any]
 ACCELERATOR = "accelerator_type:"
 """Begins the name of the resource by which Ray says what kind of GPU a node has."""
+SHARE = 0.001
+"""Of that resource, what an actor that asks for the kind is given: so many may be on a node."""
+Refused = Mapping[str, int]
+"""By node, how many places there turned out to be of no use."""
+NOBODY: Refused = MappingProxyType({})
 
 
 def fits(node: Node, resources: ResourceSpec, place: Place) -> int:
@@ -30,9 +37,31 @@ def fits(node: Node, resources: ResourceSpec, place: Place) -> int:
     return min(by_cpu, int(gpus / resources.gpus_per_model))
 
 
-def room(nodes: Sequence[Node], resources: ResourceSpec, place: Place) -> int:
-    """How many such actors the cluster holds when it is empty."""
-    return sum(fits(node, resources, place) for node in nodes)
+def room(nodes: Sequence[Node], resources: ResourceSpec, place: Place, refused: Refused = NOBODY) -> int:
+    """How many such actors the cluster holds when it is empty, without the places that were of no use."""
+    return sum(max(0, fits(node, resources, place) - refused.get(node["NodeID"], 0)) for node in nodes)
+
+
+def useless(nodes: Sequence[Node], resources: ResourceSpec, place: Place, refused: Refused) -> list[str]:
+    """Nodes with no place left that is of any use."""
+    return [node["NodeID"] for node in nodes if node["NodeID"] in refused and not room([node], resources, place, refused)]
+
+
+def demand(resources: ResourceSpec) -> tuple[list[dict[str, float]], list[dict[str, str]]]:
+    """What an autoscaler is asked for, as bundles and the labels of each: room for evaluators, and for source and target at once.
+
+    The stages own it in turn, so what a model is asked for may be an evaluator's, where their labels are the same.
+    """
+    shape = {"CPU": resources.cpus_per_model, "GPU": resources.gpus_per_model}
+    if resources.accelerator_type is not None:
+        shape[f"{ACCELERATOR}{resources.accelerator_type}"] = SHARE
+    evaluators = 1 if resources.evaluators == "auto" else resources.evaluators
+    stages: list[list[Place]] = [["evaluator"] * evaluators, ["source", "target"]]
+    wanted: Counter[tuple[tuple[str, str], ...]] = Counter()
+    for stage in stages:
+        wanted |= Counter(tuple(sorted(resources.labels.get(place, {}).items())) for place in stage)
+    labels = [dict(each) for each in wanted.elements()]
+    return [{name: amount for name, amount in shape.items() if amount} for _ in labels], labels
 
 
 def both_at_once(nodes: Sequence[Node], resources: ResourceSpec) -> bool:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from transplant_ray.distributed.actors import Workload
 from transplant_ray.distributed.cluster import Capacity, refuse_vanishing_paths
 from transplant_ray.distributed.facts import Fact, VariantFailed, of_shard
-from transplant_ray.distributed.preflight import make_needs, preflight
+from transplant_ray.distributed.preflight import COMPARED, make_needs, preflight, samples_of
 from transplant_ray.distributed.probing import Asked
 from transplant_ray.evaluate.answers import Answers, VariantShard
 from transplant_ray.evaluate.example import Split
@@ -27,6 +27,7 @@ from transplant_ray.pipeline.journal import Journal, watched
 from transplant_ray.pipeline.watch import Stopwatch, Watch
 from transplant_ray.recipe import MAIN, Recipe
 from transplant_ray.storage import RunFolder
+from transplant_ray.versions import versions
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ class Run:
     journal: Journal
     memory: Memory | None = None
     """What was evaluated before; None where the recipe wants everything measured afresh."""
+    samples: Mapping[str, str] = field(default_factory=dict)
+    """Of the checkpoints, by folder, as the driver saw them when it looked at the nodes."""
 
     @property
     def answers(self) -> Answers:
@@ -77,6 +80,8 @@ class Run:
             num_gpus=recipe.resources.gpus_per_model,
             num_threads=threads,
             run=recipe.name,
+            versions=versions(COMPARED),
+            samples=self.samples,
         )
 
     def is_complete(self, variant: str) -> bool:
@@ -144,18 +149,24 @@ def begin(recipe: Recipe, watch: Watch | None) -> Run:
     return Run(job, folder, stopwatch, {name: Answers() for name in job.tasks}, journal)
 
 
-def check_nodes(run: Run, capacity: Capacity) -> None:
-    """Every node that may be given work shows that it can do it. ResourceError that names those that cannot, and why."""
+def check_nodes(run: Run, capacity: Capacity) -> Run:
+    """Every node that may be given work shows that it can do it. ResourceError that names those that cannot, and why.
+
+    The run then knows what nodes that come later are held against.
+    """
     job, recipe = run.job, run.job.recipe
     base = {} if job.base is None else {"base": job.base.source}
+    checkpoints = {"source": job.comparison.source, "target": job.comparison.target, **base}
     needs = make_needs(
-        {"source": job.comparison.source, "target": job.comparison.target, **base},
+        checkpoints,
         run.folder.ledger,
         recipe.tracking,
         scorers=(task.rules.scorer for task in job.tasks.values()),
     )
     with run.stopwatch.stage("preflight"):
-        preflight(needs, capacity.resources, run.stopwatch.watch.note)
+        samples = samples_of(checkpoints.values())
+        preflight(replace(needs, samples=samples), capacity.resources, run.stopwatch.watch.note)
+    return replace(run, samples=samples)
 
 
 def remember(run: Run) -> Run:

@@ -42,7 +42,7 @@ def rank(recipe: Recipe, watch: Watch | None = None) -> list[Ranking]:
     """Rank the modules of a pair and write rankings.parquet; nothing is grafted."""
     run = begin(recipe, watch)
     with terminable(), connect(recipe.resources) as capacity, run.claimed("rank"), plain_errors(), terminable():
-        check_nodes(run, capacity)
+        run = check_nodes(run, capacity)
         return _probe(run, capacity, baselines=(), searches={}).rankings
 
 
@@ -57,7 +57,7 @@ def sweep(recipe: Recipe, watch: Watch | None = None) -> SweepResult:
         plain_errors(),
         terminable(),
     ):
-        check_nodes(run, capacity)
+        run = check_nodes(run, capacity)
         run = remember(run)
         probed = _probe_and_ask_the_source(run, capacity)
         evaluation = evaluate(run, _plan(run, probed), probed.norms, capacity, tracker)

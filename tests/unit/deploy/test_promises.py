@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from transplant_ray.recipe import Acceptance
+from transplant_ray.recipe import Acceptance, load_recipe
 
 CLUSTER, DEPLOY = REPOSITORY / "cluster", REPOSITORY / "deploy"
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
@@ -223,6 +223,27 @@ def test_gpu_workers_come_and_go_and_are_watched() -> None:
     assert config["idle_timeout_minutes"] == 10
     assert config["docker"]["head_image"].endswith("-cpu")
     assert config["docker"]["worker_image"].endswith("-cuda")
+
+
+GROWING = ("kuberay/rayjob.yaml", "kuberay/raycluster.yaml", "aws.yaml")
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_where_workers_come_only_when_asked_for_a_sweep_is_told_to_wait_for_them(name: str) -> None:
+    assert _least_workers(documents(CLUSTER / name)[0]) == 0
+    overrides = re.findall(r"\b(?:resources|storage|tracking)\.?\w*=[^\s()]+", (CLUSTER / name).read_text())
+    resources = load_recipe(REPOSITORY / "jobs" / "recipes" / "cross-generation.yaml", overrides).resources
+    assert resources.gpus_per_model == 1
+    assert resources.evaluators == "auto"
+    assert resources.wait >= 600, "a machine, its image and Ray take minutes to come"
+
+
+def _least_workers(config: dict[str, Any]) -> int:
+    spec = config.get("spec", {})
+    groups = spec.get("rayClusterSpec", spec).get("workerGroupSpecs")
+    if groups is None:
+        return int(config["available_node_types"]["gpu"]["min_workers"])
+    return int(min(min(group["replicas"], group["minReplicas"]) for group in groups))
 
 
 def test_workers_and_heads_have_a_role_by_which_work_is_placed() -> None:

@@ -13,7 +13,9 @@ import pytest
 from tiny import tiny_model, tiny_tokenizer
 
 from transplant_ray.distributed import preflight
-from transplant_ray.distributed.preflight import COMPARED, DRIVER, Needs, look, make_needs
+from transplant_ray.distributed.actors import Workload
+from transplant_ray.distributed.preflight import COMPARED, DRIVER, Needs, look, make_needs, samples_of
+from transplant_ray.errors import CheckpointError, ResourceError
 from transplant_ray.models.checkpoint import open_checkpoint
 from transplant_ray.organ.extract import extract_organ
 from transplant_ray.organ.folder import open_organ
@@ -37,8 +39,21 @@ def needs(tmp_path: Path) -> Needs:
 
 
 def test_a_node_like_the_driver_has_no_problem_and_leaves_a_word_in_the_storage(needs: Needs) -> None:
+    needs = replace(needs, samples=samples_of(needs.checkpoints.values()))
+    assert needs.samples
     assert look(needs, TOKEN) == preflight.Seen((), ())
     assert len(list((Path(needs.shelf.place) / TOKEN).iterdir())) == 2
+
+
+@pytest.mark.parametrize(("drivers", "nodes"), [("2.13.0+cpu", "2.13.0"), ("2.13.0", "2.13.0+cu130")])
+def test_another_build_of_the_same_version_is_no_other_version(
+    needs: Needs, monkeypatch: pytest.MonkeyPatch, drivers: str, nodes: str
+) -> None:
+    """The image of a head without GPUs has torch for CPUs."""
+    monkeypatch.setattr(preflight, "versions", lambda _names: {"torch": nodes})
+    assert not look(replace(needs, versions={"torch": drivers})).problems
+    (problem,) = look(replace(needs, versions={"torch": "2.12.0+cpu"})).problems
+    assert f"torch {nodes} (the driver has 2.12.0+cpu)" in problem
 
 
 def lose_the_model(needs: Needs) -> Needs:
@@ -68,6 +83,13 @@ def give_another_organ(needs: Needs) -> Needs:
     return needs
 
 
+def leave_it_out_of_date(needs: Needs) -> Needs:
+    """A private copy of the same shapes, as it was before the last training."""
+    told = replace(needs, samples=samples_of(needs.checkpoints.values()))
+    tiny_model("llama", 2).save_pretrained(str(needs.checkpoints["source"].folder))
+    return told
+
+
 def share_nothing(needs: Needs) -> Needs:
     return replace(needs, shelf=Shelf(f"{needs.shelf.place}-elsewhere"))
 
@@ -85,6 +107,7 @@ def read_only_leftovers(needs: Needs) -> Needs:
         (lose_the_organ, r"OrganError: .*organ.json: not the manifest of an organ"),
         (lose_its_weights, r"CheckpointError: .*organ.safetensors"),
         (give_another_organ, r"OrganError: `organs.a` .*organ: another organ than the driver sees\. Copy it again, or share"),
+        (leave_it_out_of_date, r"CheckpointError: .*model: not the bytes that the driver sees there\. Copy it again"),
         (share_nothing, r"`storage`: .*runs-elsewhere is not what the driver sees there\. Use a place that all nodes share"),
         (read_only_leftovers, r"`storage`: .*is not what the driver sees there"),
         (lambda needs: replace(needs, versions={"torch": "0.1"}), r"other versions: torch \S+ \(the driver has 0\.1\)\. Install"),
@@ -118,6 +141,18 @@ def test_what_every_verb_needs_is_asked_in_one_way(needs: Needs) -> None:
         made = make_needs({}, needs.shelf, TrackingSpec(uri=uri), scorers=["math", "loss", "math"], libraries=["peft"])
         assert (made.tracking, made.scorers, made.organs) == (asked, ("loss", "math"), {})
         assert made.versions == versions((*COMPARED, "peft"))
+
+
+def test_an_actor_on_a_node_that_came_later_looks_for_itself(needs: Needs) -> None:
+    """The nodes of the start were looked at; whoever comes after that would write outcomes under the driver's name."""
+    checkpoint = needs.checkpoints["source"]
+    workload = Workload(checkpoint, "float32", 0, 1, versions=needs.versions, samples=samples_of([checkpoint]))
+    workload.check_node(checkpoint, checkpoint)
+    with pytest.raises(ResourceError, match=r"other versions: torch \S+ \(the driver has 0\.1\)"):
+        replace(workload, versions={"torch": "0.1"}).check_node(checkpoint)
+    leave_it_out_of_date(needs)
+    with pytest.raises(CheckpointError, match="not the bytes that the driver sees"):
+        workload.check_node(checkpoint)
 
 
 def test_a_tracking_server_that_a_node_does_not_reach_is_a_warning(needs: Needs) -> None:

@@ -1,0 +1,217 @@
+"""Who is in the fleet as nodes come and go, without Ray: actors here are placed by hand, and answer from a list."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+
+from transplant_ray.distributed import fleet as module
+from transplant_ray.distributed.facts import AtWork, Fact
+from transplant_ray.distributed.fleet import Fleet, fleet
+from transplant_ray.distributed.overseer import Overseer
+from transplant_ray.distributed.room import Refused
+from transplant_ray.errors import ResourceError
+
+LOST = [
+    ray.exceptions.ActorDiedError(),
+    ray.exceptions.ObjectLostError("00", None, ""),
+    ray.exceptions.OwnerDiedError("00", None, ""),
+    ray.exceptions.ObjectReconstructionFailedError("00", None, ""),
+    ray.exceptions.OutOfMemoryError("too large"),
+]
+
+
+class Actor:
+    """One that waits for a place, and then is on a node."""
+
+    def __init__(self, name: str, avoided: frozenset[str]) -> None:
+        self.avoided = avoided
+        self.node: str | None = None
+        self._actor_id = SimpleNamespace(hex=lambda: name)
+        self.join = self._method("join")
+        self.__ray_call__ = self._method("node")
+
+    def _method(self, name: str) -> Any:
+        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda *_: Ref(self, name)))
+
+
+@dataclass(frozen=True, eq=False)
+class Ref:
+    actor: Actor
+    method: str
+
+
+class Machines:
+    """Stands for Ray: nodes with so many places each."""
+
+    exceptions = ray.exceptions
+
+    def __init__(self, **places: int) -> None:
+        self.places = places
+        self.spoilt: dict[str, Exception] = {}
+        self.actors: list[Actor] = []
+
+    def start(self, refused: Refused) -> Any:
+        avoided = frozenset(node for node in refused if self.places.get(node, 0) <= refused[node])
+        self.actors.append(Actor(f"{len(self.actors):012}", avoided))
+        return self.actors[-1]
+
+    def size(self, refused: Refused) -> int:
+        return sum(max(0, number - refused.get(node, 0)) for node, number in self.places.items())
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"NodeID": node, "Alive": True} for node in self.places]
+
+    def kill(self, actor: Actor) -> None:
+        self.actors.remove(actor)
+
+    def wait(self, refs: Sequence[Any], **_: Any) -> tuple[list[Any], list[Any]]:
+        assert refs, "Ray waits for nothing"
+        held = Counter(actor.node for actor in self.actors)
+        for actor in (actor for actor in self.actors if actor.node is None):
+            free = [node for node, number in self.places.items() if held[node] < number and node not in actor.avoided]
+            actor.node = free[0] if free else None
+            held[actor.node] += 1
+        ready = [ref for ref in refs if not isinstance(ref, Ref) or ref.actor.node is not None]
+        return ready[-1:], []
+
+    def get(self, ref: Any) -> Any:
+        if isinstance(ref, Exception):
+            raise ref
+        if not isinstance(ref, Ref):
+            return ref
+        if ref.method == "join" and ref.actor.node in self.spoilt:
+            raise ray.exceptions.RayTaskError("join", "", self.spoilt[str(ref.actor.node)])
+        return ref.actor.node
+
+
+@pytest.fixture
+def machines(monkeypatch: pytest.MonkeyPatch) -> Machines:
+    machines = Machines(one=1)
+    monkeypatch.setattr(module, "ray", machines)
+    monkeypatch.setattr(module, "RESIZE_SECONDS", 0.0)
+    return machines
+
+
+@dataclass
+class Task:
+    """Gives what it is told to, or raises it."""
+
+    name: str
+    gives: list[Any]
+    done: list[str] = field(default_factory=list)
+    on_take: Callable[[], None] = lambda: None
+    left: tuple[str, ...] = ("v",)
+
+    def start(self, actor: Actor) -> Iterator[Any]:
+        assert actor.node is not None
+        return iter([self.gives.pop(0)])
+
+    def take(self, found: Any) -> None:
+        self.on_take()
+        self.done.append(f"{self.name}: {found}")
+
+    def after_a_death(self, node: str) -> list[Task]:
+        self.done.append(f"{self.name}: lost on {node}")
+        return [self]
+
+
+@pytest.mark.parametrize("lost", LOST, ids=lambda error: type(error).__name__)
+def test_what_is_lost_with_its_node_is_handed_out_again(machines: Machines, lost: Exception) -> None:
+    """A large answer stays where it was made till it is read: its loss comes as the loss of an object."""
+    done: list[str] = []
+    with fleet(machines.start, machines.size, Overseer(), print) as gathered:
+        gathered.work_through([Task("a", [lost, 1], done), Task("b", [2], done)])
+    assert done == ["a: lost on one", "a: 1", "b: 2"]
+
+
+def gather(machines: Machines, notes: list[str]) -> Fleet:
+    """Until nobody comes any more."""
+    gathered = Fleet(machines.start, machines.size, Overseer(), notes.append)
+    settle(machines, gathered)
+    return gathered
+
+
+def settle(machines: Machines, gathered: Fleet) -> None:
+    gathered.resize()
+    while gathered.joining and (ready := machines.wait(list(gathered.joining))[0]):
+        gathered.welcome(ready[0])
+        gathered.resize()
+
+
+def test_a_cluster_that_grows_is_shown_one_more_than_it_has_room_for_as_long_as_work_waits(machines: Machines) -> None:
+    facts: list[Fact] = []
+    waiting: list[int] = []
+    done: list[str] = []
+
+    def look() -> None:
+        waiting.append(sum(actor.node is None for actor in machines.actors))
+        if len(waiting) == 3:
+            machines.places["two"] = 1  # what was asked for has come
+
+    with fleet(machines.start, machines.size, Overseer(facts.append), print, grows=True) as gathered:
+        gathered.work_through(Task(str(number), [number], done, look) for number in range(8))
+        assert len(machines.actors) == len(gathered) == 2, "whoever waits in vain was let go"
+    assert len(done) == 8
+    assert waiting[0] == 1
+    assert max(waiting) == 1
+    assert waiting[-1] == 0, "no work waits any more"
+    assert max(fact.of for fact in facts if isinstance(fact, AtWork)) == 2
+    assert not machines.actors
+
+
+def test_a_cluster_that_does_not_grow_is_asked_for_nothing(machines: Machines) -> None:
+    done: list[str] = []
+    with fleet(machines.start, machines.size, Overseer(), print) as gathered:
+        gathered.work_through(Task(str(number), [number], done) for number in range(4))
+        assert len(machines.actors) == 1
+
+
+def test_a_node_that_was_refused_is_not_tried_again_and_its_place_is_not_lost_when_it_leaves(machines: Machines) -> None:
+    notes: list[str] = []
+    machines.places["bad"] = 2
+    machines.spoilt["bad"] = ResourceError("other versions")
+    gathered = gather(machines, notes)
+    assert [actor.node for actor in machines.actors] == ["one"]
+    assert notes == ["an evaluator could not load and is left out; the others go on: other versions"], "once for a node"
+    machines.places["three"] = 1
+    settle(machines, gathered)
+    assert sorted(str(actor.node) for actor in machines.actors) == ["one", "three"]
+    del machines.places["bad"]
+    machines.places["four"] = 2
+    settle(machines, gathered)
+    assert sorted(str(actor.node) for actor in machines.actors) == ["four", "four", "one", "three"]
+    assert not gathered.refused
+    assert len(notes) == 1
+
+
+def test_one_gpu_that_fails_does_not_rule_out_those_beside_it(machines: Machines) -> None:
+    machines.places = {"one": 3}
+    gathered = Fleet(machines.start, machines.size, Overseer(), print)
+    machines.spoilt["one"] = RuntimeError("out of memory")
+    gathered.welcome(machines.wait(list(gathered.joining))[0][0])
+    machines.spoilt.clear()
+    settle(machines, gathered)
+    assert [actor.node for actor in machines.actors] == ["one", "one"]
+
+
+def test_where_one_is_asked_for_and_cannot_load_another_place_is_tried(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
+    machines.places["two"] = 1
+    machines.spoilt["one"] = ResourceError("other versions")
+    monkeypatch.setattr(module, "RESIZE_SECONDS", 1000.0)
+    with fleet(machines.start, lambda refused: min(1, machines.size(refused)), Overseer(), print) as gathered:
+        assert gathered.first().node == "two"
+
+
+def test_where_no_place_is_left_what_kept_them_from_loading_is_raised(machines: Machines) -> None:
+    machines.places = {"one": 2, "two": 1}
+    machines.spoilt = dict.fromkeys(machines.places, ResourceError("other versions"))
+    with pytest.raises(ray.exceptions.RayTaskError) as raised:
+        gather(machines, [])
+    assert str(raised.value.cause) == "other versions"
