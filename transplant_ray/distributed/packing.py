@@ -87,7 +87,7 @@ def command_for(recipe: AnyRecipe, asked: str | None) -> Command:
     for command in fitting:
         if command == asked:
             return command
-    what = "not what it is for" if asked in COMMANDS else "no such command"
+    what = "does not fit" if asked in COMMANDS else "no such command"
     raise JobError(
         f"--command {asked!r}: {what}. {recipe.name} is a recipe for {' or '.join(fitting)}: give that, or no --command."
     )

@@ -244,7 +244,7 @@ def test_what_a_job_does_follows_from_the_recipe_and_nothing_else_fits(bench: Pa
     for command, kind in COMMANDS.items():
         assert command_for(loaded[kind], command) == command
         for other in loaded.keys() - {kind}:
-            with pytest.raises(JobError, match=f"--command '{command}': not what it is for. tiny is a recipe for"):
+            with pytest.raises(JobError, match=f"--command '{command}': does not fit. tiny is a recipe for"):
                 command_for(loaded[other], command)
     with pytest.raises(JobError, match=r"no such command\. tiny is a recipe for sweep or rank: give that, or no --command"):
         command_for(loaded[Recipe], "rm")
