@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from transplant_ray.pipeline import organ_demo as module
 from transplant_ray.pipeline.comparison_planning import most_at_once
 from transplant_ray.pipeline.demo_text import DemoText
 from transplant_ray.pipeline.organ_demo import Place, compare_recipe, sweep_recipe
@@ -67,6 +68,17 @@ def test_the_sweep_is_that_of_the_demo(place: Place, text: DemoText, cpus: int |
     demo = load_organ_recipe(written(settings, place.here / "sweep.yaml"))
     assert content(ours) == content(demo)
     assert demo.resources == ours.resources.model_copy(update={"evaluators": cpus or 1})
+
+
+def test_cores_that_are_given_bound_every_stage_of_the_demo(place: Place, text: DemoText, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(module, "build", lambda *_, threads, **__: (text, seen.update(model=threads)))
+    monkeypatch.setattr(module, "_trained", lambda _, __, ___, threads, *____: seen.update(organ=threads))
+    monkeypatch.setattr(module, "sweep_organs", lambda recipe, _: seen.update(sweep=recipe.resources.evaluators))
+    monkeypatch.setattr(module, "compare", lambda recipe, _: seen.update(compare=most_at_once(recipe)))
+    monkeypatch.setattr(module, "_record", lambda _: {})
+    module.organ_demo(DemoSpec(), place.folder, cpus=1)
+    assert seen == {"model": 1, "organ": 1, "sweep": 1, "compare": 1}
 
 
 def test_the_full_comparison_is_of_both_models_under_three_seeds_with_one_budget() -> None:
