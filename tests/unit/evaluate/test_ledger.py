@@ -197,7 +197,6 @@ def test_a_ledger_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 def test_a_shelf_at_an_address_is_one_in_a_folder(tmp_path: Path) -> None:
     for shelf in (Shelf(str(tmp_path / "here")), Shelf(f"file://{tmp_path}/there")):
         assert shelf.names("page") == []
-        (Path(str(shelf.place).removeprefix("file://")) / "page").mkdir(parents=True)
         shelf.write("page/x.parquet", b"content")
         assert shelf.names("page") == ["page/x.parquet"]
         assert shelf.read("page/x.parquet") == b"content"
