@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -48,6 +48,16 @@ class Shelf:
             content: bytes = stream.read()
             return content
 
+    def read_present(self, name: str) -> bytes | None:
+        """None where it is not there, or not any more."""
+        with _shelf(self.place) as (system, root):
+            try:
+                with system.open_input_stream(f"{root}/{name}") as stream:
+                    content: bytes = stream.read()
+                    return content
+            except FileNotFoundError:
+                return None
+
     def write(self, name: str, content: bytes) -> None:
         """Whole or not at all."""
         with _shelf(self.place) as (system, root):
@@ -58,9 +68,14 @@ class Shelf:
         with _shelf(self.place) as (system, root):
             system.delete_dir(f"{root}/{folder}")
 
+    def discard(self, name: str) -> None:
+        """A file of the shelf, where it is there."""
+        with _shelf(self.place) as (system, root), suppress(FileNotFoundError):
+            system.delete_file(f"{root}/{name}")
+
     def set_aside(self, name: str) -> None:
         """Out of `names`, and still there for who wants to look."""
-        with _shelf(self.place) as (system, root):
+        with _shelf(self.place) as (system, root), suppress(FileNotFoundError):  # another driver has seen it too
             system.move(f"{root}/{name}", f"{root}/{name}.damaged")
 
 
