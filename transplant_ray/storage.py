@@ -235,6 +235,11 @@ class RunFolder:
         return self.path / "outcomes"
 
     @property
+    def tune(self) -> Path:
+        """Tune's own state while a sweep runs: pickles, which nobody reads."""
+        return self.path / ".tune"
+
+    @property
     def checkpoint(self) -> Path:
         return self.path / "checkpoint"
 

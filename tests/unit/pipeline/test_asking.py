@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -143,3 +144,27 @@ def test_one_changed_byte_of_weights_makes_everything_new(tmp_path: Path, place:
     assert [asked(), asked()] == [2 * len(EXAMPLES), 0]
     weights.write_bytes(before)
     assert asked() == 0
+
+
+def test_no_state_of_tune_outlives_a_run(tmp_path: Path) -> None:
+    """Neither that of the run itself, whatever ends it, nor what a killed one has left."""
+    recipe = SimpleNamespace(identity=lambda: "identity", to_yaml=lambda: "name: run\n")
+    journal = SimpleNamespace(kept=lambda *_: nullcontext())
+    folder = RunFolder(tmp_path / "run")
+    run = Run(cast(Any, SimpleNamespace(recipe=recipe)), folder, Stopwatch(Silent()), {}, cast(Any, journal))
+
+    def leave_state() -> None:
+        folder.tune.mkdir(parents=True)
+        (folder.tune / "experiment_state.pkl").write_bytes(b"pickled")
+
+    def die() -> None:
+        with run.claimed("sweep"):
+            assert not folder.tune.exists()
+            leave_state()
+            raise KeyboardInterrupt
+
+    leave_state()
+    with pytest.raises(KeyboardInterrupt):
+        die()
+    assert not folder.tune.exists()
+    assert folder.recipe.exists()
