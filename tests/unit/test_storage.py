@@ -99,6 +99,18 @@ def test_a_place_that_cannot_be_written_is_named(no_folder: Path) -> None:
             write()
 
 
+@pytest.mark.parametrize("address", ["s3://bucket/organ", "file:///tmp/organ", "gs://bucket"])
+def test_an_address_where_only_a_folder_can_be_written_is_refused(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `--out` of the verbs on organs: a path makes one slash of two, and a folder `s3:` here."""
+    monkeypatch.chdir(tmp_path)
+    for write in (lambda: writable_folder(Path(address)), lambda: write_and_fail(Path(address), ZeroDivisionError(), folder=True)):
+        with pytest.raises(RunError, match=r"an address, where only a folder can be written\. Give a folder"):
+            write()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_home_of_nobody_is_refused() -> None:
     for make in (lambda: RunFolder.of("~nobody-of-this-name/runs", "x"), lambda: RunFolder.open("~nobody-of-this-name/runs/x")):
         with pytest.raises(RunError, match="~nobody-of-this-name"):

@@ -11,6 +11,7 @@ from transplant_ray.distributed.cluster import Capacity, connect
 from transplant_ray.distributed.facts import VariantFailed, of_shard
 from transplant_ray.distributed.organ_trials import TrialDone, Trials, run_organ_trials
 from transplant_ray.distributed.probing import Asked
+from transplant_ray.errors import ResourceError
 from transplant_ray.evaluate.answers import Answers, VariantShard
 from transplant_ray.evaluate.example import Split
 from transplant_ray.evaluate.ledger import Ledger, page_key
@@ -140,7 +141,17 @@ class Measuring:
         if self._capacity is None:
             self._capacity = self._cluster.enter_context(connect(self.job.recipe.resources))
             self._cluster.enter_context(terminable())  # Ray has taken the signal for itself
+            check_reach(self.job, self._capacity.num_nodes)
         return self._capacity
+
+
+def check_reach(job: OrganJob, num_nodes: int) -> None:
+    """ResourceError where layers that the driver has written lie where other nodes do not see them."""
+    if job.folder.address is not None and num_nodes > 1 and job.recipe.controls.untrained:
+        raise ResourceError(
+            f"`storage` {job.folder.public_address}: the untrained controls are layers in a folder that all {num_nodes} nodes must "
+            "see, and this is an address. Give a folder that they share, or use controls.untrained=false."
+        )
 
 
 @contextmanager
