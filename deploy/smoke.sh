@@ -56,6 +56,8 @@ if [ -z "$uri" ]; then
 fi
 
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$folder/token RAY_USAGE_STATS_ENABLED=0
+# Ray makes an address that other machines reach of 127.0.0.1, and listens on all, unless it takes this for a machine without clusters.
+export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0
 (umask 077 && "$python" -c 'import secrets; print(secrets.token_hex(32))' > "$RAY_AUTH_TOKEN_PATH")
 start_head() { # ATTEMPT
     dashboard=$(free_port)

@@ -22,12 +22,20 @@ CANNOT_WRITE = (OSError, SafetensorError)
 
 def writable_folder(path: Path) -> Path:
     """Create a folder and prove that it can be written; RunError where not."""
+    _refuse_address(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             return path
     except OSError as error:
         raise RunError(f"{path}: cannot be written ({error.strerror}). Choose another `storage`.") from error
+
+
+def _refuse_address(path: Path) -> None:
+    """`s3://bucket/x` as a path is a folder of the name `s3:`, where nobody would look for it."""
+    first = path.parts[0] if path.parts else ""
+    if first.endswith(":") and len(first) > 2:  # shorter is a drive
+        raise RunError(f"{path}: an address, where only a folder can be written. Give a folder, and copy it from there.")
 
 
 def write_text(path: Path, text: str) -> None:

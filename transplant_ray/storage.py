@@ -6,9 +6,10 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -19,6 +20,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 from filelock import FileLock
 
+from transplant_ray.addresses import redact, redact_address
 from transplant_ray.errors import RunError
 from transplant_ray.files import whole_file, writable_folder, write_json, write_text
 
@@ -46,23 +48,34 @@ class Shelf:
             content: bytes = stream.read()
             return content
 
+    def read_present(self, name: str) -> bytes | None:
+        """None where it is not there, or not any more."""
+        with _shelf(self.place) as (system, root):
+            try:
+                with system.open_input_stream(f"{root}/{name}") as stream:
+                    content: bytes = stream.read()
+                    return content
+            except FileNotFoundError:
+                return None
+
     def write(self, name: str, content: bytes) -> None:
-        """Whole or not at all: a folder's file is renamed when it is complete, an object store shows it when it is closed."""
-        if "://" not in self.place:
-            with whole_file(Path(self.place) / name) as temporary:
-                temporary.write_bytes(content)
-            return
-        with _shelf(self.place) as (system, root), system.open_output_stream(f"{root}/{name}") as stream:
-            stream.write(content)
+        """Whole or not at all."""
+        with _shelf(self.place) as (system, root):
+            _put(system, f"{root}/{name}", content)
 
     def remove(self, folder: str) -> None:
         """A folder of the shelf, with all that is in it."""
         with _shelf(self.place) as (system, root):
             system.delete_dir(f"{root}/{folder}")
 
+    def discard(self, name: str) -> None:
+        """A file of the shelf, where it is there."""
+        with _shelf(self.place) as (system, root), suppress(FileNotFoundError):
+            system.delete_file(f"{root}/{name}")
+
     def set_aside(self, name: str) -> None:
         """Out of `names`, and still there for who wants to look."""
-        with _shelf(self.place) as (system, root):
+        with _shelf(self.place) as (system, root), suppress(FileNotFoundError):  # another driver has seen it too
             system.move(f"{root}/{name}", f"{root}/{name}.damaged")
 
 
@@ -128,8 +141,7 @@ class RunFolder:
         if self.address is not None:
             with _remote(self.address) as (system, root):
                 for path in paths:
-                    with system.open_output_stream(f"{root}/{self._inside(path)}") as stream:
-                        stream.write(path.read_bytes())
+                    _put(system, f"{root}/{self._inside(path)}", path.read_bytes())
 
     def publish(self) -> None:
         """Copy everything to `address`; nothing to do for a local folder."""
@@ -158,10 +170,7 @@ class RunFolder:
     @property
     def public_address(self) -> str | None:
         """The address without credentials and connection settings."""
-        if self.address is None:
-            return None
-        parts = urlsplit(self.address)
-        return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=""))
+        return None if self.address is None else redact_address(self.address).partition("?")[0]
 
     @property
     def recipe(self) -> Path:
@@ -226,6 +235,11 @@ class RunFolder:
         return self.path / "outcomes"
 
     @property
+    def tune(self) -> Path:
+        """Tune's own state while a sweep runs: pickles, which nobody reads."""
+        return self.path / ".tune"
+
+    @property
     def checkpoint(self) -> Path:
         return self.path / "checkpoint"
 
@@ -256,8 +270,8 @@ class RunFolder:
                     looks.append(now)
             write_json(self.openings, opened)
             if self.address is not None:
-                with _remote(self.address) as (system, root), system.open_output_stream(_beside(root, self.openings)) as stream:
-                    stream.write(self.openings.read_bytes())
+                with _remote(self.address) as (system, root):
+                    _put(system, _beside(root, self.openings), self.openings.read_bytes())
         return {task: len(opened[split]) for task, split in splits.items()}
 
     def _mirror_openings(self) -> None:
@@ -373,13 +387,34 @@ def _shelf(place: str) -> Iterator[tuple[Any, str]]:
 def _remote(address: str) -> Iterator[tuple[Any, str]]:
     """File system and path of an address; its troubles become RunErrors."""
     try:
-        system, root = pa.fs.FileSystem.from_uri(address)
-        yield system, root
+        yield _file_system(address)
     except (OSError, pa.ArrowException) as error:
-        shown = RunFolder(Path(), address).public_address
+        shown, reason = redact_address(address).partition("?")[0], redact(str(error), address)
         raise RunError(
-            f"{shown}: the storage cannot be used ({error}). Check address, credentials and bucket, and whether there is room."
-        ) from error
+            f"{shown}: the storage cannot be used ({reason}). Check address, credentials and bucket, and whether there is room."
+        ) from None  # pyarrow quotes the address, and a traceback would show it
+
+
+@lru_cache(maxsize=16)
+def _file_system(address: str) -> tuple[Any, str]:
+    """Once an address: making one asks the object store for region and rights. Threads may share it."""
+    system, root = pa.fs.FileSystem.from_uri(address)
+    return system, root
+
+
+def _put(system: Any, path: str, content: bytes) -> None:
+    """Whole or not at all: a folder's file is renamed when it is complete, an object store shows it when it is closed."""
+    if isinstance(system, pyarrow.fs.LocalFileSystem):
+        with whole_file(Path(path)) as temporary:
+            temporary.write_bytes(content)
+        return
+    try:
+        stream = system.open_output_stream(path)
+    except FileNotFoundError:  # not an object store: it has folders, and this one is not there yet
+        system.create_dir(path.rpartition("/")[0])
+        stream = system.open_output_stream(path)
+    with stream:
+        stream.write(content)
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-LIBRARIES = ("transplant-ray", "ray", "torch", "transformers", "safetensors", "mlflow", "numpy", "pyarrow")
-DECIDING = ("transplant-ray", "torch", "transformers", "math-verify", "lm_eval")
+OURSELVES = "transplant-ray"
+LIBRARIES = (OURSELVES, "ray", "torch", "transformers", "safetensors", "mlflow", "numpy", "pyarrow")
+DECIDING = (OURSELVES, "torch", "transformers", "math-verify", "lm_eval")
 """Libraries of which another version may give another outcome."""
+HERE = Path(__file__).parent
+DECIDING_PARTS = ("evaluate", "graft", "models", "organ")
+"""Folders of this package whose code decides what an outcome is."""
 
 
 def versions(names: Iterable[str]) -> dict[str, str]:
@@ -18,8 +24,19 @@ def versions(names: Iterable[str]) -> dict[str, str]:
 
 
 def public_version(version: str) -> str:
-    """Without the local part, which names a build and not other code: `2.13.0+cpu` and `2.13.0` are one version."""
+    """Without the part that says how it was built: `2.13.0+cpu` and `2.13.0` are one version of torch."""
     return version.partition("+")[0]
+
+
+def source_hash() -> str:
+    """Of our own code that decides what an outcome is.
+
+    A version number says less: it is the same while the code is being changed, and not known where the package travels with a job.
+    """
+    found = hashlib.sha256()
+    for path in sorted(path for part in DECIDING_PARTS for path in (HERE / part).rglob("*.py")):
+        found.update(f"{path.relative_to(HERE).as_posix()} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return found.hexdigest()
 
 
 def environment() -> dict[str, Any]:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from transplant_ray import storage
 from transplant_ray.errors import RunError
 from transplant_ray.files import sha256_file, whole_file, whole_folder, writable_folder, write_json, write_text
-from transplant_ray.storage import RunFolder, copy_here, read_rows, write_rows
+from transplant_ray.storage import RunFolder, Shelf, copy_here, read_rows, write_rows
 
 FULL = (OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device (os error 28)"))
 FAILURES = (ZeroDivisionError(), KeyboardInterrupt(), *FULL)
@@ -101,6 +101,18 @@ def test_a_place_that_cannot_be_written_is_named(no_folder: Path) -> None:
             write()
 
 
+@pytest.mark.parametrize("address", ["s3://bucket/organ", "file:///tmp/organ", "gs://bucket"])
+def test_an_address_where_only_a_folder_can_be_written_is_refused(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `--out` of the verbs on organs: a path makes one slash of two, and a folder `s3:` here."""
+    monkeypatch.chdir(tmp_path)
+    for write in (lambda: writable_folder(Path(address)), lambda: write_and_fail(Path(address), ZeroDivisionError(), folder=True)):
+        with pytest.raises(RunError, match=r"an address, where only a folder can be written\. Give a folder"):
+            write()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_home_of_nobody_is_refused() -> None:
     for make in (lambda: RunFolder.of("~nobody-of-this-name/runs", "x"), lambda: RunFolder.open("~nobody-of-this-name/runs/x")):
         with pytest.raises(RunError, match="~nobody-of-this-name"):
@@ -152,7 +164,6 @@ def test_a_hash_is_of_the_bytes(tmp_path: Path) -> None:
 def runs(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A storage: a folder, or an address that pyarrow reads (here a file system too, as any object store would be)."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    (tmp_path / "runs").mkdir()
     return str(tmp_path / "runs") if request.param == "folder" else f"file://{tmp_path}/runs"
 
 
@@ -230,7 +241,6 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
 
 
 def test_a_published_run_can_be_opened_by_its_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "store").mkdir()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "here"))
     written = RunFolder.of(f"file://{tmp_path}/store/", "run")
     written.claim("identity", "name: run\n")
@@ -238,7 +248,7 @@ def test_a_published_run_can_be_opened_by_its_address(tmp_path: Path, monkeypatc
     write_rows(written.results, [], SCHEMA)
     write_json(written.summary, {"winner": None})
     write_text(written.checkpoint / "README.md", "card")
-    assert list((tmp_path / "store").iterdir()) == []
+    assert not (tmp_path / "store").exists()
     written.publish()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))  # another machine
     opened = RunFolder.open(f"file://{tmp_path}/store/run")
@@ -256,12 +266,71 @@ def test_a_storage_that_does_not_answer_is_named(address: str, tmp_path: Path, m
         RunFolder.open(address)
 
 
-def test_credentials_and_settings_are_not_part_of_the_public_address() -> None:
-    folder = RunFolder.of("s3://key:secret@bucket/runs?region=x&endpoint_override=y", "name")
+@pytest.mark.parametrize(
+    "address",
+    [
+        "nosuch://user:secret@host/runs",
+        "nosuch://user:sec/secret@host/runs",
+        "s3://AKIA:sec/secret@bucket/runs",
+        "s3://bucket/runs?secret=secret",
+        "s3://bucket/runs?region=x&secret_key=secret",
+        "s3://key:secret@bucket/runs?region=us-east-1&scheme=http&endpoint_override=127.0.0.1:9",
+    ],
+)
+def test_an_error_of_the_storage_holds_no_secret(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pyarrow quotes the whole address, or the setting that it does not know."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with pytest.raises(RunError, match="the storage cannot be used") as caught:
+        RunFolder.open(address)
+    assert not [word for word in ("secret", "sec/", "AKIA", "user") if word in str(caught.value).replace("secret_key", "")]
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__, "a traceback would show what pyarrow said"
+
+
+@pytest.mark.parametrize("credentials", ["key:secret", "key:sec/secret", "key:secret@secret"])
+def test_credentials_and_settings_are_not_part_of_the_public_address(credentials: str) -> None:
+    folder = RunFolder.of(f"s3://{credentials}@bucket/runs?region=x&endpoint_override=y", "name")
     assert folder.public_address == "s3://bucket/runs/name"
     assert RunFolder.of("runs", "name").public_address is None
     assert "secret" not in str(folder.path)
     assert os.fspath(folder.path).endswith("/name")
+
+
+def test_single_files_are_sent_into_folders_that_are_not_there_yet(runs: str, tmp_path: Path) -> None:
+    folder = RunFolder.of(runs, "name")
+    write_text(folder.checkpoint / "README.md", "card")
+    folder.send(folder.checkpoint / "README.md")
+    assert (tmp_path / "runs" / "name" / "checkpoint" / "README.md").read_text() == "card"
+    assert folder.open_tests({"task": ["a"]}, "recipe") == {"task": 1}
+    assert RunFolder.of(runs, "other").open_tests({"task": ["a"]}, "another") == {"task": 2}
+
+
+def test_a_file_at_an_address_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shelf = Shelf(f"file://{tmp_path}/shelf")
+    shelf.write("page/x.parquet", b"before")
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(RunError, match="No space left"):
+        shelf.write("page/x.parquet", b"after")
+    assert shelf.read("page/x.parquet") == b"before"
+    assert [path.name for path in (tmp_path / "shelf" / "page").iterdir()] == ["x.parquet"]
+
+
+def test_an_address_is_asked_for_its_file_system_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    from_uri = pa.fs.FileSystem.from_uri
+
+    class Counting:
+        @staticmethod
+        def from_uri(address: str) -> tuple[pa.fs.FileSystem, str]:
+            asked.append(address)
+            found: tuple[pa.fs.FileSystem, str] = from_uri(address)
+            return found
+
+    monkeypatch.setattr(storage.pa.fs, "FileSystem", Counting)
+    for _ in range(3):
+        Shelf(f"file://{tmp_path}/once").names("page")
+    assert asked == [f"file://{tmp_path}/once"]
 
 
 def test_openings_are_counted_by_task_over_runs_that_open_at_once(tmp_path: Path) -> None:

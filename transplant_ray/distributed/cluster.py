@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 from ray.actor import ActorHandle
 from ray.autoscaler.sdk import request_resources
 
@@ -25,6 +26,8 @@ JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it in the process of a submitted job."""
 NODE_LABEL = "ray.io/node-id"
 """Of every node, by Ray."""
+LOCAL = "local"
+"""As an address: a Ray of our own. Without any, Ray would join whatever somebody has started on this machine."""
 REACH_SECONDS = 10
 POLL_SECONDS = 2.0
 """How often it is asked whether a node has come or gone."""
@@ -146,21 +149,35 @@ def refuse_vanishing_organ(out: str | Path, tracking: TrackingSpec | None) -> No
 
 def _start(address: str | None) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # actors without GPUs leave CUDA_VISIBLE_DEVICES alone
-    place = address or os.environ.get("RAY_ADDRESS", "")
+    place = address or os.environ.get("RAY_ADDRESS") or LOCAL
     try:
-        _reach(place)
-        ray.init(
-            address=address,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            include_dashboard=None if address else False,
-        )
+        if place == LOCAL:
+            with _on_loopback():
+                ray.init(address=LOCAL, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+        else:
+            _reach(place)
+            ray.init(address=place, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # a local node that does not come up within 30 seconds is a bare Exception of Ray
-        if place:
+        if place != LOCAL:
             message = f"`resources.address`: no Ray cluster at {place!r} ({error}). Start one with `ray start --head`."
         else:
             message = f"Ray did not start on this machine ({error}). Is it very busy? Try again, or join a cluster with `address`."
         raise ResourceError(message) from error
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Ray's processes that start in the block listen on 127.0.0.1 alone.
+
+    Whatever address it is told, Ray takes one that other machines reach, and listens on all; unless it holds the machine for one
+    of those on which it supports no clusters. RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 says the same, and is read only at import.
+    """
+    known = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = known
 
 
 def _reach(address: str) -> None:

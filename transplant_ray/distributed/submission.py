@@ -27,7 +27,7 @@ from requests import RequestException
 
 from transplant_ray.distributed.packing import check_id
 from transplant_ray.errors import JobError
-from transplant_ray.recipe import redact
+from transplant_ray.recipe import redact, redact_address
 
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 """Ray's own, in its order; the first wins over every argument of its client."""
@@ -74,12 +74,12 @@ class Jobs:
     def at(cls, address: str | None) -> Jobs:
         """The cluster at an address, or at the one that Ray's variables name, or the one on this machine."""
         place = address or next((os.environ[name] for name in ADDRESS_VARIABLES if os.environ.get(name)), None)
-        shown = redact(place or "this machine")
+        shown = redact_address(place or "this machine")
         _check_address(place, shown)
         with _explained(shown), _without_variables():
             _reach(place)
             client = JobSubmissionClient(place, headers=_headers())
-        return cls(client, redact(client.get_address()))
+        return cls(client, redact_address(client.get_address()))
 
     def submit(self, request: Request) -> None:
         """Upload what the job needs, and start it."""

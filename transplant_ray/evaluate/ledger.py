@@ -1,10 +1,10 @@
 """The ledger: every outcome once, under the content of what it came of; what is in it is not evaluated again.
 
-A *page* is one way of asking one pair: weights, dtype, limits, scorer, versions of the libraries that decide. On a page an outcome
+A *page* is one way of asking one pair: weights, dtype, limits, scorer, our own code and the versions of the
+libraries that decide. On a page an outcome
 has the id of its variant and the hash of what the variant was asked. Whatever of it changes, the key changes: nothing is stale.
 
-Parts of a page are Parquet files that are written whole and named by the hash of their bytes. One whose bytes do not have its name
-is damaged: it is set aside, said, and what it held is evaluated again.
+A page is kept in parts (`parts.py`). A damaged one is set aside, said, and what it held is evaluated again.
 """
 
 from __future__ import annotations
@@ -13,32 +13,30 @@ import hashlib
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from functools import lru_cache
-from math import isfinite
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from transplant_ray.errors import RunError
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.example import Rendered
 from transplant_ray.evaluate.generate import Rules
 from transplant_ray.evaluate.harness_process import HARNESS, JudgeSpec
 from transplant_ray.evaluate.outcome import Outcome
+from transplant_ray.evaluate.parts import MANY, SCHEMA, Part, merge_parts, read_parts, write_part
 from transplant_ray.evaluate.results import OUTCOME_SCHEMA
-from transplant_ray.storage import UNREADABLE, Shelf
-from transplant_ray.versions import DECIDING, versions
+from transplant_ray.storage import Shelf
+from transplant_ray.versions import DECIDING, OURSELVES, public_version, source_hash, versions
 
 FORMAT = 1
 PART_OUTCOMES = 4096
 PART_SECONDS = 5.0
 """A part is written when it holds so many outcomes, or so much time has passed since the last: what a killed driver loses."""
-SCHEMA = pa.schema([*OUTCOME_SCHEMA, ("asked", pa.string()), ("seconds", pa.float64())])
-
-OPTIONAL = {"error", "loss"}
-"""Columns that may be empty."""
+BESIDE = {"asked", "seconds"}
+"""Columns of a part that are not of the outcome."""
 
 Page = dict[tuple[str, str], tuple[Outcome, float]]
 """(variant, what it was asked) → its outcome, and the seconds that it took."""
@@ -78,7 +76,9 @@ def _tokens(example: Rendered) -> list[Any]:
 
 @lru_cache
 def _versions() -> list[str]:
-    return list(versions(DECIDING).values())
+    """Of our own code by its text, of libraries as they are published."""
+    libraries = versions(name for name in DECIDING if name != OURSELVES)
+    return [source_hash(), *map(public_version, libraries.values())]
 
 
 class Ledger:
@@ -122,10 +122,7 @@ class Ledger:
         """Everything that is not written yet. RunError where there is no room."""
         for key in list(self.unwritten):
             if rows := self.unwritten[key]:
-                sink = pa.BufferOutputStream()
-                pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMA), sink, compression="zstd")
-                content = sink.getvalue().to_pybytes()
-                self.shelf.write(f"{key}/{hashlib.sha256(content).hexdigest()}.parquet", content)
+                write_part(self.shelf, key, pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMA))
             del self.unwritten[key]  # now: where the next page finds no room, this one is not written again
         self.written_at = time.monotonic()
 
@@ -137,41 +134,28 @@ class Ledger:
     def _page(self, key: str) -> Page:
         if key not in self.pages:
             page: Page = {}
-            for row in self._rows(key):
-                seconds, mark = row.pop("seconds"), row.pop("asked")
-                page.setdefault((row["variant"], mark), (Outcome(**row), seconds))
+            tables = {part.name: _fill(page, part) for part in read_parts(self.shelf, key, self.note)}
             self.pages[key] = page
+            if len(tables) > MANY:
+                self._merge(key, tables)
         return self.pages[key]
 
-    def _rows(self, key: str) -> Iterator[dict[str, Any]]:
-        for name in self.shelf.names(key):
-            content = self.shelf.read(name)
-            rows = _parse(content) if hashlib.sha256(content).hexdigest() == _stem(name) else None
-            if rows is None:
-                self.shelf.set_aside(name)
-                self.note(f"ledger: {name} is damaged and set aside; what it held is evaluated again")
-            else:
-                yield from rows
+    def _merge(self, key: str, tables: Mapping[str, pa.Table]) -> None:
+        try:
+            merge_parts(self.shelf, key, tables)
+        except RunError as error:  # it was for speed
+            self.note(f"ledger: the {len(tables)} parts of {key} stay as they are: {error}")
 
 
-def _stem(name: str) -> str:
-    return name.rpartition("/")[2].removesuffix(".parquet")
-
-
-def _parse(content: bytes) -> list[dict[str, Any]] | None:
-    """None where it is no table of ours."""
-    try:
-        table = pq.read_table(pa.BufferReader(content))
-        rows: list[dict[str, Any]] = table.to_pylist()
-    except UNREADABLE:
-        return None
-    return rows if table.schema.equals(SCHEMA) and all(map(_is_whole, rows)) else None
-
-
-def _is_whole(row: Mapping[str, Any]) -> bool:
-    """Whether all is there that an outcome must have, and its numbers are numbers: a name says nothing of who wrote the bytes."""
-    there = all(row.get(name) is not None for name in SCHEMA.names if name not in OPTIONAL)
-    return there and isfinite(row["seconds"]) and isfinite(row["loss"] or 0)
+def _fill(page: Page, part: Part) -> pa.Table:
+    """Put on a page what is in a part; returns the rows that were not there before."""
+    new = []
+    for at, row in enumerate(part.rows):
+        outcome = Outcome(**{name: value for name, value in row.items() if name not in BESIDE})
+        if (key := (outcome.variant, row["asked"])) not in page:
+            page[key] = outcome, row["seconds"]
+            new.append(at)
+    return part.table if len(new) == part.table.num_rows else part.table.take(pa.array(new, pa.int64()))
 
 
 assert {field.name for field in fields(Outcome)} == set(OUTCOME_SCHEMA.names), "an outcome comes back from the ledger as it was"

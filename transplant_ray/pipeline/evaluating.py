@@ -70,7 +70,7 @@ def evaluate(run: Run, plan: SweepPlan, norms: Norms, capacity: Capacity, tracke
         run.tell(VariantsAsked(stage.num_live))
         answering = working(stage.answer, on_failure=trials.fail, stop=pool.fleet.overseer.stop)
         with run.stopwatch.stage("evaluate", stage.num_answers()), answering:
-            trials.run(run.folder.path / ".tune", lambda result: stage.report(result, tracker))
+            trials.run(run.folder.tune, lambda result: stage.report(result, tracker))
         stage.report_lost(tracker)
         evaluation.choose()
         if evaluation.winner is not None:

@@ -12,6 +12,7 @@ from transplant_ray.distributed.facts import EvaluatorDied, VariantDone, Variant
 from transplant_ray.distributed.organ_trials import TrialDone, Trials, run_organ_trials
 from transplant_ray.distributed.preflight import make_needs, preflight
 from transplant_ray.distributed.probing import Asked
+from transplant_ray.errors import ResourceError
 from transplant_ray.evaluate.answers import Answers, VariantShard
 from transplant_ray.evaluate.example import Split
 from transplant_ray.evaluate.ledger import Ledger, page_key
@@ -149,6 +150,8 @@ class Measuring:
         if self._capacity is None:
             self._capacity = self._cluster.enter_context(connect(self.job.recipe.resources))
             self._cluster.enter_context(terminable())  # Ray has taken the signal for itself
+            if self.job.folder.address is not None:
+                check_reach(self.job, self._capacity.num_nodes)
             self._check_nodes(self._capacity)
         return self._capacity
 
@@ -168,6 +171,15 @@ class Measuring:
         )
         with self.stopwatch.stage("preflight"):
             preflight(needs, capacity.resources, self.stopwatch.watch.note)
+
+
+def check_reach(job: OrganJob, num_nodes: int) -> None:
+    """ResourceError where layers that the driver has written lie where other nodes do not see them."""
+    if job.folder.address is not None and num_nodes > 1 and job.recipe.controls.untrained:
+        raise ResourceError(
+            f"`storage` {job.folder.public_address}: the untrained controls are layers in a folder that all {num_nodes} nodes must "
+            "see, and this is an address. Give a folder that they share, or use controls.untrained=false."
+        )
 
 
 @contextmanager

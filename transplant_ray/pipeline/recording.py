@@ -72,7 +72,7 @@ def record(run: Run, evaluation: Evaluation, results: list[Result], probed: Prob
             "guards": [asdict(row) for row in guards if row.winner or row.role in ("target", "source", "all")],
         }
         write_json(folder.summary, summary)
-        shutil.rmtree(folder.path / ".tune", ignore_errors=True)  # Tune's own state: all of it is in the tables
+        shutil.rmtree(folder.tune, ignore_errors=True)  # all of it is in the tables
         folder.publish()
         tracker.log_summary(folder, _headline(results), tracking_figures(folder), verdict)
         version = tracker.log_winner(evaluation.reported[winner[0].label].run, winner[-1], folder) if winner else None

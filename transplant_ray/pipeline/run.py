@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -118,11 +119,15 @@ class Run:
 
     @contextmanager
     def claimed(self, verb: str) -> Iterator[None]:
-        """The run folder is this recipe's; the log in it is kept for the block."""
+        """The run folder is this recipe's; the log in it is kept for the block, no state of Tune nor of one that was killed."""
         recipe = self.job.recipe
         self.folder.claim(recipe.identity(), recipe.to_yaml())
+        shutil.rmtree(self.folder.tune, ignore_errors=True)
         with self.journal.kept(self.folder, verb, self.tell):
-            yield
+            try:
+                yield
+            finally:
+                shutil.rmtree(self.folder.tune, ignore_errors=True)
 
     def row(self, entry: Planned, split: Split, tally: Tally) -> Result:
         """The results row of a planned variant, against the baselines on the examples that it has answered."""

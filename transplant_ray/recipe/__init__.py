@@ -1,5 +1,6 @@
 """The recipe: everything a user decides, as frozen pydantic models; unknown keys are refused. `file` reads one from YAML."""
 
+from transplant_ray.addresses import redact, redact_address
 from transplant_ray.recipe.compare import CompareRecipe, InPlaceMethod, LoraMethod, MethodsSpec, OrganMethod, RoomSpec
 from transplant_ray.recipe.corpus import CorpusSpec, MeasuredSpec
 from transplant_ray.recipe.demo import DemoFamily, DemoSpec
@@ -34,7 +35,7 @@ from transplant_ray.recipe.sweep import (
 )
 from transplant_ray.recipe.tasks import CHOICE_SCORERS, HARNESS, REGEX, SCORERS, HubData, ShotSpec, SplitSpec, TaskSpec
 from transplant_ray.recipe.training import BudgetSpec, TrainingSpec, WorkerSpec
-from transplant_ray.recipe.whole import CARRIED, Acceptance, ModelSpec, Place, Recipe, ResourceSpec, TrackingSpec, redact
+from transplant_ray.recipe.whole import CARRIED, Acceptance, ModelSpec, Place, Recipe, ResourceSpec, TrackingSpec, recorded
 
 __all__ = [
     "ACTIVATION_RANKERS",
@@ -107,5 +108,7 @@ __all__ = [
     "parse_organ_recipe",
     "parse_recipe",
     "parse_training",
+    "recorded",
     "redact",
+    "redact_address",
 ]

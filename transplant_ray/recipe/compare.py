@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from transplant_ray.recipe.corpus import MeasuredSpec
 from transplant_ray.recipe.part import NAME, Part, grid_axis
 from transplant_ray.recipe.training import BudgetSpec, TrainingSpec
-from transplant_ray.recipe.whole import ModelSpec, TrackingSpec, content_hash, redact
+from transplant_ray.recipe.whole import ModelSpec, TrackingSpec, content_hash, recorded
 
 ONE_MODEL = "model"
 """What the model is called where there is only one."""
@@ -206,8 +206,6 @@ class CompareRecipe(Part):
         return content_hash(self.model_dump(mode="json", exclude={"tracking", "storage", "resources", "keep"}))
 
     def to_yaml(self) -> str:
-        """For the record: addresses come without the user and password in them."""
-        content = self.model_dump(mode="json", exclude_none=True)
-        content["tracking"]["uri"] = redact(self.tracking.uri)
-        text: str = yaml.safe_dump(content, sort_keys=False)
+        """For the record: addresses come without what is secret in them."""
+        text: str = yaml.safe_dump(recorded(self, exclude_none=True), sort_keys=False)
         return text

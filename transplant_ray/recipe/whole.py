@@ -10,6 +10,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, field_validator, model_validator
 
+from transplant_ray.addresses import redact_address
 from transplant_ray.recipe.guards import GuardSpec
 from transplant_ray.recipe.part import Part
 from transplant_ray.recipe.ranking import CHANNEL_RANKERS, RankSpec
@@ -179,7 +180,7 @@ class Recipe(Part):
         return content_hash(content)
 
     def to_yaml(self) -> str:
-        """For the record: addresses come without the user and password in them."""
+        """For the record: addresses come without what is secret in them."""
         return record_yaml(self)
 
 
@@ -189,16 +190,18 @@ def content_hash(content: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def recorded(recipe: Part, **dump: Any) -> dict[str, Any]:
+    """What a recipe with `storage` and `tracking` says, as JSON has it; its addresses are as they may be shown."""
+    content = recipe.model_dump(mode="json", **dump)
+    content["storage"] = redact_address(content["storage"])
+    content["tracking"]["uri"] = redact_address(content["tracking"]["uri"])
+    return content
+
+
 def record_yaml(recipe: Part) -> str:
-    """A recipe with `storage` and `tracking` as YAML, without users and passwords."""
-    content = recipe.model_dump(mode="json")
-    content["storage"], content["tracking"]["uri"] = redact(content["storage"]), redact(content["tracking"]["uri"])
+    """A recipe with `storage` and `tracking` as YAML, for the record."""
+    content = recorded(recipe)
     text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     if "\x85" in text:  # PyYAML writes this line end as it is, and reads it back as another
         text = yaml.safe_dump(content, sort_keys=False)
     return text
-
-
-def redact(address: str) -> str:
-    """An address without the user and password in it."""
-    return re.sub(r"//[^/\s]*@", "//", address)

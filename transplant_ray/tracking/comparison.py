@@ -14,7 +14,7 @@ from mlflow.entities import Metric, Param
 from transplant_ray.errors import TrackingError
 from transplant_ray.evaluate.metrics import perplexity
 from transplant_ray.organ.lessons import TEXTS, Learnt
-from transplant_ray.recipe import CompareRecipe, redact
+from transplant_ray.recipe import CompareRecipe, recorded, redact, redact_address
 from transplant_ray.tracking.outages import is_outage
 from transplant_ray.tracking.outbox import Outbox, num_entries
 from transplant_ray.tracking.tracker import (
@@ -81,8 +81,9 @@ class ComparisonTracker:
         self.outbox.close()
         if unsent:
             raise TrackingError(
-                f"`tracking.uri` {redact(self.recipe.tracking.uri)}: does not answer; {num_entries(unsent)} could not be sent. All "
-                f"results are in {self.recipe.storage}/{self.recipe.name}; the same command trains nothing and tells a new run."
+                f"`tracking.uri` {redact_address(self.recipe.tracking.uri)}: does not answer; {num_entries(unsent)} could not be "
+                f"sent. All results are in {self.recipe.storage}/{self.recipe.name}; the same command trains nothing and tells a "
+                "new run."
             )
 
     def abandon(self, status: str) -> None:
@@ -145,8 +146,8 @@ def _label(learnt: Learnt) -> str:
 
 
 def _flat(recipe: CompareRecipe) -> Iterator[tuple[str, str]]:
-    """The recipe as parameters, `section.key` → text; addresses without their passwords."""
-    for section, value in recipe.model_dump(mode="json", exclude_none=True).items():
+    """The recipe as parameters, `section.key` → text; addresses as they may be shown."""
+    for section, value in recorded(recipe, exclude_none=True).items():
         for key, item in value.items() if isinstance(value, dict) else ((None, value),):
             yield (section if key is None else f"{section}.{key}"), redact(str(item))[:500]
 

@@ -122,7 +122,7 @@ class Outbox:
                 (self._lost if self._failures else self.refused).append(f"{entry.what}: {error}")
                 return self._end(entry, error)
             except Exception as error:  # noqa: BLE001  # whatever a call raises is the end of its entry alone
-                reason = redact((str(error).splitlines() or [repr(error)])[0][:300])
+                reason = redact((str(error).splitlines() or [repr(error)])[0])[:300]
                 if not self._is_outage(error):
                     return self._refuse(entry, reason)
                 self._miss(reason)

@@ -27,7 +27,7 @@ from mlflow.exceptions import MlflowException
 from transplant_ray.errors import TrackingError
 from transplant_ray.evaluate.results import Result
 from transplant_ray.evaluate.verdict import Verdict
-from transplant_ray.recipe import OrganRecipe, Recipe, TrackingSpec, redact
+from transplant_ray.recipe import OrganRecipe, Recipe, TrackingSpec, recorded, redact, redact_address
 from transplant_ray.storage import RunFolder
 from transplant_ray.tracking.outages import is_outage
 from transplant_ray.tracking.outbox import Outbox, num_entries
@@ -253,10 +253,10 @@ class Tracker:
         if unsent:
             known = "the ledger knows all outcomes" if self.recipe.ledger else "all is evaluated again, for `ledger` is off"
             raise TrackingError(
-                f"`tracking.uri` {redact(spec.uri)}: does not answer; a finished sweep has waited {spec.patience:g} s "
+                f"`tracking.uri` {redact_address(spec.uri)}: does not answer; a finished sweep has waited {spec.patience:g} s "
                 f"(`tracking.patience`) and could not send {num_entries(unsent)}. All results are in "
-                f"{redact(self.recipe.storage)}/{self.recipe.name}. To have them in MLflow too, start the server and run the same "
-                f"recipe again: {known}, and the new run has everything."
+                f"{redact_address(self.recipe.storage)}/{self.recipe.name}. To have them in MLflow too, start the server and run "
+                f"the same recipe again: {known}, and the new run has everything."
             )
 
     def finish(self) -> None:
@@ -348,9 +348,9 @@ def tracking_errors(spec: TrackingSpec) -> Iterator[None]:
     try:
         yield
     except (MlflowException, requests.RequestException, OSError, ImportError) as error:
-        reason = redact(str(error).splitlines()[0][:300])
+        reason = redact((str(error).splitlines() or [repr(error)])[0], spec.uri)[:300]
         raise TrackingError(
-            f"`tracking.uri` {redact(spec.uri)}: cannot be used ({reason}). Start the server, or use tracking.uri=sqlite:///mlflow.db."
+            f"`tracking.uri` {redact_address(spec.uri)}: cannot be used ({reason}). Start the server, or use tracking.uri=sqlite:///mlflow.db."
         ) from None
 
 
@@ -371,7 +371,7 @@ def _params(result: Result) -> list[Param]:
 
 
 def _flat(recipe: Recipe | OrganRecipe) -> Iterator[tuple[str, str]]:
-    """The recipe as parameters, `section.key` → text; addresses without their passwords."""
-    for section, value in recipe.model_dump(mode="json").items():
+    """The recipe as parameters, `section.key` → text; addresses as they may be shown."""
+    for section, value in recorded(recipe).items():
         for key, item in value.items() if isinstance(value, dict) else ((None, value),):
             yield (section if key is None else f"{section}.{key}"), redact(str(item))[:500]

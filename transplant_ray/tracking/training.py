@@ -12,7 +12,7 @@ from mlflow.entities import Metric, Param
 from transplant_ray.errors import TrackingError
 from transplant_ray.evaluate.metrics import perplexity
 from transplant_ray.organ.training import Point
-from transplant_ray.recipe import TrackingSpec, TrainingSpec, redact
+from transplant_ray.recipe import TrackingSpec, TrainingSpec, redact_address
 from transplant_ray.tracking.outages import is_outage
 from transplant_ray.tracking.outbox import Outbox, num_entries
 from transplant_ray.tracking.tracker import (
@@ -61,8 +61,8 @@ class TrainingTracker:
         self.outbox.close()
         if unsent:
             raise TrackingError(
-                f"`tracking.uri` {redact(self.spec.uri)}: does not answer; {num_entries(unsent)} could not be sent. The organ is "
-                "written, and has the end of its curve in organ.json."
+                f"`tracking.uri` {redact_address(self.spec.uri)}: does not answer; {num_entries(unsent)} could not be sent. The "
+                "organ is written, and has the end of its curve in organ.json."
             )
 
     def abandon(self, status: str) -> None:

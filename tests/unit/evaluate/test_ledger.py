@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
 
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transplant_ray.errors import RunError
 from transplant_ray.evaluate import ledger as module
+from transplant_ray.evaluate import parts
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.example import Rendered
 from transplant_ray.evaluate.generate import GenerationSettings, Rules
@@ -116,6 +121,29 @@ def test_how_many_rows_share_a_batch_is_no_other_way(monkeypatch: pytest.MonkeyP
     assert page() != known
 
 
+def key_of(monkeypatch: pytest.MonkeyPatch, source: str = "abc", **told: str) -> str | None:
+    """A page's name where our code and the libraries are these."""
+    monkeypatch.setattr(module, "source_hash", lambda: source)
+    monkeypatch.setattr(module, "versions", lambda names: {name: told.get(name, "1") for name in names})
+    module._versions.cache_clear()
+    try:
+        return page()
+    finally:
+        module._versions.cache_clear()
+
+
+def test_other_code_is_another_page_and_another_build_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = key_of(monkeypatch, torch="2.13.0")
+    assert key_of(monkeypatch, torch="2.13.0+cpu") == known
+    assert key_of(monkeypatch, torch="2.13.0", **{"transplant-ray": "not installed"}) == known
+    others = {
+        key_of(monkeypatch, "abd", torch="2.13.0"),
+        key_of(monkeypatch, torch="2.13.1"),
+        key_of(monkeypatch, transformers="2"),
+    }
+    assert len(others - {known}) == 3
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -175,6 +203,142 @@ def test_a_damaged_part_is_said_set_aside_and_done_again(tmp_path: Path, damage:
     assert [len(opened(tmp_path).recall(page(), variant, EXAMPLES).outcomes) for variant in ("a", "b")] == [len(EXAMPLES)] * 2
 
 
+# Many parts.
+
+NUM_PARTS = parts.MANY + 6
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> dict[str, VariantShard]:
+    """A page in many parts; what it knows, by variant."""
+    ledger = opened(tmp_path)
+    for n in range(NUM_PARTS):
+        ledger.keep(page(), shard(f"v{n}"), EXAMPLES)
+        ledger.write()
+    assert len(list(tmp_path.rglob("*.parquet"))) == NUM_PARTS
+    return known(ledger)
+
+
+def known(ledger: Ledger) -> dict[str, VariantShard]:
+    return {f"v{n}": ledger.recall(page(), f"v{n}", EXAMPLES) for n in range(NUM_PARTS)}
+
+
+def rows_on_disk(folder: Path) -> int:
+    return sum(pq.read_metadata(path).num_rows for path in folder.rglob("*.parquet"))
+
+
+def test_many_parts_become_one_of_the_same_rows(tmp_path: Path, many: dict[str, VariantShard]) -> None:
+    assert known(opened(tmp_path)) == many
+    (merged,) = tmp_path.rglob("*.parquet")
+    assert merged.stem == hashlib.sha256(merged.read_bytes()).hexdigest()
+    assert pq.read_metadata(merged).num_rows == NUM_PARTS * len(EXAMPLES)
+    stamp = merged.stat().st_mtime_ns
+    notes: list[str] = []
+    again = opened(tmp_path, notes)
+    assert known(again) == many
+    again.keep(page(), shard("more"), EXAMPLES)
+    again.write()
+    assert len(opened(tmp_path).recall(page(), "more", EXAMPLES).outcomes) == len(EXAMPLES)
+    assert merged.stat().st_mtime_ns == stamp
+    assert len(list(tmp_path.rglob("*.parquet"))) == 2
+    assert not notes
+
+
+def test_a_few_parts_stay(tmp_path: Path) -> None:
+    ledger = opened(tmp_path)
+    for n in range(3):
+        ledger.keep(page(), shard(f"v{n}"), EXAMPLES)
+        ledger.write()
+    opened(tmp_path).recall(page(), "v0", EXAMPLES)
+    assert len(list(tmp_path.rglob("*.parquet"))) == 3
+
+
+@pytest.mark.parametrize("removed", [0, 1, 40])
+def test_a_death_between_writing_the_merged_part_and_removing_the_others(
+    tmp_path: Path, many: dict[str, VariantShard], monkeypatch: pytest.MonkeyPatch, removed: int
+) -> None:
+    left = iter(range(removed))
+    discard = Shelf.discard
+
+    def discard_or_die(shelf: Shelf, name: str) -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        discard(shelf, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Shelf, "discard", discard_or_die)
+        with pytest.raises(KeyboardInterrupt):
+            known(opened(tmp_path))
+    assert len(list(tmp_path.rglob("*.parquet"))) == NUM_PARTS + 1 - removed
+    assert known(opened(tmp_path)) == many
+    assert known(opened(tmp_path)) == many
+    if removed < NUM_PARTS - parts.MANY:
+        assert rows_on_disk(tmp_path) == NUM_PARTS * len(EXAMPLES), "what was there twice is there once"
+
+
+def test_a_damaged_part_among_many_is_found_and_the_others_are_merged(tmp_path: Path, many: dict[str, VariantShard]) -> None:
+    spoilt = sorted(tmp_path.rglob("*.parquet"))[NUM_PARTS // 2]
+    spoilt.write_bytes(cut(spoilt.read_bytes()))
+    notes: list[str] = []
+    found = known(opened(tmp_path, notes))
+    assert [spoilt.name in note for note in notes] == [True]
+    (lost,) = [variant for variant, told in found.items() if not told.outcomes]
+    assert found == many | {lost: found[lost]}
+    assert len(list(tmp_path.rglob("*.parquet"))) == 1
+    assert spoilt.with_name(f"{spoilt.name}.damaged").exists()
+
+
+def test_another_driver_merges_what_is_about_to_be_read(
+    tmp_path: Path, many: dict[str, VariantShard], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look at the names and the reading of the parts, they are gone."""
+    others = iter([opened(tmp_path)])
+    names = Shelf.names
+
+    def look(shelf: Shelf, under: str) -> list[str]:
+        found = names(shelf, under)
+        if other := next(others, None):
+            assert known(other) == many
+        return found
+
+    monkeypatch.setattr(Shelf, "names", look)
+    notes: list[str] = []
+    assert known(opened(tmp_path, notes)) == many
+    assert not notes
+    assert len(list(tmp_path.rglob("*.parquet"))) == 1
+
+
+def test_two_drivers_merge_at_once(tmp_path: Path, many: dict[str, VariantShard]) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda _: known(opened(tmp_path)), range(4))) == [many] * 4
+    assert known(opened(tmp_path)) == many
+
+
+def test_no_room_for_the_merged_part_is_said_and_nothing_is_lost(
+    tmp_path: Path, many: dict[str, VariantShard], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise RunError("no room")
+
+    monkeypatch.setattr(Shelf, "write", full)
+    notes: list[str] = []
+    assert known(opened(tmp_path, notes)) == many
+    assert [f"{NUM_PARTS} parts" in note and "no room" in note for note in notes] == [True]
+    assert len(list(tmp_path.rglob("*.parquet"))) == NUM_PARTS
+
+
+def test_parts_are_read_side_by_side(tmp_path: Path, many: dict[str, VariantShard], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of two waits for the other: one after another would wait for ever."""
+    both, read = Barrier(2), Shelf.read_present
+
+    def wait_and_read(shelf: Shelf, name: str) -> bytes | None:
+        both.wait(60)
+        return read(shelf, name)
+
+    monkeypatch.setattr(Shelf, "read_present", wait_and_read)
+    assert known(opened(tmp_path)) == many
+
+
 def test_a_part_that_was_being_written_is_not_there(tmp_path: Path) -> None:
     ledger = opened(tmp_path)
     ledger.keep(page(), shard("a"), EXAMPLES)
@@ -197,7 +361,6 @@ def test_a_ledger_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 def test_a_shelf_at_an_address_is_one_in_a_folder(tmp_path: Path) -> None:
     for shelf in (Shelf(str(tmp_path / "here")), Shelf(f"file://{tmp_path}/there")):
         assert shelf.names("page") == []
-        (Path(str(shelf.place).removeprefix("file://")) / "page").mkdir(parents=True)
         shelf.write("page/x.parquet", b"content")
         assert shelf.names("page") == ["page/x.parquet"]
         assert shelf.read("page/x.parquet") == b"content"

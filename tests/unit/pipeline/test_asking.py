@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from tiny import tiny_pair
 
 from transplant_ray.distributed.pool import Pool, Work
 from transplant_ray.evaluate.answers import Answers, VariantShard
@@ -17,8 +19,9 @@ from transplant_ray.evaluate.ledger import Ledger
 from transplant_ray.evaluate.outcome import Outcome
 from transplant_ray.graft.variant import Variant
 from transplant_ray.pipeline.asking import ask
-from transplant_ray.pipeline.run import Memory, Run
-from transplant_ray.storage import Shelf
+from transplant_ray.pipeline.run import Memory, Run, remember
+from transplant_ray.pipeline.watch import Silent, Stopwatch
+from transplant_ray.storage import RunFolder, Shelf
 
 EXAMPLES = tuple(Rendered(f"e{i}", (1, i), (2,), "x") for i in range(10))
 RULES = Rules(GenerationSettings(4, (2,)), "exact")
@@ -111,3 +114,57 @@ def test_another_recipe_asks_only_what_is_new(tmp_path: Path) -> None:
     ask(run, cast(Pool, pool), "task", "select", [NEW, WHOLE])
     assert {variant.id for unit in pool.units for variant in unit.variants} == {WHOLE.id}
     assert found.tallies["select"][NEW.id].n == len(EXAMPLES)
+
+
+def remembered(folder: Path, comparison: Any) -> Memory:
+    """As a run has it that starts now: it looks at the weights again."""
+    recipe = SimpleNamespace(ledger=True, resources=SimpleNamespace(dtype="float32"))
+    job = SimpleNamespace(comparison=comparison, recipe=recipe)
+    run = remember(Run(cast(Any, job), RunFolder(folder / "run"), Stopwatch(Silent()), {}, cast(Any, None)))
+    assert run.memory is not None
+    return run.memory
+
+
+@pytest.mark.parametrize("place", ["source", "target"])
+def test_one_changed_byte_of_weights_makes_everything_new(tmp_path: Path, place: str) -> None:
+    """Real checkpoints on disk; the ledger knows what they said before, and says none of it of those that they are now."""
+    comparison = tiny_pair(tmp_path / "pair")
+    (weights,) = (tmp_path / "pair" / place).glob("*.safetensors")
+
+    def asked() -> int:
+        run, found = make_run(remembered(tmp_path, comparison), begun=False)
+        pool = FakePool()
+        ask(run, cast(Pool, pool), "task", "select", [NEW, WHOLE])
+        assert all(found.tallies["select"][variant.id].n == len(EXAMPLES) for variant in (NEW, WHOLE))
+        return sum(len(unit.variants) * len(unit.examples) for unit in pool.units)
+
+    before = weights.read_bytes()
+    assert [asked(), asked()] == [2 * len(EXAMPLES), 0]
+    weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    assert [asked(), asked()] == [2 * len(EXAMPLES), 0]
+    weights.write_bytes(before)
+    assert asked() == 0
+
+
+def test_no_state_of_tune_outlives_a_run(tmp_path: Path) -> None:
+    """Neither that of the run itself, whatever ends it, nor what a killed one has left."""
+    recipe = SimpleNamespace(identity=lambda: "identity", to_yaml=lambda: "name: run\n")
+    journal = SimpleNamespace(kept=lambda *_: nullcontext())
+    folder = RunFolder(tmp_path / "run")
+    run = Run(cast(Any, SimpleNamespace(recipe=recipe)), folder, Stopwatch(Silent()), {}, cast(Any, journal))
+
+    def leave_state() -> None:
+        folder.tune.mkdir(parents=True)
+        (folder.tune / "experiment_state.pkl").write_bytes(b"pickled")
+
+    def die() -> None:
+        with run.claimed("sweep"):
+            assert not folder.tune.exists()
+            leave_state()
+            raise KeyboardInterrupt
+
+    leave_state()
+    with pytest.raises(KeyboardInterrupt):
+        die()
+    assert not folder.tune.exists()
+    assert folder.recipe.exists()

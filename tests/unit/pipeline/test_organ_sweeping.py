@@ -22,7 +22,7 @@ from transplant_ray.distributed.cluster import JOB_CONFIG, Capacity
 from transplant_ray.distributed.organ_trials import TrialDone, Trials, answer_trial
 from transplant_ray.distributed.preflight import Needs, look
 from transplant_ray.distributed.probing import Asked, Said
-from transplant_ray.errors import DataError, IncompatibleModels, NumericsError, OrganError, RecipeError, RunError
+from transplant_ray.errors import DataError, IncompatibleModels, NumericsError, OrganError, RecipeError, ResourceError, RunError
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.organ_results import ORGAN_SCHEMA
 from transplant_ray.evaluate.outcome import answer_examples
@@ -76,6 +76,8 @@ class Tracker:
     """In the place of MLflow."""
 
     run_id, refused = "run", ()
+    num_nodes = 1
+    """In the place of a cluster too."""
 
     def __init__(self) -> None:
         self.children: list[str] = []
@@ -419,3 +421,40 @@ def test_a_folder_without_results_is_said(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"results.parquet: not there"):
         report(tmp_path)
     assert RunFolder(tmp_path).summary.exists()
+
+
+# Storage at an address.
+
+
+def addressed(made: Path, folder: Path, **changes: Any) -> OrganRecipe:
+    return recipe(made, folder, **changes).model_copy(update={"storage": f"file://{folder}/store"})
+
+
+def test_a_sweep_into_an_address_is_one_into_a_folder(
+    made: Path, swept: OrganSweepResult, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    spec = addressed(made, tmp_path)
+    first = sweep_organs(spec)
+    assert [{**row.__dict__, "seconds": 0} for row in first.results] == [{**row.__dict__, "seconds": 0} for row in swept.results]
+    there = tmp_path / "store" / "tiny"
+    assert {"results.parquet", "summary.json", "tasks.parquet", "checkpoint", "outcomes"} <= {path.name for path in there.iterdir()}
+    cluster.measured.clear()
+    cluster.loaded.clear()
+    again = sweep_organs(spec)
+    assert (cluster.measured, cluster.loaded) == ([], [])
+    assert again.summary["recalled"] == first.summary["measured"]
+
+
+@pytest.mark.parametrize(("untrained", "refused"), [(True, True), (False, False)])
+def test_controls_that_other_nodes_would_not_see_are_refused(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, untrained: bool, refused: bool
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(Tracker, "num_nodes", 2)
+    spec = addressed(made, tmp_path, controls={"untrained": untrained})
+    if refused:
+        with pytest.raises(ResourceError, match=r"store/tiny: the untrained controls .* all 2 nodes .* controls.untrained=false"):
+            sweep_organs(spec)
+    else:
+        assert not sweep_organs(spec).failed
