@@ -150,8 +150,7 @@ class Measuring:
         if self._capacity is None:
             self._capacity = self._cluster.enter_context(connect(self.job.recipe.resources))
             self._cluster.enter_context(terminable())  # Ray has taken the signal for itself
-            if self.job.folder.address is not None:
-                check_reach(self.job, self._capacity.num_nodes)
+            check_reach(self.job, self._capacity.num_nodes)
             self._check_nodes(self._capacity)
         return self._capacity
 

@@ -72,11 +72,16 @@ class Cluster:
         return said
 
 
+class Room(Capacity):
+    """Of a cluster that is not there."""
+
+    num_nodes = 1
+
+
 class Tracker:
     """In the place of MLflow."""
 
     run_id, refused = "run", ()
-    num_nodes = 1
     """In the place of a cluster too."""
 
     def __init__(self) -> None:
@@ -98,7 +103,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     def nothing(*_: object) -> Iterator[Any]:
         yield Tracker()
 
-    monkeypatch.setattr(module, "connect", lambda resources: nullcontext(Capacity(resources)))
+    monkeypatch.setattr(module, "connect", lambda resources: nullcontext(Room(resources)))
     monkeypatch.setattr(module, "preflight", lambda needs, *_: cluster.needs.append(needs))
     monkeypatch.setattr(module, "run_organ_trials", cluster.run)
     monkeypatch.setattr(module, "answer_made", cluster.answer)
@@ -144,7 +149,7 @@ def swept(made: Path, tmp_path_factory: pytest.TempPathFactory) -> OrganSweepRes
         def nothing(*_: object) -> Iterator[Any]:
             yield Tracker()
 
-        patch.setattr(module, "connect", lambda resources: nullcontext(Capacity(resources)))
+        patch.setattr(module, "connect", lambda resources: nullcontext(Room(resources)))
         patch.setattr(module, "preflight", lambda *_: None)
         patch.setattr(module, "run_organ_trials", calm.run)
         patch.setattr(module, "answer_made", calm.answer)
@@ -451,7 +456,7 @@ def test_controls_that_other_nodes_would_not_see_are_refused(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, untrained: bool, refused: bool
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(Tracker, "num_nodes", 2)
+    monkeypatch.setattr(Room, "num_nodes", 2)
     spec = addressed(made, tmp_path, controls={"untrained": untrained})
     if refused:
         with pytest.raises(ResourceError, match=r"store/tiny: the untrained controls .* all 2 nodes .* controls.untrained=false"):
