@@ -205,7 +205,7 @@ def test_two_workers_come_to_the_same_but_for_rounding(calm: Calm, tmp_path: Pat
     assert not torch.equal(ours["model.layers.0.mlp.up_proj.weight"], start["model.layers.1.mlp.up_proj.weight"])
 
 
-@pytest.mark.timeout(300, func_only=True)
+@pytest.mark.timeout(600, func_only=True)
 @pytest.mark.parametrize("max_failures", [0, 3])
 def test_one_of_two_workers_that_fails_ends_the_training_with_its_error(cluster: None, tmp_path: Path, max_failures: int) -> None:  # noqa: ARG001
     """The other one waits for it in the exchange of gradients, for as long as it is let."""
