@@ -75,8 +75,14 @@ class Shelf:
 
     def set_aside(self, name: str) -> None:
         """Out of `names`, and still there for who wants to look."""
-        with _shelf(self.place) as (system, root), suppress(FileNotFoundError):  # another driver has seen it too
-            system.move(f"{root}/{name}", f"{root}/{name}.damaged")
+        with _shelf(self.place) as (system, root):
+            path = f"{root}/{name}"
+            try:
+                system.move(path, f"{path}.damaged")
+            except OSError:  # an object store has no error of its own for what is not there
+                if system.get_file_info(path).type != pyarrow.fs.FileType.NotFound:
+                    raise
+                # another driver has seen it too
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import shlex
+import secrets
 import shutil
 import socket
 import subprocess
@@ -114,15 +114,16 @@ class Head:
     port: int
 
     def run(self, script: str, *argv: object) -> Job:
-        """Submit `jobs/<script>.py` as the README says, with the folder `jobs` alone as working directory, and wait for its end."""
-        words = [sys.executable, f"jobs/{script}.py", *argv]
+        """`ray job submit` of `jobs/<script>.py` as the README says, with `jobs` alone as working directory, to its end."""
+        id = f"{script}-{secrets.token_hex(4)}"
         with tempfile.TemporaryDirectory() as folder:
             shutil.copytree(REPOSITORY / "jobs", Path(folder) / "jobs", ignore=shutil.ignore_patterns("__pycache__"))
-            entrypoint = " ".join(shlex.quote(str(word)) for word in words)
-            id = self.client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": folder})
-        while not self.client.get_job_status(id).is_terminal():
-            time.sleep(0.3)
-        return Job(self.client.get_job_info(id).driver_exit_code, self.client.get_job_logs(id))
+            address = ["--address", f"http://127.0.0.1:{self.port}", "--working-dir", folder, "--submission-id", id]
+            command = [str(Path(sys.executable).with_name("ray")), "job", "submit", *address, "--", sys.executable]
+            sent = subprocess.run([*command, f"jobs/{script}.py", *map(str, argv)], capture_output=True, text=True)
+        code = self.client.get_job_info(id).driver_exit_code
+        assert (sent.returncode == 0) == (code == 0), sent.stderr
+        return Job(code, self.client.get_job_logs(id))
 
 
 def run_main(*argv: object) -> Finished:

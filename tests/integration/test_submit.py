@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from integration.helpers import SPLIT, Finished, Head, Place, Swept, free_port, read_results, run_main
@@ -201,7 +202,7 @@ def test_stop_ends_a_job_by_its_id(sender: Sender, waiting: str) -> None:
     assert "waiting" in followed.out
 
 
-def test_a_sweep_that_is_stopped_ends_as_by_ctrl_c(sender: Sender, workplace: Path) -> None:
+def test_a_sweep_that_is_stopped_ends_as_by_ctrl_c_and_submitted_again_goes_on(sender: Sender, workplace: Path) -> None:
     log = workplace / "halted" / "halted" / "log.jsonl"
     changes = ["name=halted", f"storage={workplace / 'halted'}", "resources.batch_size=4", "resources.shard_size=5"]
     sent = sender("submit", sender.recipe, *changes, "--no-wait", "--python", sys.executable, "--submission-id", "halted")
@@ -214,6 +215,10 @@ def test_a_sweep_that_is_stopped_ends_as_by_ctrl_c(sender: Sender, workplace: Pa
     assert "stopped by SIGTERM; the same command goes on where it stopped" in sender("logs", "halted").out
     (run,) = MlflowClient(load_recipe(sender.recipe).tracking.uri).search_runs(["1"], "attributes.run_name = 'halted'")
     assert run.info.status == "KILLED"
+    known = sum(pq.read_metadata(part).num_rows for part in (workplace / "halted" / ".ledger").rglob("*.parquet"))
+    again = sender("submit", sender.recipe, *changes, "--python", sys.executable, "--submission-id", "resubmitted")
+    assert again.code == 0, again.err
+    assert json.loads((log.parent / "summary.json").read_text())["recalled"] >= known > 0
 
 
 def read_until(words: str, stream: Callable[[], bytes]) -> bytes:
