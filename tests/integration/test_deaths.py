@@ -102,7 +102,7 @@ def test_a_measurement_of_a_killer_is_nothing(cluster: None, tmp_path: Path) -> 
 
 def test_an_error_of_an_evaluator_is_no_death(cluster: None, tmp_path: Path) -> None:  # noqa: ARG001
     with make_pool(tmp_path) as pool, pytest.raises(ray.exceptions.RayTaskError, match="has no attribute 'id'"):
-        pool.run([Work((None,), EXAMPLES, RULES)], lambda _: None)  # type: ignore[arg-type]
+        pool.run([Work((VARIANTS[0],), (None,), RULES)], lambda _: None)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from transplant_ray.distributed.cluster import connect
 from transplant_ray.recipe import ResourceSpec
 
 with connect(ResourceSpec()):
-    ray.get(ray.remote(num_cpus=1)(len).remote("a worker is there"))
+    ray.get(ray.remote(num_cpus=1)(lambda: "a worker is there").remote())
     print("up", flush=True)
     sys.stdin.read()
 """
