@@ -213,7 +213,7 @@ def free_port() -> int:
         return port
 
 
-def wait_until(ready: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 120) -> None:
+def wait_until(ready: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 240) -> None:
     """Until `ready`, which may raise while nobody listens; fails at once where the process ends."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

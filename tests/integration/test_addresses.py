@@ -93,8 +93,8 @@ def test_a_bucket_that_is_not_there_is_named_without_the_secret(store: str) -> N
 def test_a_sweep_into_an_address(swept: Swept, place: Place, store: str, kind: str) -> None:
     """The same results as in a folder; again, and everything is recalled; and the report is there."""
     storage = store.format("swept") if kind == "s3" else f"file://{place.path}/swept"
-    recipe = place.recipe(name="tiny", storage=storage)
-    run = RunFolder.of(storage, "tiny")
+    recipe = place.recipe(name="addressed", storage=storage)  # not as the sweep in a folder: its model is registered by name
+    run = RunFolder.of(storage, "addressed")
     assert run.address is not None
     finished = run_main("sweep", recipe)
     assert finished.code == 0, finished.err
