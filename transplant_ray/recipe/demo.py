@@ -33,7 +33,7 @@ class DemoSpec(Part):
     """Of general text that the model is trained on."""
     lr: float = Field(3e-3, gt=0)
     """Of the model; the organ's is `organ_lr`."""
-    organ_tokens: int = Field(200_000, ge=1)
+    organ_tokens: int = Field(100_000, ge=1)
     """Of domain text that the organ is trained on, and every method that it is compared with."""
     organ_lr: float = Field(1e-3, gt=0)
     contexts: int = Field(64, ge=2)
