@@ -16,7 +16,8 @@ from transplant_ray.evaluate.results import OUTCOME_SCHEMA, RESULT_SCHEMA
 from transplant_ray.files import write_json, write_text
 from transplant_ray.graft.variant import ORIGIN
 from transplant_ray.probe.rankers import SCHEMA as RANKING_SCHEMA
-from transplant_ray.storage import RunFolder, write_rows
+from transplant_ray.storage import RunFolder
+from transplant_ray.tables import write_rows
 
 PROJECTIONS = {"attn": ("q", "k", "v", "o"), "ffn": ("gate", "up", "down")}
 NEWER = {

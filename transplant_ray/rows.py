@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from transplant_ray import zoo
 from transplant_ray.errors import DataError
 from transplant_ray.recipe import HubData
-from transplant_ray.storage import UNREADABLE
+from transplant_ray.tables import UNREADABLE
 
 Row = Mapping[str, Any]
 

@@ -1,4 +1,4 @@
-"""Where results live: the run folder, here or in an object store, and tables of rows."""
+"""Where results live: the run folder, here or in an object store."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -17,72 +16,15 @@ from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.fs
-import pyarrow.parquet as pq
 from filelock import FileLock
 
-from transplant_ray.addresses import redact, redact_address
+from transplant_ray.addresses import redact_address
 from transplant_ray.errors import RunError
-from transplant_ray.files import whole_file, writable_folder, write_json, write_text
+from transplant_ray.files import writable_folder, write_json, write_text
+from transplant_ray.shelf import Shelf, put, remote
 
-UNREADABLE = (pa.ArrowException, OSError, ValueError, ArithmeticError, LookupError)
-"""What pyarrow raises where a Parquet file is damaged, or holds what Python cannot: no UTF-8, an unknown time zone."""
 LEDGER = ".ledger"
 """No run can have this name."""
-
-
-@dataclass(frozen=True)
-class Shelf:
-    """Small files that appear whole, in a folder or at an address; names are relative, with `/`."""
-
-    place: str
-
-    def names(self, under: str) -> list[str]:
-        """Parquet files in a folder of the shelf, in order; none where it is not there."""
-        with _shelf(self.place) as (system, root):
-            selector = pyarrow.fs.FileSelector(f"{root}/{under}", allow_not_found=True)
-            found = [info.base_name for info in system.get_file_info(selector) if info.is_file]
-        return sorted(f"{under}/{name}" for name in found if name.endswith(".parquet") and not name.startswith("."))
-
-    def read(self, name: str) -> bytes:
-        with _shelf(self.place) as (system, root), system.open_input_stream(f"{root}/{name}") as stream:
-            content: bytes = stream.read()
-            return content
-
-    def read_present(self, name: str) -> bytes | None:
-        """None where it is not there, or not any more."""
-        with _shelf(self.place) as (system, root):
-            try:
-                with system.open_input_stream(f"{root}/{name}") as stream:
-                    content: bytes = stream.read()
-                    return content
-            except FileNotFoundError:
-                return None
-
-    def write(self, name: str, content: bytes) -> None:
-        """Whole or not at all."""
-        with _shelf(self.place) as (system, root):
-            _put(system, f"{root}/{name}", content)
-
-    def remove(self, folder: str) -> None:
-        """A folder of the shelf, with all that is in it."""
-        with _shelf(self.place) as (system, root):
-            system.delete_dir(f"{root}/{folder}")
-
-    def discard(self, name: str) -> None:
-        """A file of the shelf, where it is there."""
-        with _shelf(self.place) as (system, root), suppress(FileNotFoundError):
-            system.delete_file(f"{root}/{name}")
-
-    def set_aside(self, name: str) -> None:
-        """Out of `names`, and still there for who wants to look."""
-        with _shelf(self.place) as (system, root):
-            path = f"{root}/{name}"
-            try:
-                system.move(path, f"{path}.damaged")
-            except OSError:  # an object store has no error of its own for what is not there
-                if system.get_file_info(path).type != pyarrow.fs.FileType.NotFound:
-                    raise
-                # another driver has seen it too
 
 
 @dataclass(frozen=True)
@@ -127,7 +69,7 @@ class RunFolder:
     def fetch(self, path: Path) -> None:
         """Copy one file of a remote run here; RunError where it is not there."""
         if self.address is not None:
-            with _remote(self.address) as (system, root), system.open_input_stream(f"{root}/{self._inside(path)}") as stream:
+            with remote(self.address) as (system, root), system.open_input_stream(f"{root}/{self._inside(path)}") as stream:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(stream.read())
 
@@ -135,7 +77,7 @@ class RunFolder:
         """Copy those files of a remote run here that are there; what is not there is not here either."""
         if self.address is None:
             return
-        with _remote(self.address) as (system, root):
+        with remote(self.address) as (system, root):
             infos = system.get_file_info([f"{root}/{self._inside(path)}" for path in paths])
         for path, info in zip(paths, infos, strict=True):
             path.unlink(missing_ok=True)
@@ -145,14 +87,14 @@ class RunFolder:
     def send(self, *paths: Path) -> None:
         """Copy single files to `address`; nothing to do for a local folder."""
         if self.address is not None:
-            with _remote(self.address) as (system, root):
+            with remote(self.address) as (system, root):
                 for path in paths:
-                    _put(system, f"{root}/{self._inside(path)}", path.read_bytes())
+                    put(system, f"{root}/{self._inside(path)}", path.read_bytes())
 
     def publish(self) -> None:
         """Copy everything to `address`; nothing to do for a local folder."""
         if self.address is not None:
-            with _remote(self.address) as (system, root):
+            with remote(self.address) as (system, root):
                 system.create_dir(root)  # copy_files makes only the folders inside
                 pa.fs.copy_files(str(self.path), root, destination_filesystem=system)
 
@@ -164,13 +106,13 @@ class RunFolder:
             return
         inside = f".lent-{uuid4().hex}"
         parts = urlsplit(self.address)
-        with _remote(self.address) as (system, root):
+        with remote(self.address) as (system, root):
             system.create_dir(f"{root}/{inside}")
             pa.fs.copy_files(str(folder), f"{root}/{inside}", destination_filesystem=system)
         try:
             yield urlunsplit(parts._replace(path=f"{parts.path}/{inside}"))
         finally:
-            with _remote(self.address) as (system, root):
+            with remote(self.address) as (system, root):
                 system.delete_dir(f"{root}/{inside}")
 
     @property
@@ -276,13 +218,13 @@ class RunFolder:
                     looks.append(now)
             write_json(self.openings, opened)
             if self.address is not None:
-                with _remote(self.address) as (system, root):
-                    _put(system, _beside(root, self.openings), self.openings.read_bytes())
+                with remote(self.address) as (system, root):
+                    put(system, _beside(root, self.openings), self.openings.read_bytes())
         return {task: len(opened[split]) for task, split in splits.items()}
 
     def _mirror_openings(self) -> None:
         self.openings.unlink(missing_ok=True)
-        with _remote(self.address or "") as (system, root):
+        with remote(self.address or "") as (system, root):
             there = _beside(root, self.openings)
             if system.get_file_info(there).is_file:
                 self.openings.write_bytes(system.open_input_stream(there).read())
@@ -322,7 +264,7 @@ class RunFolder:
 
 def copy_here(address: str, folder: Path) -> None:
     """All files of a folder at an address. RunError where it is not there."""
-    with _remote(address) as (system, root):
+    with remote(address) as (system, root):
         pa.fs.copy_files(root, str(folder), source_filesystem=system)
 
 
@@ -374,65 +316,3 @@ def _lock(path: Path) -> Iterator[None]:
 def _beside(root: str, path: Path) -> str:
     """The place of a local file next to a run, at the address of the run."""
     return f"{root.rpartition('/')[0]}/{path.name}"
-
-
-@contextmanager
-def _shelf(place: str) -> Iterator[tuple[Any, str]]:
-    """File system and path of a folder or an address; its troubles become RunErrors."""
-    if "://" in place:
-        with _remote(place) as found:
-            yield found
-        return
-    try:
-        yield pyarrow.fs.LocalFileSystem(), place
-    except OSError as error:
-        raise RunError(f"{place}: the ledger cannot be used ({error}). Check the disk and the rights.") from error
-
-
-@contextmanager
-def _remote(address: str) -> Iterator[tuple[Any, str]]:
-    """File system and path of an address; its troubles become RunErrors."""
-    try:
-        yield _file_system(address)
-    except (OSError, pa.ArrowException) as error:
-        shown, reason = redact_address(address).partition("?")[0], redact(str(error), address)
-        raise RunError(
-            f"{shown}: the storage cannot be used ({reason}). Check address, credentials and bucket, and whether there is room."
-        ) from None  # pyarrow quotes the address, and a traceback would show it
-
-
-@lru_cache(maxsize=16)
-def _file_system(address: str) -> tuple[Any, str]:
-    """Once an address: making one asks the object store for region and rights. Threads may share it."""
-    system, root = pa.fs.FileSystem.from_uri(address)
-    return system, root
-
-
-def _put(system: Any, path: str, content: bytes) -> None:
-    """Whole or not at all: a folder's file is renamed when it is complete, an object store shows it when it is closed."""
-    if isinstance(system, pyarrow.fs.LocalFileSystem):
-        with whole_file(Path(path)) as temporary:
-            temporary.write_bytes(content)
-        return
-    try:
-        stream = system.open_output_stream(path)
-    except FileNotFoundError:  # not an object store: it has folders, and this one is not there yet
-        system.create_dir(path.rpartition("/")[0])
-        stream = system.open_output_stream(path)
-    with stream:
-        stream.write(content)
-
-
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
-    """Rows as one Parquet file, replaced in one step."""
-    with whole_file(path) as temporary:
-        pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema=schema), temporary)
-
-
-def read_rows(path: Path, filters: Sequence[tuple[str, str, Any]] | None = None) -> list[dict[str, Any]]:
-    """Rows of a Parquet file, or those that pass all of pyarrow's `filters`; RunError where it cannot be read."""
-    try:
-        rows: list[dict[str, Any]] = pq.read_table(path, filters=None if filters is None else list(filters)).to_pylist()
-    except UNREADABLE as error:
-        raise RunError(f"{path}: not a readable Parquet file ({error}). Run the sweep again.") from error
-    return rows

@@ -38,7 +38,8 @@ from transplant_ray.graft.plan import Planned
 from transplant_ray.graft.variant import Variant
 from transplant_ray.pipeline.journal import Journal
 from transplant_ray.recipe import Recipe
-from transplant_ray.storage import RunFolder, Shelf
+from transplant_ray.shelf import Shelf
+from transplant_ray.storage import RunFolder
 
 EXAMPLES = 128
 BAR = 0.9

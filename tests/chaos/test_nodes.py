@@ -25,7 +25,7 @@ from transplant_ray.evaluate.generate import GenerationSettings, Rules
 from transplant_ray.evaluate.outcome import Outcome
 from transplant_ray.graft.variant import Variant
 from transplant_ray.recipe import ResourceSpec
-from transplant_ray.storage import Shelf
+from transplant_ray.shelf import Shelf
 from transplant_ray.versions import versions
 
 RULES = Rules(GenerationSettings(4, (2,)), "exact")

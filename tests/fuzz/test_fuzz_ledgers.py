@@ -18,7 +18,7 @@ from transplant_ray.evaluate.answers import Answers, VariantShard
 from transplant_ray.evaluate.example import Rendered
 from transplant_ray.evaluate.ledger import SCHEMA, Ledger, asked
 from transplant_ray.evaluate.outcome import Outcome, Tally
-from transplant_ray.storage import Shelf
+from transplant_ray.shelf import Shelf
 
 EXAMPLES = tuple(Rendered(f"e{i}", (1, i + 5), (2,), f"a{i}") for i in range(6))
 OUTCOMES = tuple(Outcome("v", example.id, "it says", True, 3, True) for example in EXAMPLES)

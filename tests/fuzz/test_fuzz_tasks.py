@@ -21,7 +21,7 @@ from tiny import tiny_tokenizer
 from transplant_ray.errors import DataError, RunError
 from transplant_ray.evaluate.prepared import Prepared, prepare_task
 from transplant_ray.recipe import TaskSpec
-from transplant_ray.storage import read_rows
+from transplant_ray.tables import read_rows
 
 NUM_ROWS = 14
 ROWS = [{"prompt": f"{n}+1=", "answer": str(n + 1), "options": [str(n + 1), "x"], "level": n} for n in range(NUM_ROWS)]

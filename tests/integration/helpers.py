@@ -11,8 +11,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import pandas as pd
 import requests
 import torch
 from ray.job_submission import JobSubmissionClient
+from ray.util.state import list_nodes
 from tiny import EOS, tiny_model, tiny_tokenizer, write_recipe, write_task
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -124,6 +125,26 @@ class Head:
         code = self.client.get_job_info(id).driver_exit_code
         assert (sent.returncode == 0) == (code == 0), sent.stderr
         return Job(code, self.client.get_job_logs(id))
+
+    @contextmanager
+    def joined(self, **resources: float) -> Iterator[str]:
+        """For the block one more node, with no CPU but these resources; gives its id."""
+        before = self.nodes()
+        command = [Path(sys.executable).with_name("ray"), "start", "--block", f"--address=127.0.0.1:{self.port}", "--num-cpus=0"]
+        command += [f"--resources={json.dumps(resources)}", f"--dashboard-agent-listen-port={free_port()}"]
+        with tempfile.TemporaryFile() as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        try:
+            wait_until(lambda: len(self.nodes() - before) == 1, process)
+            (node,) = self.nodes() - before
+            yield node
+        finally:
+            process.terminate()  # it stops what it started
+            process.wait(60)
+
+    def nodes(self) -> set[str]:
+        address = self.client.get_address()
+        return {node.node_id for node in list_nodes(address, filters=[("state", "=", "ALIVE")])}
 
 
 def run_main(*argv: object) -> Finished:

@@ -20,7 +20,8 @@ from transplant_ray.evaluate.ledger import Ledger
 from transplant_ray.evaluate.outcome import Outcome
 from transplant_ray.evaluate.parts import MANY
 from transplant_ray.files import write_text
-from transplant_ray.storage import RunFolder, Shelf
+from transplant_ray.shelf import Shelf
+from transplant_ray.storage import RunFolder
 
 SECRET = "open-sesame"
 EXAMPLES = tuple(Rendered(f"e{i}", (1, i + 5), (2,), f"a{i}") for i in range(6))

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from transplant_ray.evaluate.significance import mcnemar
 from transplant_ray.graft.variant import Variant, blend, read_variant
-from transplant_ray.storage import read_rows
+from transplant_ray.tables import read_rows
 
 TARGET = "44136fa355"
 GUARD_SPLIT = {"probe": 5, "select": 20, "test": 25, "seed": 1}

@@ -43,7 +43,9 @@ from transplant_ray.pipeline.demo_models import _write
 from transplant_ray.pipeline.organ_training import train
 from transplant_ray.pipeline.reporting import report
 from transplant_ray.recipe import WorkerSpec
-from transplant_ray.storage import RunFolder, Shelf, write_rows
+from transplant_ray.shelf import Shelf
+from transplant_ray.storage import RunFolder
+from transplant_ray.tables import write_rows
 
 PAGE = 4096
 """What tmpfs hands out."""

@@ -119,6 +119,19 @@ def test_the_same_recipe_again_is_the_same_recipe_to_the_results_that_are_there(
     pd.testing.assert_frame_equal(*rankings)
 
 
+def test_the_driver_may_be_on_any_node(sender: Sender, swept: Swept, workplace: Path) -> None:
+    """Its evaluators are on the head, which has the CPUs and the GPU; it itself is on a node that has neither."""
+    storage = workplace / "elsewhere"
+    changes = ["resources.evaluators=1", f"storage={storage}", "--entrypoint-resource", "desk=1"]
+    with sender.head.joined(desk=1) as node:
+        sent = sender("submit", sender.recipe, *changes, "--python", sys.executable, "--submission-id", "elsewhere")
+        assert sent.code == 0, sent.out[-3000:] + sent.err
+        assert sender.head.client.get_job_info("elsewhere").driver_node_id == node
+    pd.testing.assert_frame_equal(read_results(storage / "tiny")[SWEPT], swept.results[SWEPT])
+    log = [json.loads(line) for line in (storage / "tiny" / "log.jsonl").read_text().splitlines()]
+    assert {line["node"] for line in log if line["event"] == "shard done" and line.get("evaluator")}.isdisjoint({node[:8]})
+
+
 @pytest.mark.parametrize("command", ["organ sweep", "organ compare"])
 def test_an_organ_recipe_with_its_model_organ_and_texts_runs_on_the_cluster(
     sender: Sender, empty_database: Path, tmp_path: Path, command: str

@@ -14,7 +14,9 @@ from safetensors import SafetensorError
 from transplant_ray import storage
 from transplant_ray.errors import RunError
 from transplant_ray.files import sha256_file, whole_file, whole_folder, writable_folder, write_json, write_text
-from transplant_ray.storage import RunFolder, Shelf, copy_here, read_rows, write_rows
+from transplant_ray.shelf import Shelf
+from transplant_ray.storage import RunFolder, copy_here
+from transplant_ray.tables import read_rows, write_rows
 
 FULL = (OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device (os error 28)"))
 FAILURES = (ZeroDivisionError(), KeyboardInterrupt(), *FULL)

@@ -29,7 +29,7 @@ from transplant_ray.models.header import read_header
 from transplant_ray.organ.folder import Organ
 from transplant_ray.organ.manifest import WEIGHTS, read_manifest
 from transplant_ray.recipe import Place, ResourceSpec, TrackingSpec, redact
-from transplant_ray.storage import Shelf
+from transplant_ray.shelf import Shelf
 from transplant_ray.versions import DECIDING, public_version, versions
 
 ANSWER_SECONDS = 300

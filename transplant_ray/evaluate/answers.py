@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from transplant_ray.evaluate.example import Split
 from transplant_ray.evaluate.outcome import Outcome, Tally
 from transplant_ray.evaluate.significance import Scores
+from transplant_ray.evaluate.spool import Slip, Spool
 
 
 @dataclass(frozen=True)
@@ -29,28 +31,38 @@ class VariantShard:
     """The beginnings of Ray's ids of who answered, and where; of a model that answers by itself nothing is said."""
 
 
-@dataclass
 class Answers:
-    outcomes: dict[Split, list[Outcome]] = field(default_factory=dict)
-    tallies: dict[Split, dict[str, Tally]] = field(default_factory=dict)
+    """Tallies are in memory, the outcomes themselves in a spool."""
+
+    def __init__(self) -> None:
+        self.tallies: dict[Split, dict[str, Tally]] = {}
+        self._slips: dict[Split, dict[str, list[Slip]]] = {}
+        self._spool = Spool()
 
     def add(self, split: Split, shard: VariantShard) -> None:
-        self.outcomes.setdefault(split, []).extend(shard.outcomes)
+        self._slips.setdefault(split, defaultdict(list))[shard.variant].append(self._spool.keep(shard.outcomes))
         tallies = self.tallies.setdefault(split, {})
         tallies[shard.variant] = add_shard(tallies.get(shard.variant), shard)
+
+    def outcomes(self, split: Split, variant: str | None = None) -> Iterator[Outcome]:
+        """Of one variant, or variant by variant; of each as they came."""
+        by_variant = self._slips.get(split, {})
+        for name in list(by_variant) if variant is None else [variant]:
+            for slip in by_variant.get(name, ()):
+                yield from self._spool.read(slip)
 
     def baseline(self, split: Split, variant: str, examples: Collection[str]) -> Tally | None:
         """The tally of a variant on these examples; None where it failed or has not answered all of them."""
         tally = self.tallies.get(split, {}).get(variant)
         if tally is None or tally.error:
             return None
-        mine = [o for o in self.outcomes[split] if o.variant == variant and o.example in examples]
+        mine = [outcome for outcome in self.outcomes(split, variant) if outcome.example in examples]
         return Tally.of(mine, tally.seconds) if len(mine) == len(examples) else None
 
     def scores(self, split: Split, variant: str, examples: Sequence[str]) -> Scores | None:
         """On each of these examples, in their order: whether it is right, or minus its loss. None where it failed or has not
         answered all."""
-        mine = {o.example: o for o in self.outcomes.get(split, ()) if o.variant == variant}
+        mine = {outcome.example: outcome for outcome in self.outcomes(split, variant)}
         if not all(example in mine for example in examples):
             return None
         found = [mine[example] for example in examples]
@@ -60,7 +72,7 @@ class Answers:
 
     def completions(self, split: Split, variant: str) -> dict[str, str]:
         """Example → completion."""
-        return {o.example: o.completion for o in self.outcomes.get(split, ()) if o.variant == variant}
+        return {outcome.example: outcome.completion for outcome in self.outcomes(split, variant)}
 
 
 def add_shard(tally: Tally | None, shard: VariantShard) -> Tally:

@@ -4,7 +4,8 @@ A *page* is one way of asking one pair: weights, dtype, limits, scorer, our own 
 libraries that decide. On a page an outcome
 has the id of its variant and the hash of what the variant was asked. Whatever of it changes, the key changes: nothing is stale.
 
-A page is kept in parts (`parts.py`). A damaged one is set aside, said, and what it held is evaluated again.
+A page is kept in parts (`parts.py`). A damaged one is set aside, said, and what it held is evaluated again. Of an open page only
+who was asked what is in memory; the outcomes are in a spool.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import hashlib
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import pyarrow as pa
@@ -28,7 +31,8 @@ from transplant_ray.evaluate.harness_process import HARNESS, JudgeSpec
 from transplant_ray.evaluate.outcome import Outcome
 from transplant_ray.evaluate.parts import MANY, SCHEMA, Part, merge_parts, read_parts, write_part
 from transplant_ray.evaluate.results import OUTCOME_SCHEMA
-from transplant_ray.storage import Shelf
+from transplant_ray.evaluate.spool import Slip, Spool
+from transplant_ray.shelf import Shelf
 from transplant_ray.versions import DECIDING, OURSELVES, public_version, source_hash, versions
 
 FORMAT = 1
@@ -38,8 +42,20 @@ PART_SECONDS = 5.0
 BESIDE = {"asked", "seconds"}
 """Columns of a part that are not of the outcome."""
 
-Page = dict[tuple[str, str], tuple[Outcome, float]]
-"""(variant, what it was asked) → its outcome, and the seconds that it took."""
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Outcomes of one variant on a page."""
+
+    asked: tuple[str, ...]
+    """What it was asked, one for each outcome; variants that were asked the same share it."""
+    slip: Slip
+    seconds: float
+    """That each outcome took."""
+
+
+Page = dict[str, list[Entry]]
+"""Variant → what is known of it; nothing twice."""
 
 
 def page_key(weights: Sequence[str], dtype: str, rules: Rules) -> str | None:
@@ -89,6 +105,8 @@ class Ledger:
         self.shelf, self.note = shelf, note
         self.pages: dict[str, Page] = {}
         self.marks: dict[tuple[str, str], str] = {}
+        self.orders: dict[tuple[str, ...], tuple[str, ...]] = {}
+        self.spool = Spool()
         self.unwritten: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
         self.written_at = time.monotonic()
         self.num_recalled = 0
@@ -97,23 +115,21 @@ class Ledger:
         """What is known of a variant on these examples, in their order; as their outcomes, under the ids that they have today."""
         if key is None:
             return VariantShard(variant, (), 0.0)
-        page = self._page(key)
-        known = [(example, page[variant, mark]) for example in examples if (variant, mark := self._mark(key, example)) in page]
-        self.num_recalled += len(known)
-        outcomes = tuple(replace(outcome, example=example.id) for example, (outcome, _) in known)
-        return VariantShard(variant, outcomes, sum(seconds for _, (_, seconds) in known), recalled=True)
+        marks = [self._mark(key, example) for example in examples]
+        known = self._known(self._page(key), variant, set(marks))
+        found = [(example, *known[mark]) for example, mark in zip(examples, marks, strict=True) if mark in known]
+        self.num_recalled += len(found)
+        outcomes = tuple(replace(outcome, example=example.id) for example, outcome, _ in found)
+        return VariantShard(variant, outcomes, sum(seconds for *_, seconds in found), recalled=True)
 
     def keep(self, key: str | None, shard: VariantShard, examples: Sequence[Rendered]) -> None:
         """Remember a shard, and write it with the next part. What failed is not kept: it is tried again."""
         if key is None or shard.error is not None:
             return
-        page, marks = self._page(key), {example.id: self._mark(key, example) for example in examples}
+        marks = {example.id: self._mark(key, example) for example in examples}
         seconds = shard.seconds / max(1, len(shard.outcomes))
-        for outcome in shard.outcomes:
-            mark = marks[outcome.example]
-            if (shard.variant, mark) not in page:
-                page[shard.variant, mark] = outcome, seconds
-                self.unwritten[key].append({**asdict(outcome), "asked": mark, "seconds": seconds})
+        kept = self._enter(self._page(key), shard.variant, [(marks[o.example], o) for o in shard.outcomes], seconds)
+        self.unwritten[key] += [{**asdict(outcome), "asked": mark, "seconds": seconds} for mark, outcome in kept]
         full = sum(map(len, self.unwritten.values())) >= PART_OUTCOMES
         if full or time.monotonic() - self.written_at > PART_SECONDS:
             self.write()
@@ -131,14 +147,47 @@ class Ledger:
             self.marks[key, example.id] = asked(example)
         return self.marks[key, example.id]
 
+    def _known(self, page: Page, variant: str, marks: Set[str]) -> dict[str, tuple[Outcome, float]]:
+        """What the variant said of these, and the seconds that it took."""
+        return {
+            mark: (outcome, entry.seconds)
+            for entry in page.get(variant, ())
+            if not marks.isdisjoint(entry.asked)
+            for mark, outcome in zip(entry.asked, self.spool.read(entry.slip), strict=True)
+            if mark in marks
+        }
+
+    def _enter(self, page: Page, variant: str, said: Sequence[tuple[str, Outcome]], seconds: float) -> list[tuple[str, Outcome]]:
+        """Put on a page what is not there yet; returns it."""
+        before = {mark for entry in page.get(variant, ()) for mark in entry.asked}
+        new: dict[str, Outcome] = {}
+        for mark, outcome in said:
+            if mark not in before:
+                new.setdefault(mark, outcome)
+        if new:
+            asked = tuple(new)
+            asked = self.orders.setdefault(asked, asked)
+            page.setdefault(variant, []).append(Entry(asked, self.spool.keep(tuple(new.values())), seconds))
+        return list(new.items())
+
     def _page(self, key: str) -> Page:
         if key not in self.pages:
             page: Page = {}
-            tables = {part.name: _fill(page, part) for part in read_parts(self.shelf, key, self.note)}
+            tables = {part.name: self._fill(page, part) for part in read_parts(self.shelf, key, self.note)}
             self.pages[key] = page
             if len(tables) > MANY:
                 self._merge(key, tables)
         return self.pages[key]
+
+    def _fill(self, page: Page, part: Part) -> pa.Table:
+        """Put on a page what is in a part; returns the rows that were not there before."""
+        new: list[bool] = []
+        for (variant, seconds), some in groupby(part.rows(), itemgetter("variant", "seconds")):
+            rows = list(some)
+            said = [(row["asked"], _outcome(row)) for row in rows]
+            kept = {id(outcome) for _, outcome in self._enter(page, variant, said, seconds)}
+            new += [id(outcome) in kept for _, outcome in said]
+        return part.table if all(new) else part.table.filter(pa.array(new, pa.bool_()))
 
     def _merge(self, key: str, tables: Mapping[str, pa.Table]) -> None:
         try:
@@ -147,15 +196,8 @@ class Ledger:
             self.note(f"ledger: the {len(tables)} parts of {key} stay as they are: {error}")
 
 
-def _fill(page: Page, part: Part) -> pa.Table:
-    """Put on a page what is in a part; returns the rows that were not there before."""
-    new = []
-    for at, row in enumerate(part.rows):
-        outcome = Outcome(**{name: value for name, value in row.items() if name not in BESIDE})
-        if (key := (outcome.variant, row["asked"])) not in page:
-            page[key] = outcome, row["seconds"]
-            new.append(at)
-    return part.table if len(new) == part.table.num_rows else part.table.take(pa.array(new, pa.int64()))
+def _outcome(row: Mapping[str, Any]) -> Outcome:
+    return Outcome(**{name: value for name, value in row.items() if name not in BESIDE})
 
 
 assert {field.name for field in fields(Outcome)} == set(OUTCOME_SCHEMA.names), "an outcome comes back from the ledger as it was"

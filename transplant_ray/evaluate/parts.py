@@ -10,14 +10,15 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from transplant_ray.evaluate.results import OUTCOME_SCHEMA
-from transplant_ray.storage import UNREADABLE, Shelf
+from transplant_ray.shelf import Shelf
+from transplant_ray.tables import UNREADABLE
 
 SCHEMA = pa.schema([*OUTCOME_SCHEMA, ("asked", pa.string()), ("seconds", pa.float64())])
 OPTIONAL = {"error", "loss"}
@@ -26,6 +27,7 @@ MANY = 64
 """Parts of a page, above which they are merged when it is read."""
 HANDS = 16
 """Threads that wait for the storage."""
+ROWS_AT_ONCE = 4096
 AT_ONCE = 256
 """Parts whose bytes are in memory at a time."""
 
@@ -34,7 +36,11 @@ AT_ONCE = 256
 class Part:
     name: str
     table: pa.Table
-    rows: Sequence[dict[str, Any]]
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Some at a time: of a merged part they are many times its size."""
+        for batch in self.table.to_batches(max_chunksize=ROWS_AT_ONCE):
+            yield from batch.to_pylist()
 
 
 def write_part(shelf: Shelf, page: str, table: pa.Table) -> str:
@@ -91,13 +97,13 @@ def _parse(name: str, content: bytes) -> Part | None:
     """None where it is no table of ours."""
     try:
         table = pq.read_table(pa.BufferReader(content))
-        rows: list[dict[str, Any]] = table.to_pylist()
+        table.validate(full=True)
     except UNREADABLE:
         return None
-    return Part(name, table, rows) if table.schema.equals(SCHEMA) and all(map(_is_whole, rows)) else None
+    return Part(name, table) if table.schema.equals(SCHEMA) and _is_whole(table) else None
 
 
-def _is_whole(row: Mapping[str, Any]) -> bool:
+def _is_whole(table: pa.Table) -> bool:
     """Whether all is there that an outcome must have, and its numbers are numbers: a name says nothing of who wrote the bytes."""
-    there = all(row.get(name) is not None for name in SCHEMA.names if name not in OPTIONAL)
-    return there and isfinite(row["seconds"]) and isfinite(row["loss"] or 0)
+    there = not any(table[name].null_count for name in SCHEMA.names if name not in OPTIONAL)
+    return there and all(pc.all(pc.is_finite(table[name]), min_count=0).as_py() for name in ("seconds", "loss"))

@@ -23,7 +23,7 @@ from transplant_ray.models.catalogue import Module
 from transplant_ray.models.compare import Comparison, Pair
 from transplant_ray.models.header import DTYPES
 from transplant_ray.models.loading import load_tensors
-from transplant_ray.storage import read_rows, write_rows
+from transplant_ray.tables import read_rows, write_rows
 
 Norms = Mapping[str, NDArray[np.float64]]
 """Module → (O,) norm of every output channel's row of [Ws − Wt, bs − bt]."""

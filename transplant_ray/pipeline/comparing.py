@@ -27,7 +27,8 @@ from transplant_ray.pipeline.ending import terminable
 from transplant_ray.pipeline.journal import watched
 from transplant_ray.pipeline.watch import Watch
 from transplant_ray.recipe import CompareRecipe
-from transplant_ray.storage import RunFolder, Shelf
+from transplant_ray.shelf import Shelf
+from transplant_ray.storage import RunFolder
 from transplant_ray.tracking.comparison import tracked_comparison
 
 OWNER = "comparison"

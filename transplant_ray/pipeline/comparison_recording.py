@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transplant_ray.evaluate.learning import Findings, find
+from transplant_ray.evaluate.learning import Contrast, Difference, Findings, find
 from transplant_ray.files import writable_folder
 from transplant_ray.organ.lessons import SHIPPED, Learnt
 from transplant_ray.organ.pack import Pack
@@ -76,17 +76,17 @@ def record(run: Run, benches: Sequence[Bench], before: list[Learnt], tuned: list
 
 def sentences(findings: Findings) -> list[str]:
     """What it has shown, in words."""
-    models = {standing.model for standing in findings.standings}
-    several = len(models) > 1
-    lines = [
-        f"{choice.model}, {choice.method}: tuned at the edge of the grid (lr {choice.lr:g}), so a wider grid might do better"
-        for choice in findings.choices
-        if choice.at_edge
-    ]
-    lines += [f"{choice.model}, {choice.method}: every learning rate failed" for choice in findings.choices if choice.lr is None]
-    verdicts = [(each.model, each.verdict) for each in findings.differences]
-    verdicts += [(each.model, each.verdict) for each in findings.contrasts]
-    return [f"{model}: {verdict}" if several else verdict for model, verdict in verdicts] + lines
+    several = len({standing.model for standing in findings.standings}) > 1
+    found: list[Difference | Contrast] = [*findings.differences, *findings.contrasts]
+    lines = [f"{each.model}: {each.verdict}" if several else each.verdict for each in found if each.interval is not None]
+    if len(lines) < len(found):
+        number = "none of the differences" if not lines else f"{len(found) - len(lines)} of {len(found)} differences"
+        lines.append(f"a single seed, so nothing can be said of chance: {number} between methods and positions has an interval")
+    edges = [f"{choice.model}, {choice.method} (lr {choice.lr:g})" for choice in findings.choices if choice.at_edge]
+    if edges:
+        lines.append(f"tuned at the edge of the grid, so a wider grid might do better: {'; '.join(edges)}")
+    failed = [f"{choice.model}, {choice.method}" for choice in findings.choices if choice.lr is None]
+    return lines + [f"{each}: every learning rate failed" for each in failed]
 
 
 def _link(run: Run, confirmed: Sequence[Learnt]) -> dict[str, str]:

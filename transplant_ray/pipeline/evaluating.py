@@ -297,10 +297,13 @@ class _Stage:
 
     def _take(self, task: str, shard: VariantShard) -> None:
         self.run.take(task, "select", shard)
-        if self.run.is_complete(shard.variant):
-            self._has_done(shard.variant)
-        if self.run.is_complete(ORIGIN.id):
-            self._post(lambda entry: self.run.is_complete(entry.id))
+        variant = shard.variant
+        if variant in self.done or not self.run.is_complete(variant):
+            return
+        self._has_done(variant)
+        if ORIGIN.id in self.done:  # without the target's answers there is nothing to hold a row against
+            ready = self.done if variant == ORIGIN.id else {variant}
+            self._post(lambda entry: entry.id in ready)
 
     def _stop(self, variants: Collection[str], why: Stopped) -> None:
         self.evaluation.stopped |= dict.fromkeys(sorted(variants), why)
@@ -315,6 +318,7 @@ class _Stage:
 
     def _post(self, ready: Callable[[Planned], bool]) -> None:
         """Give these trials their last row."""
-        for entry in [entry for entry in self.unposted if ready(entry)]:
-            self.unposted.remove(entry)
+        going = [entry for entry in self.unposted if ready(entry)]
+        self.unposted = [entry for entry in self.unposted if not ready(entry)]
+        for entry in going:
             self.trials.post(self.evaluation.row(entry), last=True)

@@ -19,7 +19,8 @@ from transplant_ray.graft.variant import Variant, read_variant
 from transplant_ray.models.checkpoint import open_checkpoint
 from transplant_ray.models.compare import Comparison, compare
 from transplant_ray.recipe import Recipe, load_recipe
-from transplant_ray.storage import RunFolder, read_rows
+from transplant_ray.storage import RunFolder
+from transplant_ray.tables import read_rows
 
 
 def export(run: str | Path, variant: str | None = None, out: str | Path | None = None, format: str = "checkpoint") -> Path:

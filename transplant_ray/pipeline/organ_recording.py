@@ -16,7 +16,8 @@ from transplant_ray.pipeline.organ_grid import SIDES, OrganJob
 from transplant_ray.pipeline.organ_measuring import EXPORTED, Measuring
 from transplant_ray.recipe import DOMAIN, GENERAL
 from transplant_ray.report.organs import KIND, build_organ_report, position_figures
-from transplant_ray.storage import RunFolder, write_rows
+from transplant_ray.storage import RunFolder
+from transplant_ray.tables import write_rows
 from transplant_ray.tracking.organ_sweep import log_chosen, log_models, log_outcome
 from transplant_ray.tracking.tracker import Tracker
 from transplant_ray.versions import environment
@@ -78,8 +79,8 @@ def record(measured: Measuring, choice: Choice, confirmed: Confirmed | None, tra
         write_rows(folder.results, [asdict(row) for row in rows], ORGAN_SCHEMA)
         write_rows(folder.tasks, [asdict(row) for row in tasks], TASK_SCHEMA)
         for name, answers in measured.answered.items():
-            for split, outcomes in answers.outcomes.items():
-                write_rows(folder.outcomes / f"{name}-{split}.parquet", [asdict(outcome) for outcome in outcomes], OUTCOME_SCHEMA)
+            for split in answers.tallies:
+                write_rows(folder.outcomes / f"{name}-{split}.parquet", map(asdict, answers.outcomes(split)), OUTCOME_SCHEMA)
         children = log_models(tracker, rows, tasks)
     summary = summarise(measured, choice, confirmed, rows) | {"mlflow_run": tracker.run_id}
     write_json(folder.summary, summary)

@@ -29,7 +29,8 @@ from transplant_ray.probe.rankers import Ranking
 from transplant_ray.recipe import MAIN
 from transplant_ray.report.build import build_report
 from transplant_ray.report.figures import tracking_figures
-from transplant_ray.storage import RunFolder, write_rows
+from transplant_ray.storage import RunFolder
+from transplant_ray.tables import write_rows
 from transplant_ray.tracking.tracker import Tracker
 from transplant_ray.versions import environment
 
@@ -99,9 +100,9 @@ def record(run: Run, evaluation: Evaluation, results: list[Result], probed: Prob
 def _write_tables(run: Run, plan: SweepPlan, results: Sequence[Result], guards: Sequence[GuardResult]) -> None:
     folder = run.folder
     for name, answers in run.answered.items():
-        for split, outcomes in answers.outcomes.items():
+        for split in answers.tallies:
             stem = split if name == MAIN else f"guard-{name}-{split}"
-            write_rows(folder.outcomes / f"{stem}.parquet", [asdict(outcome) for outcome in outcomes], OUTCOME_SCHEMA)
+            write_rows(folder.outcomes / f"{stem}.parquet", map(asdict, answers.outcomes(split)), OUTCOME_SCHEMA)
     write_rows(folder.examples, list(_examples(run)), EXAMPLE_SCHEMA)
     write_rows(folder.variants, list(variant_rows(plan.variants)), VARIANT_SCHEMA)
     write_rows(folder.results, [asdict(row) for row in results], RESULT_SCHEMA)
@@ -208,13 +209,13 @@ def _agreement(run: Run, variant: str) -> dict[str, int]:
 
 def _num_unjudged(run: Run, split: Split) -> int:
     """Answers to the task and the guards that no scorer could judge."""
-    return sum(o.error is not None for answers in run.answered.values() for o in answers.outcomes.get(split, ()))
+    return sum(o.error is not None for answers in run.answered.values() for o in answers.outcomes(split))
 
 
 def _close(run: Run) -> dict[str, int]:
     """Of the answers on select, those with a step at which rounding may have decided."""
-    outcomes = run.answers.outcomes["select"]
-    return {"n": len(outcomes), "close": sum(outcome.num_close > 0 for outcome in outcomes)}
+    close = [outcome.num_close > 0 for outcome in run.answers.outcomes("select")]
+    return {"n": len(close), "close": sum(close)}
 
 
 def _baselines(results: Sequence[Result], split: Split) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from transplant_ray.pipeline.watch import Watch
 from transplant_ray.probe.rankers import SCHEMA as RANKING_SCHEMA
 from transplant_ray.probe.rankers import Ranking, ranking_rows
 from transplant_ray.recipe import MAIN, Recipe, SearchSettings, load_recipe
-from transplant_ray.storage import write_rows
+from transplant_ray.tables import write_rows
 from transplant_ray.tracking.tracker import tracked
 
 MEASURED: tuple[Split, ...] = ("select", "test")

@@ -17,7 +17,8 @@ from transplant_ray.files import write_json, write_text
 from transplant_ray.report.comparison_figures import NAMES, positions, rates, swatch, trade
 from transplant_ray.report.svg import inline_svg
 from transplant_ray.report.tables import escape_latex, to_csv
-from transplant_ray.storage import RunFolder, write_rows
+from transplant_ray.storage import RunFolder
+from transplant_ray.tables import write_rows
 
 HERE = Path(__file__).parent
 KIND = "comparison"

@@ -28,7 +28,8 @@ from transplant_ray.report.page import Card, Headline, page_environment, stylesh
 from transplant_ray.report.svg import inline_svg
 from transplant_ray.report.sweep import dig
 from transplant_ray.report.tables import to_csv
-from transplant_ray.storage import RunFolder, read_rows
+from transplant_ray.storage import RunFolder
+from transplant_ray.tables import read_rows
 
 KIND = "organs"
 """Of a summary, where an organ sweep wrote it."""

@@ -15,7 +15,8 @@ from transplant_ray.evaluate.example import Split
 from transplant_ray.graft.variant import ORIGIN
 from transplant_ray.report.flips import Flips, find_flips
 from transplant_ray.report.records import Answer, Asked, GuardRow, Row, Score, read_records, with_label
-from transplant_ray.storage import RunFolder, read_rows
+from transplant_ray.storage import RunFolder
+from transplant_ray.tables import read_rows
 
 EXPORTED = "exported"
 """The name under which a sweep keeps the outcomes of the exported checkpoint."""

@@ -21,7 +21,7 @@ from transplant_ray.organ.extract import extract_organ
 from transplant_ray.organ.folder import open_organ
 from transplant_ray.organ.manifest import WEIGHTS
 from transplant_ray.recipe import TrackingSpec
-from transplant_ray.storage import Shelf
+from transplant_ray.shelf import Shelf
 from transplant_ray.versions import versions
 
 TOKEN = ".preflight-x"

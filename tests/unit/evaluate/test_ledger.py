@@ -23,7 +23,7 @@ from transplant_ray.evaluate.generate import GenerationSettings, Rules
 from transplant_ray.evaluate.harness_process import JudgeSpec
 from transplant_ray.evaluate.ledger import Ledger, asked, page_key
 from transplant_ray.evaluate.outcome import Outcome
-from transplant_ray.storage import Shelf
+from transplant_ray.shelf import Shelf
 
 EXAMPLES = tuple(Rendered(f"e{i}", (1, i + 5), (2,), f"a{i}") for i in range(6))
 RULES = Rules(GenerationSettings(4, (2,), ("\n",), 8), "exact")

@@ -15,7 +15,7 @@ from transplant_ray.evaluate.generate import Completion, GenerationSettings, gen
 from transplant_ray.evaluate.outcome import Outcome, Tally, answer_examples, score
 from transplant_ray.evaluate.results import OUTCOME_SCHEMA
 from transplant_ray.evaluate.scorers import exact
-from transplant_ray.storage import read_rows, write_rows
+from transplant_ray.tables import read_rows, write_rows
 
 
 def outcomes(variant: str, *right: bool) -> tuple[Outcome, ...]:
@@ -93,7 +93,7 @@ def test_shards_add_up_by_split_and_variant() -> None:
     }
     assert answers.baseline("select", "w", {"e0"}) == Tally(1, 0, 4.0, parsed=1)
     assert answers.completions("select", "w") == {"e0": "w said 0"}
-    assert len(answers.outcomes["select"]) == 4
+    assert len(list(answers.outcomes("select"))) == 4
 
 
 def test_the_first_error_stays_and_a_failed_variant_is_no_baseline() -> None:

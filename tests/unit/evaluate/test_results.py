@@ -17,7 +17,7 @@ from transplant_ray.graft.plan import Planned
 from transplant_ray.graft.variant import ORIGIN, Variant
 from transplant_ray.models.catalogue import Module
 from transplant_ray.models.families import Role
-from transplant_ray.storage import read_rows, write_rows
+from transplant_ray.tables import read_rows, write_rows
 
 NAMES = ("model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj")
 MODULES = {

@@ -21,7 +21,8 @@ from transplant_ray.graft.variant import Variant
 from transplant_ray.pipeline.asking import ask
 from transplant_ray.pipeline.run import Memory, Run, remember
 from transplant_ray.pipeline.watch import Silent, Stopwatch
-from transplant_ray.storage import RunFolder, Shelf
+from transplant_ray.shelf import Shelf
+from transplant_ray.storage import RunFolder
 
 EXAMPLES = tuple(Rendered(f"e{i}", (1, i), (2,), "x") for i in range(10))
 RULES = Rules(GenerationSettings(4, (2,)), "exact")
@@ -71,7 +72,7 @@ def test_each_answers_what_is_left_in_order() -> None:
     run, answers = make_run()
     ask(run, cast(Pool, FakePool()), "task", "select", [NEW, RACED, WHOLE, FAILED, NEW, RACED])
     for variant in (NEW, RACED, WHOLE):
-        said = [o.example for o in answers.outcomes["select"] if o.variant == variant.id]
+        said = [o.example for o in answers.outcomes("select", variant.id)]
         assert said == [example.id for example in EXAMPLES]
         assert answers.tallies["select"][variant.id].n == len(EXAMPLES)
     assert answers.tallies["select"][FAILED.id].error == "NumericsError: NaN"
@@ -84,7 +85,7 @@ def memory(folder: Path) -> Memory:
 
 
 def said(answers: Answers, variant: Variant) -> set[Outcome]:
-    return {outcome for outcome in answers.outcomes["select"] if outcome.variant == variant.id}
+    return set(answers.outcomes("select", variant.id))
 
 
 @pytest.mark.parametrize("most", range(5))

@@ -39,7 +39,8 @@ from transplant_ray.pipeline.organ_sweeping import plan_organs, sweep_organs
 from transplant_ray.pipeline.organs import extract
 from transplant_ray.pipeline.reporting import report
 from transplant_ray.recipe import OrganRecipe, parse_organ_recipe
-from transplant_ray.storage import RunFolder, write_rows
+from transplant_ray.storage import RunFolder
+from transplant_ray.tables import write_rows
 
 CONTEXT = 16
 

@@ -17,7 +17,7 @@ from transplant_ray.evaluate.ledger import Ledger
 from transplant_ray.graft.variant import Variant
 from transplant_ray.pipeline.reading import read_divergences, read_losses
 from transplant_ray.pipeline.run import Memory, Run
-from transplant_ray.storage import Shelf
+from transplant_ray.shelf import Shelf
 
 TEXTS = tuple(Rendered(f"t{i}", (1, i), (2, 3), "x") for i in range(5))
 OTHERS = tuple(Rendered(f"t{i}", (1, i), (2, 4), "y") for i in range(5))

@@ -21,7 +21,7 @@ from transplant_ray.probe.measured import Measured
 from transplant_ray.probe.rankers import RANKERS, SCHEMA, Evidence, Ranking, rank, ranking_rows, read_rankings
 from transplant_ray.probe.resident_rankers import RESIDENT
 from transplant_ray.probe.statistics import ActivationStats
-from transplant_ray.storage import read_rows, write_rows
+from transplant_ray.tables import read_rows, write_rows
 
 MODULES = [
     Module(f"model.layers.{layer}.{path}", layer, path, Role(kind, projection), (4, 4), False, "F32", path, None)  # type: ignore[arg-type]
