@@ -37,3 +37,10 @@ def test_trial_processes_load_no_torch() -> None:
     """They start beside the evaluator on a small machine; see docs/decisions/0003."""
     code = "import sys, transplant_ray.distributed.mailbox; print('torch' in sys.modules, 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False False"
+
+
+@pytest.mark.parametrize("module", ["preflight", "probing"])
+def test_processes_without_a_model_load_no_models(module: str) -> None:
+    """What looks at a node and what ranks: the code of transformers' models is more than half of what such a process would import."""
+    code = f"import sys, transplant_ray.distributed.{module}; print('transformers.modeling_utils' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"

@@ -6,12 +6,11 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
 import transformers
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from transplant_ray.distributed.meters import count_in_evaluator
 from transplant_ray.distributed.preflight import check_sample, check_versions
@@ -33,6 +32,9 @@ from transplant_ray.probe.search import Found, Search
 from transplant_ray.probe.searches import SEARCHES
 from transplant_ray.probe.statistics import ActivationStats, Continuations, greedy_continuations, stream_stats
 from transplant_ray.recipe import GatesSpec, GreedySpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,15 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from transplant_ray.evaluate.generate import Completion, GenerationSettings, TokenIds, complete, holds_stop, left_padded
 from transplant_ray.evaluate.row_cache import RowCache
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 Assign = Callable[[Sequence[int]], None]
 """Told which prompts the rows of the next forward passes belong to, by their indices, ascending."""

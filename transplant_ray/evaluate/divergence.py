@@ -8,15 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from math import isnan
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel
 
 from transplant_ray.evaluate.decode import pass_tokens
 from transplant_ray.evaluate.example import Rendered
 from transplant_ray.evaluate.read import LOGITS
 from transplant_ray.evaluate.teacher_forcing import lay_out, logits_at
 from transplant_ray.models.rope import forget_longest, rope_boundary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TARGET = -1
 

@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from math import inf, isfinite
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from transplant_ray.errors import NumericsError, ResourceError, TransplantError
 from transplant_ray.evaluate.answers import VariantShard
@@ -34,6 +33,9 @@ from transplant_ray.models.checkpoint import open_checkpoint, read_generation_en
 from transplant_ray.models.compare import check_vocabulary, compare
 from transplant_ray.models.loading import load_tokenizer
 from transplant_ray.models.rope import max_positions, rope_boundary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator: can't allocate memory")
 """What torch says of it on GPUs and on CPU."""

@@ -17,10 +17,9 @@ from difflib import get_close_matches
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from transplant_ray.errors import DataError, RecipeError
 from transplant_ray.evaluate.example import Example, Rendered, longest_choice
@@ -30,6 +29,9 @@ from transplant_ray.evaluate.harness_process import Heard, JudgeSpec, library_ta
 from transplant_ray.evaluate.prepared import SPLITS, Prepared
 from transplant_ray.evaluate.task import split_examples
 from transplant_ray.recipe import TaskSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SEEDS = {"random": 0, "numpy": 1234, "shots": 1234}
 """The defaults of `lm_eval`: some tasks shuffle as they are loaded, and shots are drawn."""

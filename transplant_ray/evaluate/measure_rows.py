@@ -6,12 +6,15 @@ import os
 import time
 from collections.abc import Iterator
 from copy import deepcopy
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel
 
 from transplant_ray.evaluate.decode import can_decode, last_logits
 from transplant_ray.evaluate.row_cache import RowCache
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 STEPS = 4
 WORTH = 1.1

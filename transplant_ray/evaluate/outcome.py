@@ -6,9 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import isfinite, sqrt
 from statistics import fmean, stdev
-from typing import TypeVar
-
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, TypeVar
 
 from transplant_ray.errors import NumericsError
 from transplant_ray.evaluate.decode import CLOSE_GAP
@@ -19,6 +17,9 @@ from transplant_ray.evaluate.harness_process import HARNESS
 from transplant_ray.evaluate.metrics import mean_interval, standard_error, wilson_interval
 from transplant_ray.evaluate.read import Reading, read
 from transplant_ray.evaluate.scorers import CHOICES, FORCED, LOSS, find_scorer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 T = TypeVar("T")
 

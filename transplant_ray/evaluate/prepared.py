@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from transplant_ray.evaluate.example import Rendered, Split, longest_answer, longest_choice
 from transplant_ray.evaluate.task import load_task, tokenize
 from transplant_ray.recipe import TaskSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SPLITS: tuple[Split, ...] = ("probe", "select", "test")
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from transplant_ray.errors import NumericsError
 from transplant_ray.evaluate.decode import CLOSE_GAP, Assign, pass_tokens
@@ -22,6 +22,9 @@ from transplant_ray.evaluate.example import Rendered
 from transplant_ray.evaluate.generate import GenerationSettings, generate
 from transplant_ray.evaluate.teacher_forcing import lay_out, logits_at
 from transplant_ray.models.rope import forget_longest, rope_boundary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 LOGITS = 2**27
 """Numbers in the logits of one pass: half a gigabyte."""

@@ -6,15 +6,18 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from transplant_ray.errors import DataError
 from transplant_ray.evaluate.choices import Choosing, check_choices, settle
 from transplant_ray.evaluate.example import Example, Rendered, Split, encode_example
 from transplant_ray.recipe import HubData, ShotSpec, SplitSpec, TaskSpec, TextSpec
 from transplant_ray.rows import Row, render, stream_rows, template_fields
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,15 @@ Rows are padded on the right and go without a mask: under a causal one, no posit
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from transplant_ray.evaluate.generate import TokenIds
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def lay_out(prompts: Sequence[TokenIds], texts: Sequence[TokenIds], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,16 +16,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
 from transplant_ray.graft.resident import Graft, ResidentPair
 from transplant_ray.graft.routed import give_back, override
 from transplant_ray.graft.variant import interpolate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Offsets = Mapping[str, torch.Tensor]
 """Module → zeros (B, O) in float32, to be added to the coefficient of every row and channel; their gradient is what is wanted."""

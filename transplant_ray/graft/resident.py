@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from transplant_ray.errors import VariantError
 from transplant_ray.graft.variant import ORIGIN, Coefficient, Variant, blend, check_variant
@@ -22,6 +22,9 @@ from transplant_ray.models.catalogue import Module
 from transplant_ray.models.compare import Comparison
 from transplant_ray.models.header import DTYPES
 from transplant_ray.models.loading import load_model, load_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)

@@ -18,15 +18,18 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.nn.functional import linear
-from transformers import PreTrainedModel
 
 from transplant_ray.errors import VariantError
 from transplant_ray.graft.resident import Graft, ResidentPair
 from transplant_ray.graft.variant import ENDS, Coefficient, Variant, check_variant, choose_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 Run = tuple[int, int, int]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
     SafetensorsParsingError,
     StrictDataclassError,
 )
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+from transformers import AutoConfig, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from transplant_ray import zoo
@@ -33,6 +33,9 @@ from transplant_ray.errors import CheckpointError
 from transplant_ray.models.convert import COMPANIONS, converted, is_pickle_only
 from transplant_ray.models.header import TensorInfo, brief, read_header
 from transplant_ray.storage import copy_here
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from transplant_ray.errors import IncompatibleModels
 from transplant_ray.models.catalogue import Catalogue, Exclusion, Module, read_catalogue
 from transplant_ray.models.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import is_accelerate_available, logging
 
 from transplant_ray.errors import CheckpointError, NumericsError
 from transplant_ray.models.catalogue import skeleton
 from transplant_ray.models.checkpoint import CONFIG_ERRORS, Checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 LoadTensor = Callable[[str], torch.Tensor]
 
@@ -47,7 +50,7 @@ def load_model(checkpoint: Checkpoint, dtype: str, device_map: str = "cpu") -> P
     check_finite(checkpoint.model, dict(model.named_parameters()))
     if not is_accelerate_available():  # a bare machine has one device to put a model on
         model = model.to(device_map)
-    return cast(PreTrainedModel, model.eval().requires_grad_(False))
+    return cast("PreTrainedModel", model.eval().requires_grad_(False))
 
 
 def assemble(
@@ -72,7 +75,7 @@ def assemble(
         raise CheckpointError(f"{checkpoint.model}: cannot be loaded: {error}") from error
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(f"{checkpoint.model}: {len(missing)} tensors are missing, e.g. {missing[0]}. Download it again.")
-    return cast(PreTrainedModel, model if is_accelerate_available() else model.to(device))
+    return cast("PreTrainedModel", model if is_accelerate_available() else model.to(device))
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
@@ -93,7 +96,7 @@ def read_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(place, revision=checkpoint.revision, trust_remote_code=checkpoint.remote_code)
     except Exception as error:  # what the tokenizers library raises is nothing narrower
         raise CheckpointError(f"{checkpoint.model}: its tokenizer cannot be loaded: {error}") from error
-    return cast(PreTrainedTokenizerBase, tokenizer)
+    return cast("PreTrainedTokenizerBase", tokenizer)
 
 
 def load_tensors(

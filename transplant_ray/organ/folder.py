@@ -11,9 +11,9 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import CONFIG_MAPPING, PretrainedConfig
+from transformers import CONFIG_MAPPING
 
 from transplant_ray.errors import CheckpointError, OrganError
 from transplant_ray.files import sha256_file, whole_folder, write_json, write_text
@@ -26,6 +26,9 @@ from transplant_ray.organ.manifest import MANIFEST, WEIGHTS, Manifest, Source, r
 from transplant_ray.organ.settings import LayerType, layer_types
 from transplant_ray.organ.stack import Stack, read_stack
 from transplant_ray.organ.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 LICENCES = ("LICENSE*", "NOTICE*")
 

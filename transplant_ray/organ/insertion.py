@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
-
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING, Any, Literal
 
 from transplant_ray.errors import IncompatibleModels, OrganError
 from transplant_ray.models.checkpoint import Checkpoint
@@ -25,6 +23,9 @@ from transplant_ray.organ.settings import (
 )
 from transplant_ray.organ.stack import Stack, read_stack
 from transplant_ray.organ.vocabulary import VocabularyChoice, compare_vocabularies, read_vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 Mode = Literal["insert", "replace"]
 MODES: tuple[Mode, ...] = ("insert", "replace")

@@ -15,18 +15,20 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
-from transformers import PreTrainedTokenizerBase
 
 from transplant_ray.errors import DataError, RunError
 from transplant_ray.files import whole_folder, write_json
 from transplant_ray.models.header import brief
 from transplant_ray.organ.text import Passage, number_of, place_of
 from transplant_ray.recipe import MeasuredSpec, TrainingSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 RECORD = "pack.json"
 PURPOSES = {

@@ -7,9 +7,9 @@ those of the checkpoint that `write_insertion` would write; its weights are the 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel
 
 from transplant_ray.models.checkpoint import Checkpoint
 from transplant_ray.models.header import DTYPES
@@ -17,6 +17,9 @@ from transplant_ray.models.loading import assemble, load_tensors
 from transplant_ray.organ.insert import stored_dtype
 from transplant_ray.organ.insertion import Insertion
 from transplant_ray.organ.stack import split_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Home = tuple[str, str, torch.dtype | None]
 """Where a tensor comes from: the model, its name there, and the dtype that the new checkpoint would store it in."""

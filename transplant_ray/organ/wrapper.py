@@ -6,9 +6,9 @@ It is the recipient's own class with a config of so many layers, loaded by `tran
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel
 
 from transplant_ray.errors import IncompatibleModels
 from transplant_ray.models.checkpoint import Checkpoint
@@ -18,6 +18,9 @@ from transplant_ray.organ.insertion import Placement, check_compatible
 from transplant_ray.organ.settings import depends_on_index, with_layers
 from transplant_ray.organ.stack import read_stack, split_name
 from transplant_ray.organ.vocabulary import VocabularyChoice
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def check_wrapper(recipient: Checkpoint, organ: Organ, vocabulary: VocabularyChoice = "refuse") -> tuple[str, ...]:

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from transplant_ray.distributed.facts import StepsDone
@@ -32,6 +32,9 @@ from transplant_ray.pipeline.watch import Silent, Watch
 from transplant_ray.pipeline.workplace import Workplace
 from transplant_ray.recipe import CorpusSpec, DemoSpec, MeasuredSpec, TrainingSpec
 from transplant_ray.versions import environment
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 RECORD = "training.json"
 CHECKPOINTS = 10

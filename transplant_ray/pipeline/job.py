@@ -5,8 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from transplant_ray.errors import RecipeError
 from transplant_ray.evaluate.example import Rendered, Split, check_answers, check_lengths, check_references
@@ -33,6 +32,9 @@ from transplant_ray.recipe import (
     Recipe,
     TaskSpec,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 DEFAULT_ROWS = 64
 """Rows of a batch where one model answers by itself and the recipe names no number."""

@@ -10,8 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from transplant_ray.errors import DataError, OrganError, RecipeError
 from transplant_ray.evaluate.example import Rendered, Split
@@ -30,6 +29,9 @@ from transplant_ray.pipeline.job import PreparedTask, batch_rows, check_task_pos
 from transplant_ray.pipeline.watch import Stopwatch
 from transplant_ray.recipe import DOMAIN, GENERAL, MeasuredSpec, OrganRecipe
 from transplant_ray.storage import RunFolder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TEXTS = (DOMAIN, GENERAL)
 SIDES: tuple[Split, ...] = ("select", "test")

@@ -18,13 +18,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
 
 from transplant_ray.errors import NumericsError
 from transplant_ray.evaluate.decode import pass_tokens
@@ -37,6 +37,9 @@ from transplant_ray.graft.path import along_path
 from transplant_ray.graft.variant import ORIGIN, Variant
 from transplant_ray.models.rope import forget_longest, rope_boundary
 from transplant_ray.probe.measured import Cost, Measured, Sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PATH_ERROR = 0.05
 """Beyond this share, the scores of `attribution` do not sum to what the full swap changes, and the user is told."""

@@ -11,18 +11,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from transplant_ray.errors import NumericsError
 from transplant_ray.evaluate.example import Rendered
 from transplant_ray.evaluate.generate import GenerationSettings, generate, length_batches
 from transplant_ray.evaluate.teacher_forcing import lay_out
 from transplant_ray.models.rope import rope_boundary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Continuations = Mapping[str, tuple[int, ...]]
 """Example id → the tokens that follow its prompt, the end token included."""
