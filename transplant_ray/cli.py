@@ -24,7 +24,7 @@ from transplant_ray.cli_organ_compare import print_comparison
 from transplant_ray.cli_organ_sweep import print_organs
 from transplant_ray.errors import TransplantError
 from transplant_ray.named_tasks import NAMED_TASKS
-from transplant_ray.terminal import INTERRUPTED, complaints, resumable, tell
+from transplant_ray.terminal import INTERRUPTED, complaints, loading, resumable, tell
 
 app = typer.Typer(
     help="Find the modules whose weights bring a lost ability back to a language model, transplant them, and prove it.",
@@ -67,12 +67,13 @@ def plan(
     measure: Annotated[bool, typer.Option(help="Load the pair, run a few steps, and tell how long the sweep takes.")] = False,
 ) -> None:
     """Say what a sweep would do, from configs and headers alone: modules, exclusions, variants, memory, placement."""
-    from transplant_ray.console import print_calibration, print_plan
-    from transplant_ray.pipeline.job import prepare
-    from transplant_ray.pipeline.planning import make_plan
-    from transplant_ray.pipeline.planning import measure as calibrate
-
     loaded = _load(recipe, overrides)
+    with loading():
+        from transplant_ray.console import print_calibration, print_plan
+        from transplant_ray.pipeline.job import prepare
+        from transplant_ray.pipeline.planning import make_plan
+        from transplant_ray.pipeline.planning import measure as calibrate
+
     job = prepare(loaded)
     print_plan(console, make_plan(job))
     if measure:
@@ -82,11 +83,13 @@ def plan(
 @app.command()
 def rank(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Measure both models and rank their modules; writes rankings.parquet."""
-    from transplant_ray.console import TerminalWatch, ranking_table
-    from transplant_ray.pipeline.sweeping import rank as run_rank
+    loaded = _load(recipe, overrides)
+    with loading():
+        from transplant_ray.console import TerminalWatch, ranking_table
+        from transplant_ray.pipeline.sweeping import rank as run_rank
 
     with resumable("ranking starts over"), TerminalWatch(console) as watch:
-        rankings = run_rank(_load(recipe, overrides), watch)
+        rankings = run_rank(loaded, watch)
     for ranking in rankings:
         console.print(ranking_table(ranking))
 
@@ -291,10 +294,11 @@ def main() -> None:
 
 
 def _sweep(path: Path, overrides: list[str] | None) -> None:
-    from transplant_ray.console import TerminalWatch
-    from transplant_ray.pipeline.sweeping import sweep as run_sweep
-
     recipe = _load(path, overrides)
+    with loading():
+        from transplant_ray.console import TerminalWatch
+        from transplant_ray.pipeline.sweeping import sweep as run_sweep
+
     again = "goes on where it stopped" if recipe.ledger else "starts over, for `ledger: false` keeps nothing"
     with resumable(f"the same command {again}"), TerminalWatch(console) as watch:
         result = run_sweep(recipe, watch)

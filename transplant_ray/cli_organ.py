@@ -12,7 +12,7 @@ from transplant_ray.cli_organ_compare import compare
 from transplant_ray.cli_organ_demo import demo
 from transplant_ray.cli_organ_sweep import sweep
 from transplant_ray.errors import OrganError
-from transplant_ray.terminal import resumable
+from transplant_ray.terminal import loading, resumable
 
 organ_app = typer.Typer(
     help="Cut contiguous layers out of a model, put them into another, and take them out again.", no_args_is_help=True
@@ -106,14 +106,16 @@ def train(
     licence: Annotated[str | None, typer.Option(help="Licence of the model, where layers are cut out of it.")] = None,
 ) -> None:
     """Train layers by themselves on text, and write them as an organ. Run again after it was stopped, it goes on."""
-    from transplant_ray.console import TerminalWatch
-    from transplant_ray.pipeline.organ_training import describe_training
-    from transplant_ray.pipeline.organ_training import train as run_train
     from transplant_ray.recipe import TrackingSpec, WorkerSpec, parse_training
 
     training = parse_training(data, set or [])
     crew = WorkerSpec(address=address, num=workers, gpus=gpus, cpus=cpus)
     told = None if tracking == "none" else TrackingSpec(uri=tracking, experiment="organs")
+    with loading():
+        from transplant_ray.console import TerminalWatch
+        from transplant_ray.pipeline.organ_training import describe_training
+        from transplant_ray.pipeline.organ_training import train as run_train
+
     with resumable("the same command goes on from the last checkpoint"), TerminalWatch(console) as watch:
         trained = run_train(
             model, training, out, layers=layers, organ=organ, revision=revision, vocabulary=vocabulary, licence=licence,

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from transplant_ray.terminal import resumable, tell
+from transplant_ray.terminal import loading, resumable, tell
 
 if TYPE_CHECKING:
     from transplant_ray.pipeline.comparison_planning import Planned
@@ -34,12 +34,14 @@ def compare(
 
     Ends with 1 where a method or a seed has no result. A learning rate that diverges is a result: a row with its reason.
     """
-    from transplant_ray.console import TerminalWatch
-    from transplant_ray.pipeline.comparing import compare as run_compare
-    from transplant_ray.pipeline.comparison_planning import plan
     from transplant_ray.recipe import load_compare_recipe
 
     loaded = load_compare_recipe(recipe, overrides or [])
+    with loading():
+        from transplant_ray.console import TerminalWatch
+        from transplant_ray.pipeline.comparing import compare as run_compare
+        from transplant_ray.pipeline.comparison_planning import plan
+
     if dry_run:
         _print_plan(loaded, plan(loaded))
         return

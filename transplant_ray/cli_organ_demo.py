@@ -10,7 +10,7 @@ from rich.console import Console
 
 from transplant_ray.cli_organ_compare import print_comparison
 from transplant_ray.cli_organ_sweep import print_organs
-from transplant_ray.terminal import resumable, tell
+from transplant_ray.terminal import loading, resumable, tell
 
 if TYPE_CHECKING:
     from transplant_ray.pipeline.organ_demo import Demo
@@ -40,12 +40,14 @@ def demo(
 
     Nothing is downloaded. Run again, it goes on where it was stopped, and says the results again where all is done.
     """
-    from transplant_ray.console import TerminalWatch
-    from transplant_ray.pipeline.organ_demo import organ_demo
     from transplant_ray.recipe import TrackingSpec, parse_demo
 
     spec = parse_demo([f"family={family}", f"seed={seed}", *(set or [])])
     told = TrackingSpec(uri=tracking, experiment="organs")
+    with loading():
+        from transplant_ray.console import TerminalWatch
+        from transplant_ray.pipeline.organ_demo import organ_demo
+
     with resumable("the same command goes on where it stopped"), TerminalWatch(console) as watch:
         made = organ_demo(spec, out, domain=domain, cpus=cpus, tracking=told, watch=watch)
     _print_demo(made)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from transplant_ray.errors import RecipeError
-from transplant_ray.terminal import resumable, tell
+from transplant_ray.terminal import loading, resumable, tell
 
 if TYPE_CHECKING:
     from transplant_ray.evaluate.example import Split
@@ -45,10 +45,11 @@ def sweep(
 
     Half of the text chooses the place, the other half confirms it. Run again after it was stopped, it goes on.
     """
-    from transplant_ray.console import TerminalWatch
-    from transplant_ray.pipeline.organ_sweeping import plan_organs, sweep_organs
-
     loaded = _load(recipe or [], recipient, organ or [], domain or [], general or [], name)
+    with loading():
+        from transplant_ray.console import TerminalWatch
+        from transplant_ray.pipeline.organ_sweeping import plan_organs, sweep_organs
+
     if dry_run:
         _print_plan(*plan_organs(loaded))
         return

@@ -21,6 +21,13 @@ def tell(text: str) -> None:
 
 
 @contextmanager
+def loading() -> Iterator[None]:
+    """Around imports that take ten seconds: who looks at a terminal sees that something happens."""
+    with complaints.status("loading libraries"):
+        yield
+
+
+@contextmanager
 def resumable(what_next: str) -> Iterator[None]:
     """Ctrl-C and SIGTERM end in a line, and in the exit code that a shell gives them."""
     try:

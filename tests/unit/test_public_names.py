@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +42,17 @@ def test_trial_processes_load_no_torch() -> None:
 
 @pytest.mark.parametrize("module", ["preflight", "probing"])
 def test_processes_without_a_model_load_no_models(module: str) -> None:
-    """What looks at a node and what ranks: the code of transformers' models is more than half of what such a process would import."""
+    """What looks at a node and what ranks: the code of transformers' models is more than half of what they would import."""
     code = f"import sys, transplant_ray.distributed.{module}; print('transformers.modeling_utils' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("command", [["plan"], ["rank"], ["sweep"], ["organ", "sweep"], ["organ", "compare"]])
+def test_a_bad_recipe_is_refused_before_anything_is_loaded(tmp_path: Path, command: list[str]) -> None:
+    (tmp_path / "recipe.yaml").write_text("nonsense: 1\n")
+    argv = [sys.executable, "-X", "importtime", "-m", "transplant_ray.cli", *command, str(tmp_path / "recipe.yaml")]
+    refused = subprocess.run(argv, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "RecipeError" in refused.stderr
+    imported = {line.rpartition("|")[2].strip() for line in refused.stderr.splitlines()}
+    assert imported.isdisjoint({"torch", "ray", "transformers", "mlflow"})
