@@ -83,6 +83,7 @@ def test_what_a_dead_evaluator_had_in_hand_is_done_once_by_another(cluster: None
     assert not failed
 
 
+@pytest.mark.slow
 def test_a_variant_that_kills_whoever_has_it_is_given_up(cluster: None, tmp_path: Path) -> None:  # noqa: ARG001
     killer = VARIANTS[5]
     with make_pool(tmp_path, always=[killer]) as pool:

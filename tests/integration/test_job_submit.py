@@ -9,8 +9,6 @@ import pytest
 from integration.helpers import Head, Job, Place, Swept, run_main
 from mlflow import MlflowClient
 
-pytestmark = pytest.mark.slow
-
 
 def test_a_submitted_sweep_succeeds_and_leaves_its_results_in_absolute_storage(submitted: tuple[Job, Swept]) -> None:
     job, swept = submitted
@@ -27,6 +25,7 @@ def test_what_a_submitted_sweep_gives_to_mlflow_outlives_the_job(submitted: tupl
     assert (artifacts / "results.parquet").exists()
 
 
+@pytest.mark.slow
 def test_a_submitted_ranking_on_halves_of_one_gpu_is_the_one_of_two_gpus(head: Head, swept: Swept, tmp_path: Path) -> None:
     job = head.run("rank", swept.place.path / "recipe.yaml", f"storage={tmp_path}", "resources.gpus_per_model=0.5")
     assert job.code == 0, job.log[-3000:]

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import psutil
+import pytest
 from integration.helpers import REPOSITORY
 
 SWEEP = """
@@ -62,6 +63,7 @@ def test_a_ray_of_our_own_listens_on_loopback_alone(tmp_path: Path) -> None:
     assert not {name: wide for name, addresses in found.items() if (wide := {each for each in addresses if not is_loopback(each)})}
 
 
+@pytest.mark.slow
 def test_so_does_the_head_of_the_smoke_script(tmp_path: Path) -> None:
     """All of the script up to where it submits the job."""
     start, cut, _ = (REPOSITORY / "deploy" / "smoke.sh").read_text().partition("\njob=smoke\n")

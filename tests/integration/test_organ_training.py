@@ -33,7 +33,6 @@ from transplant_ray.pipeline.organ_training import Trained, train
 from transplant_ray.pipeline.organs import insert
 from transplant_ray.recipe import TrainingSpec, WorkerSpec
 
-pytestmark = pytest.mark.slow
 SETTINGS = {
     "context": "16", "steps": "200", "batch": "4", "lr": "0.003", "held_out": "0.1", "report_every": "1", "checkpoint_every": "20",
 }  # fmt: skip
@@ -134,6 +133,7 @@ def test_mlflow_has_the_curves(calm: Calm) -> None:
     assert record == open_organ(calm.folder / "organ").manifest.training
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_changes_no_bit(calm: Calm, tmp_path: Path) -> None:
     watcher = Watcher(random.randint(25, 120), lambda: [process.kill() for process in train_workers()] and None)
     trained = calm.train(tmp_path / "organ", WorkerSpec(cpus=1), watcher)
@@ -169,6 +169,7 @@ train(asked["model"], TrainingSpec.model_validate(asked["spec"]), Path(asked["ou
 """Trains, and kills itself once it hears of a step."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pause", [20, 200], ids=["after-a-checkpoint", "before-the-first"])
 def test_a_driver_that_is_killed_at_any_step_goes_on_and_changes_no_bit(calm: Calm, tmp_path: Path, pause: int) -> None:
     seed = int(os.environ.get("KILL_SEED", random.randrange(10_000)))
@@ -190,6 +191,7 @@ def test_a_driver_that_is_killed_at_any_step_goes_on_and_changes_no_bit(calm: Ca
     assert (tmp_path / "organ" / "organ.safetensors").read_bytes() == calm.organ
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batch", [2, 1], ids=["whole", "in-parts"])
 def test_two_workers_come_to_the_same_but_for_rounding(calm: Calm, tmp_path: Path, micro_batch: int) -> None:
     """Each reads two contexts a step: at once, or one after the other with one exchange of gradients."""
@@ -205,6 +207,7 @@ def test_two_workers_come_to_the_same_but_for_rounding(calm: Calm, tmp_path: Pat
     assert not torch.equal(ours["model.layers.0.mlp.up_proj.weight"], start["model.layers.1.mlp.up_proj.weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600, func_only=True)
 @pytest.mark.parametrize("max_failures", [0, 3])
 def test_one_of_two_workers_that_fails_ends_the_training_with_its_error(cluster: None, tmp_path: Path, max_failures: int) -> None:  # noqa: ARG001

@@ -43,6 +43,7 @@ def test_the_same_recipe_again_gives_the_same_completions(submitted: tuple[Job, 
         pd.testing.assert_frame_equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_a_model_over_two_gpus_is_ranked_along_the_reference_as_by_hand(cluster: None, place: Place) -> None:  # noqa: ARG001
     # Both models want both GPUs, so they take turns; by hand, there is no Ray at all.
     overrides = ["rank.trajectory=reference", "resources.gpus_per_model=2"]

@@ -31,8 +31,6 @@ from transplant_ray.recipe import load_recipe
 
 SWEPT = ["variant", "role", "split", "n", "correct", "accuracy", "winner"]
 
-pytestmark = pytest.mark.slow
-
 
 @dataclass(frozen=True)
 class Sender:
@@ -96,6 +94,7 @@ def waiting(sender: Sender, request: pytest.FixtureRequest) -> Iterator[str]:
     sender.head.client.stop_job(id)
 
 
+@pytest.mark.slow
 def test_a_recipe_with_its_inputs_runs_on_the_cluster_and_ends_with_the_same_numbers(
     sender: Sender, finished: Finished, swept: Swept, workplace: Path
 ) -> None:
@@ -110,6 +109,7 @@ def test_a_recipe_with_its_inputs_runs_on_the_cluster_and_ends_with_the_same_num
     assert job.metadata["identity"] == json.loads((folder / "summary.json").read_text())["recipe"]
 
 
+@pytest.mark.slow
 def test_the_same_recipe_again_is_the_same_recipe_to_the_results_that_are_there(
     sender: Sender, finished: Finished, swept: Swept, workplace: Path
 ) -> None:
@@ -119,6 +119,7 @@ def test_the_same_recipe_again_is_the_same_recipe_to_the_results_that_are_there(
     pd.testing.assert_frame_equal(*rankings)
 
 
+@pytest.mark.slow
 def test_the_driver_may_be_on_any_node(sender: Sender, swept: Swept, workplace: Path) -> None:
     """Its evaluators are on the head, which has the CPUs and the GPU; it itself is on a node that has neither."""
     storage = workplace / "elsewhere"
@@ -132,6 +133,7 @@ def test_the_driver_may_be_on_any_node(sender: Sender, swept: Swept, workplace: 
     assert {line["node"] for line in log if line["event"] == "shard done" and line.get("evaluator")}.isdisjoint({node[:8]})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["organ sweep", "organ compare"])
 def test_an_organ_recipe_with_its_model_organ_and_texts_runs_on_the_cluster(
     sender: Sender, empty_database: Path, tmp_path: Path, command: str
@@ -174,6 +176,7 @@ def write_organ_recipe(folder: Path, command: str) -> Path:
     return folder / "recipe.yaml"
 
 
+@pytest.mark.slow
 def test_status_and_logs_of_a_job_that_has_ended(sender: Sender, finished: Finished) -> None:
     status, log, every = sender("status", "tiny-sweep"), sender("logs", "tiny-sweep"), sender("status")
     assert (finished.code, status.code, log.code, every.code) == (0, 0, 0, 0)
@@ -185,6 +188,7 @@ def test_status_and_logs_of_a_job_that_has_ended(sender: Sender, finished: Finis
     assert "nothing to stop" in sender("stop", "tiny-sweep").err
 
 
+@pytest.mark.slow
 def test_the_exit_code_and_the_log_of_a_job_that_fails_are_those_of_the_command(sender: Sender) -> None:
     environment = sender.place.path / "environment.yaml"
     environment.write_text("env_vars: {GREETING: it said this}\nexcludes: [transplant_ray]\n")
@@ -198,6 +202,7 @@ def test_the_exit_code_and_the_log_of_a_job_that_fails_are_those_of_the_command(
     assert travelled == {"recipe.yaml", "answers.jsonl", *models}
 
 
+@pytest.mark.slow
 def test_an_input_that_is_not_on_the_cluster_ends_the_job_with_our_own_error(sender: Sender) -> None:
     failed = sender("submit", sender.recipe, "target.model=/shared/nowhere", "--python", sys.executable)
     assert failed.code == 2
@@ -215,6 +220,7 @@ def test_stop_ends_a_job_by_its_id(sender: Sender, waiting: str) -> None:
     assert "waiting" in followed.out
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_stopped_ends_as_by_ctrl_c_and_submitted_again_goes_on(sender: Sender, workplace: Path) -> None:
     log = workplace / "halted" / "halted" / "log.jsonl"
     changes = ["name=halted", f"storage={workplace / 'halted'}", "resources.batch_size=4", "resources.shard_size=5"]
@@ -243,6 +249,7 @@ def read_until(words: str, stream: Callable[[], bytes]) -> bytes:
     return heard
 
 
+@pytest.mark.slow
 def test_ctrl_c_asks_and_yes_stops_the_job(sender: Sender) -> None:
     ours, theirs = pty.openpty()
     argv = ("submit", sender.recipe, "--python", sender.place.path / "waits", "--submission-id", "asked")
@@ -257,6 +264,7 @@ def test_ctrl_c_asks_and_yes_stops_the_job(sender: Sender) -> None:
     assert sender.head.client.get_job_status("asked") == "STOPPED"
 
 
+@pytest.mark.slow
 def test_ctrl_c_where_nobody_can_be_asked_leaves_the_job_running(sender: Sender, waiting: str) -> None:
     process = sender.process("logs", waiting, "--follow", stdin=subprocess.DEVNULL)
     assert process.stdout is not None
@@ -266,6 +274,7 @@ def test_ctrl_c_where_nobody_can_be_asked_leaves_the_job_running(sender: Sender,
     assert sender.head.client.get_job_status(waiting) == "RUNNING"
 
 
+@pytest.mark.slow
 def test_an_unknown_id_is_answered_with_the_nearest(sender: Sender, waiting: str) -> None:
     for command in ("status", "logs", "stop"):
         unknown = sender(command, waiting[:-1])
@@ -274,12 +283,14 @@ def test_an_unknown_id_is_answered_with_the_nearest(sender: Sender, waiting: str
     assert sender.head.client.get_job_status(waiting) == "RUNNING"
 
 
+@pytest.mark.slow
 def test_an_id_that_is_taken_is_refused(sender: Sender, waiting: str) -> None:
     taken = sender.script("fails", "--submission-id", waiting)
     assert taken.code == 2
     assert "already" in taken.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variables", "advice"),
     [
@@ -300,6 +311,7 @@ def test_without_the_clusters_token_nothing_is_shown_but_how_to_get_it(
     assert "0123456789abcdef" not in err.decode()
 
 
+@pytest.mark.slow
 def test_a_head_that_is_not_there_is_told_at_once_with_what_to_do(sender: Sender) -> None:
     nowhere = f"http://me:open-sesame@127.0.0.1:{free_port()}"
     for argv in (("submit", sender.recipe), ("status",), ("stop", "one")):

@@ -112,6 +112,7 @@ def shut(cluster: None, template: Place, tmp_path_factory: pytest.TempPathFactor
     return Swept(place.path / "runs" / "shut", place, finished)
 
 
+@pytest.mark.slow
 def test_without_a_gap_the_test_split_stays_shut(shut: Swept) -> None:
     found = summary(shut)
     assert found["verdict"]["conclusion"] == "no gap to close"
@@ -123,6 +124,7 @@ def test_without_a_gap_the_test_split_stays_shut(shut: Swept) -> None:
     assert "the test split was not opened" in shut.finished.out
 
 
+@pytest.mark.slow
 def test_without_a_gap_what_select_liked_best_is_exported_all_the_same(shut: Swept) -> None:
     won = summary(shut)["winner"]
     assert won["exported_agrees"] == {"n": SPLIT["select"], "equal": SPLIT["select"]}
