@@ -125,6 +125,7 @@ def test_the_fleet_grows_with_the_cluster_and_shrinks_with_it_and_loses_nothing(
         assert len(gathered) == 1, "the one whose node is gone is waited for no longer"
 
 
+@pytest.mark.slow
 def test_a_cluster_that_grows_is_shown_that_more_is_of_use(nodes: Machines) -> None:
     """One actor waits in vain till its node has come. A newcomer keeps off a node that was refused."""
     nodes.kill("target")
@@ -153,6 +154,7 @@ def test_a_cluster_that_grows_is_shown_that_more_is_of_use(nodes: Machines) -> N
     assert ray.get(avoided.join.remote(), timeout=PATIENCE) != places[0]
 
 
+@pytest.mark.slow
 def test_what_is_not_there_yet_is_waited_for(nodes: Machines) -> None:
     three = ResourceSpec(gpus_per_model=1, evaluators=3, wait=PATIENCE)
     with pytest.raises(ResourceError, match=r"3 evaluators with 1 GPUs .* which is 2 of them after 1 seconds"):

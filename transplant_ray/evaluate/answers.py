@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from transplant_ray.evaluate.example import Split
 from transplant_ray.evaluate.outcome import Outcome, Tally
-from transplant_ray.evaluate.significance import Scores
 from transplant_ray.evaluate.spool import Slip, Spool
+
+if TYPE_CHECKING:
+    from transplant_ray.evaluate.significance import Scores
 
 
 @dataclass(frozen=True)

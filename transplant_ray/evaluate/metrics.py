@@ -1,4 +1,7 @@
-"""The formulas: accuracy and its interval, TIR, Recovery, reachable recovery. All of them live here (method.md, "Metrics")."""
+"""The formulas: accuracy and its interval, TIR, Recovery, reachable recovery. All of them live here (method.md, "Metrics").
+
+`scipy.stats` takes two seconds to import, and evaluators, who import this, draw no interval.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,14 @@ from collections.abc import Sequence
 from math import exp, sqrt
 from statistics import fmean, stdev, variance
 
-from scipy.stats import binomtest
-from scipy.stats import t as student
-
 LARGEST_LOSS = 700.0
 """Nats; the exponential of 710 is no number any more."""
 
 
 def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson score interval of an accuracy; ValueError where n is 0."""
+    from scipy.stats import binomtest
+
     interval = binomtest(correct, n).proportion_ci(confidence_level=confidence, method="wilson")
     return float(interval.low), float(interval.high)
 
@@ -23,7 +25,7 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[fl
     """Student's interval of a mean; None for a single value."""
     if len(values) < 2:
         return None
-    half = float(student.isf((1 - confidence) / 2, len(values) - 1)) * stdev(values) / sqrt(len(values))
+    half = _quantile(confidence, len(values) - 1) * stdev(values) / sqrt(len(values))
     return fmean(values) - half, fmean(values) + half
 
 
@@ -43,8 +45,15 @@ def crossed_interval(values_SB: Sequence[Sequence[float]], confidence: float = 0
     if total == 0:
         return by_seed
     freedom = total**2 / sum(part**2 / each for part, each in parts)
-    half = max(float(student.isf((1 - confidence) / 2, freedom)) * sqrt(total), (by_seed[1] - by_seed[0]) / 2)
+    half = max(_quantile(confidence, freedom) * sqrt(total), (by_seed[1] - by_seed[0]) / 2)
     return fmean(of_seeds) - half, fmean(of_seeds) + half
+
+
+def _quantile(confidence: float, freedom: float) -> float:
+    """Of Student's distribution: how many standard errors an interval reaches to each side."""
+    from scipy.stats import t as student
+
+    return float(student.isf((1 - confidence) / 2, freedom))
 
 
 def standard_error(accuracy: float, n: int) -> float:
