@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import typer
 from rich.console import Console
+from rich.live import Live
+from rich.spinner import Spinner
 
 from transplant_ray.errors import Terminated
 
@@ -23,7 +25,9 @@ def tell(text: str) -> None:
 @contextmanager
 def loading() -> Iterator[None]:
     """Around imports that take ten seconds: who looks at a terminal sees that something happens."""
-    with complaints.status("loading libraries"):
+    spinner = Spinner("dots", "loading libraries")
+    # Nothing redirected, as a status would do: loggers that are made now keep the stream that they find.
+    with Live(spinner, console=complaints, transient=True, redirect_stdout=False, redirect_stderr=False):
         yield
 
 

@@ -3,8 +3,8 @@
     python tests/bench/bench_scale.py [--evaluators 32] [--shards 10000] [--seconds 0.5] [--trials 1000]
 
 The pool, its fleet, Ray and Tune are the real ones; a unit of work is a nap in a process of its own and gives back as much as
-a shard of 128 examples. What comes back goes where a sweep's goes: into the ledger (on disk here), the tallies, the log and the
-metrics. `busy` is the share of the evaluators' time that is nap, from first to last; below 90 % the script ends with 1.
+a shard of 128 examples. What comes back goes where a sweep's goes: into the ledger (on disk here), the spool, the tallies, the log
+and the metrics. `busy` is the share of the evaluators' time that is nap, from first to last; below 90 % the script ends with 1.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def shards(evaluators: int, number: int, seconds: float) -> float:
     print(f"{number} shards of {seconds} s on {evaluators} evaluators: {wall:.1f} s")
     print(f"busy: {busy:.1%}")
     print(
-        f"driver: {1000 * spent / number:.2f} ms of CPU a shard, {1000 * at_desk / number:.2f} of it for ledger, tallies, log, "
+        f"driver: {1000 * spent / number:.2f} ms of CPU a shard, {1000 * at_desk / number:.2f} of it for ledger, spool, log, "
         f"metrics; MiB by tenths: {' '.join(f'{mebibytes:.0f}' for mebibytes in memory)}"
     )
     grown = (memory[-1] - memory[0]) * 2**20 / (number * EXAMPLES)

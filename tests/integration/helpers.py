@@ -119,7 +119,7 @@ class Head:
         id = f"{script}-{secrets.token_hex(4)}"
         with tempfile.TemporaryDirectory() as folder:
             shutil.copytree(REPOSITORY / "jobs", Path(folder) / "jobs", ignore=shutil.ignore_patterns("__pycache__"))
-            address = ["--address", f"http://127.0.0.1:{self.port}", "--working-dir", folder, "--submission-id", id]
+            address = ["--address", self.client.get_address(), "--working-dir", folder, "--submission-id", id]
             command = [str(Path(sys.executable).with_name("ray")), "job", "submit", *address, "--", sys.executable]
             sent = subprocess.run([*command, f"jobs/{script}.py", *map(str, argv)], capture_output=True, text=True)
         code = self.client.get_job_info(id).driver_exit_code

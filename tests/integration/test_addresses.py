@@ -90,6 +90,15 @@ def test_a_bucket_that_is_not_there_is_named_without_the_secret(store: str) -> N
     assert SECRET not in str(caught.value)
 
 
+def test_a_bucket_that_cannot_be_written_ends_a_sweep_before_a_model_is_loaded(cluster: None, place: Place, store: str) -> None:  # noqa: ARG001
+    storage = store.format("swept").replace("@bucket/", "@nowhere/")
+    refused = run_main("sweep", place.recipe(name="nowhere", storage=storage, ledger=False))
+    assert refused.code == 2
+    assert "s3://nowhere/swept/.ledger: the storage cannot be used" in refused.err
+    assert "probe and rank" not in refused.err
+    assert SECRET not in refused.out + refused.err
+
+
 @pytest.mark.parametrize("kind", ["s3", pytest.param("file", marks=pytest.mark.slow)])
 def test_a_sweep_into_an_address(swept: Swept, place: Place, store: str, kind: str) -> None:
     """The same results as in a folder; again, and everything is recalled; and the report is there."""

@@ -15,10 +15,13 @@ import ray
 from integration.helpers import Place, Swept, run_main
 from mlflow import MlflowClient
 
+from transplant_ray.distributed.cluster import RETRIES
 from transplant_ray.distributed.fleet import fleet
 from transplant_ray.distributed.overseer import Overseer
 from transplant_ray.distributed.pool import MOST_DEATHS, Pool, Work, packed
+from transplant_ray.distributed.probing import released
 from transplant_ray.distributed.trials import _TrialListener
+from transplant_ray.errors import ResourceError
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.example import Rendered
 from transplant_ray.evaluate.generate import GenerationSettings, Rules
@@ -99,6 +102,44 @@ def test_a_measurement_of_a_killer_is_nothing(cluster: None, tmp_path: Path) -> 
         losses: dict[str, float | None] = {}
         pool.losses(VARIANTS, EXAMPLES, RULES, losses.update)
     assert losses == {variant.id: None if variant == killer else 1.0 for variant in VARIANTS}
+
+
+@ray.remote(max_restarts=-1, num_cpus=0)
+class Stillborn(Mortal.__ray_metadata__.modified_class):  # type: ignore[name-defined, misc]
+    """Dies whenever it loads, as where a model is larger than the memory."""
+
+    def join(self) -> str:
+        os.kill(os.getpid(), 9)
+        return ""
+
+
+@pytest.mark.slow
+def test_where_all_die_while_they_load_that_is_the_end(cluster: None, tmp_path: Path) -> None:  # noqa: ARG001
+    notes: list[str] = []
+    actors = (Stillborn.remote(tmp_path, frozenset(), frozenset()) for _ in range(9))  # type: ignore[attr-defined]
+    with (
+        fleet(lambda _: next(actors), lambda _: 2, Overseer(), notes.append) as gathered,
+        pytest.raises(ResourceError, match=rf"died {RETRIES + 1} times while it loaded; memory may have run out\. Give it"),
+    ):
+        gathered.first()
+    assert len(notes) == 1, "one more was tried in the place of the first"
+
+
+@pytest.mark.slow
+def test_one_that_dies_while_it_loads_is_left_out_and_the_others_work(cluster: None, tmp_path: Path) -> None:  # noqa: ARG001
+    well, ill = (kind.remote(tmp_path, frozenset(), frozenset()) for kind in (Mortal, Stillborn))  # type: ignore[attr-defined]
+    actors, notes = iter([well, ill]), list[str]()
+    with fleet(lambda _: next(actors), lambda _: 2 - len(notes), Overseer(), notes.append) as gathered:
+        done, failed = run(Pool(gathered, rows=8))
+        while not notes:
+            gathered.welcome(ray.wait(list(gathered.joining), num_returns=1)[0][0])
+    assert (set(done.values()), failed, len(notes)) == ({1}, {}, 1)
+
+
+def test_a_model_that_ends_whoever_loads_it_is_an_error_of_ours(cluster: None, tmp_path: Path) -> None:  # noqa: ARG001
+    actor = Stillborn.options(max_task_retries=1).remote(tmp_path, frozenset(), frozenset())  # type: ignore[attr-defined]
+    with pytest.raises(ResourceError, match="died again and again, while it loaded or at work"), released(actor):
+        ray.get(actor.join.remote())
 
 
 def test_an_error_of_an_evaluator_is_no_death(cluster: None, tmp_path: Path) -> None:  # noqa: ARG001

@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -21,10 +22,12 @@ from tiny import VOCABULARY, tiny_pair, tiny_tokenizer
 from trainings import begin, sums, training_spec
 
 from transplant_ray.errors import RunError
+from transplant_ray.evaluate import spool as spools
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.example import Rendered
 from transplant_ray.evaluate.ledger import Ledger
 from transplant_ray.evaluate.outcome import Outcome
+from transplant_ray.evaluate.spool import Spool
 from transplant_ray.files import whole_file, whole_folder, write_json
 from transplant_ray.graft.export import apply_delta, export_checkpoint, export_delta
 from transplant_ray.graft.variant import Variant
@@ -548,3 +551,20 @@ def test_a_sweep_without_room_for_the_checkpoint_goes_on_from_the_ledger(place: 
     assert run.read_summary()["test_opened"] == 1
     assert (run.checkpoint / "notes.txt").stat().st_size == 30 * 2**20
     assert read_results(run.path)["error"].isna().all()
+
+
+def test_answers_without_room_are_said_and_those_before_are_there(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where temporary files are, for the spool is one."""
+    monkeypatch.setattr(tempfile, "tempdir", str(disk.path))
+    monkeypatch.setattr(spools, "IN_MEMORY", 3 * PAGE)
+    spool = Spool()
+    said = [tuple(Outcome("v", f"e{i}", noise((part, i), PAGE), True, 3, True) for i in range(3)) for part in range(2)]
+    first = spool.keep(said[0])
+    disk.leave(2 * PAGE)
+    for _ in range(2):
+        with pytest.raises(RunError, match=f"answers cannot be kept in {disk.path}: No space left on device") as caught:
+            spool.keep(said[1])
+        assert "TMPDIR" in str(caught.value)
+    disk.make_room()
+    assert (spool.read(first), spool.read(spool.keep(said[1]))) == tuple(said)
+    assert disk.files == set(), "it has no name"

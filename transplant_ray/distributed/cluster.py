@@ -29,6 +29,9 @@ NODE_LABEL = "ray.io/node-id"
 LOCAL = "local"
 """As an address: a Ray of our own. Without any, Ray would join whatever somebody has started on this machine."""
 REACH_SECONDS = 10
+RETRIES = 5
+"""So often a call is tried again whose actor has died over it: without end, nobody would hear of a model that is larger than the
+memory. Waiting for a node to come back is no try."""
 POLL_SECONDS = 2.0
 """How often it is asked whether a node has come or gone."""
 
@@ -54,7 +57,7 @@ class Capacity:
         return actor_class.options(**self.options(place, refused)).remote(*args)
 
     def options(self, place: Place, refused: Refused = NOBODY) -> dict[str, Any]:
-        """Ray options of a model actor: it restarts when it dies, and calls to it are tried again until it answers.
+        """Ray options of a model actor: it restarts when it dies, and calls to it are tried again, `RETRIES` times.
 
         It goes to no node where others found no place of use.
         """
@@ -66,7 +69,7 @@ class Capacity:
         if resources.accelerator_type is not None:
             placed["accelerator_type"] = resources.accelerator_type
         num = {"num_cpus": resources.cpus_per_model, "num_gpus": resources.gpus_per_model}
-        return {**num, **placed, "max_restarts": -1, "max_task_retries": -1}
+        return {**num, **placed, "max_restarts": -1, "max_task_retries": RETRIES}
 
     @property
     def holds_both(self) -> bool:

@@ -14,10 +14,10 @@ from typing import Any, Protocol
 import ray
 from ray.actor import ActorHandle
 
-from transplant_ray.distributed.cluster import GONE
+from transplant_ray.distributed.cluster import GONE, RETRIES
 from transplant_ray.distributed.overseer import Overseer
 from transplant_ray.distributed.room import Refused
-from transplant_ray.errors import TransplantError
+from transplant_ray.errors import ResourceError, TransplantError
 
 RESIZE_SECONDS = 5.0
 """How often it is asked whether the cluster has grown or shrunk."""
@@ -72,6 +72,8 @@ class Fleet:
         self.at_work: list[Member] = []
         self.refused: dict[str, int] = {}
         """Of nodes that are alive, how many places were of no use to newcomers: they stay empty."""
+        self.lost = 0
+        """Newcomers whose process died again and again while it loaded, since somebody joined."""
         self.resized_at = -RESIZE_SECONDS
         self.resize()
 
@@ -121,6 +123,9 @@ class Fleet:
         try:
             self.idle.append(Member(actor, ray.get(ref)))
             self.overseer.joined(actor)
+            self.lost = 0
+        except GONE as error:
+            self._lose(actor, error)
         except ray.exceptions.RayTaskError as error:
             if not isinstance(error.cause, TransplantError | RuntimeError | OSError):
                 raise
@@ -141,6 +146,16 @@ class Fleet:
             self.note(f"an evaluator could not load and is left out; the others go on: {error.cause}")
         ray.kill(actor)
         self.resized_at = -RESIZE_SECONDS  # at once: it may have been the only one
+
+    def _lose(self, actor: ActorHandle, error: Exception) -> None:
+        """A newcomer whose process dies whenever it loads; another one tries. ResourceError where nobody has come of it."""
+        ray.kill(actor)
+        self.lost += 1
+        said = f"an evaluator's process died {RETRIES + 1} times while it loaded; memory may have run out"
+        if not self.idle and not self.at_work and self.lost > len(self.joining):
+            raise ResourceError(f"{said}. Give it a machine with more of it (`resources`), or a smaller `dtype`.") from error
+        self.note(f"{said}; another one tries")
+        self.resized_at = -RESIZE_SECONDS
 
     def work_through(self, tasks: Iterable[Task]) -> None:
         """Hand out all of them in order, as they are taken; what comes is taken in here, and what a death leaves comes first."""
@@ -187,7 +202,7 @@ class Fleet:
             ray.kill(actor)
 
     def _join(self, actor: ActorHandle) -> None:
-        self.joining[actor.join.options(max_task_retries=-1).remote()] = actor
+        self.joining[actor.join.options(max_task_retries=RETRIES).remote()] = actor
 
 
 class _Waiting:

@@ -21,6 +21,7 @@ from transplant_ray.distributed.cluster import Capacity
 from transplant_ray.distributed.facts import Fact, LessonBegins, LessonDone, LessonFact, LessonFailed
 from transplant_ray.distributed.fleet import Fleet, fleet, nodes_alive
 from transplant_ray.distributed.overseer import Overseer
+from transplant_ray.distributed.preflight import Needs, check_node
 from transplant_ray.distributed.room import Refused
 from transplant_ray.errors import TransplantError
 from transplant_ray.models.loading import placement
@@ -41,13 +42,14 @@ def resources_of(asked: RoomSpec) -> ResourceSpec:
 
 @ray.remote
 class Tutor:
-    def __init__(self, asked: RoomSpec) -> None:
+    def __init__(self, asked: RoomSpec, needs: Needs) -> None:
         torch.set_num_threads(asked.cpus)
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        self.num_gpus = asked.gpus
+        self.num_gpus, self.needs = asked.gpus, needs
 
     def join(self) -> str:
+        check_node(self.needs)
         return str(ray.get_runtime_context().get_node_id())
 
     def carry_out(self, lesson: Lesson) -> Iterator[Point | Learnt]:
@@ -63,6 +65,8 @@ class Tutors:
     """As many as there is room for, from the first lesson on."""
 
     asked: RoomSpec
+    needs: Needs
+    """What each must find on its node."""
     most: int
     note: Callable[[str], None]
     tell: Callable[[Fact], None]
@@ -85,7 +89,7 @@ class Tutors:
             capacity = Capacity(resources_of(self.asked))
 
             def start(refused: Refused) -> ActorHandle:
-                return capacity.start(Tutor, "evaluator", self.asked, refused=refused)
+                return capacity.start(Tutor, "evaluator", self.asked, self.needs, refused=refused)
 
             def size(refused: Refused) -> int:
                 return min(self.most, capacity.evaluators(refused))
@@ -97,11 +101,11 @@ class Tutors:
 
 @contextmanager
 def tutors(
-    asked: RoomSpec, most: int, note: Callable[[str], None], tell: Callable[[Fact], None] = lambda _: None
+    asked: RoomSpec, needs: Needs, most: int, note: Callable[[str], None], tell: Callable[[Fact], None] = lambda _: None
 ) -> Iterator[Tutors]:
     """At most so many tutors, for the block."""
     with ExitStack() as held:
-        yield Tutors(asked, most, note, tell, held)
+        yield Tutors(asked, needs, most, note, tell, held)
 
 
 @dataclass

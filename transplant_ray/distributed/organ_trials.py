@@ -143,7 +143,7 @@ class OrganTrial(tune.Trainable):
         torch.set_num_threads(job.workload.num_threads)
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        self.job = job
+        self.job, self.unfit = job, _unfit(job)
         device = placement(job.workload.num_gpus)
         self.resident = Resident(getattr(torch, job.workload.dtype), device)
 
@@ -152,12 +152,21 @@ class OrganTrial(tune.Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        said, error = answer_trial(self.job, self.config["trial"], self.resident)
+        said, error = ((), self.unfit) if self.unfit else answer_trial(self.job, self.config["trial"], self.resident)
         evaluator, node = who()
         for _, _, shard in said:
             count_in_evaluator(self.job.workload.run, shard)
         said = [(task, split, replace(shard, evaluator=evaluator, node=node)) for task, split, shard in said]
         return {"done": True, "said": said, "error": error, "process": os.getpid()}
+
+
+def _unfit(job: Trials) -> str | None:
+    """Why nothing that this process says could go by the driver's name. Not raised where Tune would make it a death."""
+    try:
+        job.workload.check_node(job.workload.tokenizer)
+    except TransplantError as error:
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def answer_trial(job: Trials, id: str, resident: Resident) -> tuple[Said, str | None]:

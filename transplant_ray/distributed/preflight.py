@@ -78,6 +78,7 @@ def make_needs(
         shelf=shelf,
         tracking=tracking.uri if tracking.uri.startswith(("http://", "https://")) else None,
         versions=versions((*COMPARED, *libraries)),
+        samples=samples_of(checkpoints.values()),
         organs=organs or {},
     )
 
@@ -93,11 +94,11 @@ class Seen:
 def preflight(needs: Needs, resources: ResourceSpec, note: Callable[[str], None]) -> int:
     """Ask every node that may hold a model; returns how many. ResourceError that names each node and what it cannot do."""
     nodes = [node for node in ray.nodes() if any(fits(node, resources, place) for place in get_args(Place))]
-    if [node["NodeID"] for node in nodes] == [ray.get_runtime_context().get_node_id()]:
-        alone = replace(needs, checkpoints={}, organs={}, scorers=(), tracking=None)  # the driver has just looked at these
-        seen = {_name(nodes[0]): look(_for_node(alone, nodes[0], resources))}
-    else:
-        with _token(needs.shelf) as token:
+    with _token(needs.shelf) as token:
+        if [node["NodeID"] for node in nodes] == [ray.get_runtime_context().get_node_id()]:
+            alone = replace(needs, checkpoints={}, organs={}, scorers=(), tracking=None)  # the driver has just looked at these
+            seen = {_name(nodes[0]): look(_for_node(alone, nodes[0], resources), token)}
+        else:
             seen = _ask(nodes, needs, resources, token)
     for name, found in seen.items():
         for warning in found.warnings:
@@ -191,6 +192,16 @@ def check_sample(checkpoint: Checkpoint, samples: Mapping[str, str]) -> None:
     wanted = samples.get(str(checkpoint.folder))
     if checkpoint.folder is not None and wanted is not None and sample(checkpoint.folder) != wanted:
         raise CheckpointError(f"{checkpoint.folder}: not the bytes that the driver sees there. Copy it again, or share the folder.")
+
+
+def check_node(needs: Needs) -> None:
+    """What an actor does before it loads: it may have come to a node that was not there when the nodes were looked at.
+
+    TransplantError where libraries or weights here are not those of the driver, whose name is on what comes of them.
+    """
+    check_versions(needs.versions)
+    for checkpoint in needs.checkpoints.values():
+        check_sample(checkpoint, needs.samples)
 
 
 def _see_checkpoint(key: str, ours: Checkpoint, samples: Mapping[str, str]) -> None:

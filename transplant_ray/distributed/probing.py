@@ -15,8 +15,9 @@ import ray
 from ray.actor import ActorHandle
 
 from transplant_ray.distributed.actors import Evaluator, ModelActor, Seen, Workload
-from transplant_ray.distributed.cluster import Capacity
+from transplant_ray.distributed.cluster import GONE, Capacity
 from transplant_ray.distributed.streams import steady
+from transplant_ray.errors import ResourceError
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.example import Rendered, Split
 from transplant_ray.evaluate.generate import GenerationSettings, Rules
@@ -243,9 +244,14 @@ class RankingActor:
 
 @contextmanager
 def released(actor: ActorHandle) -> Iterator[ActorHandle]:
-    """An actor that gives its GPUs back when the block ends."""
+    """An actor that gives its GPUs back when the block ends. ResourceError where its process dies again and again."""
     try:
         yield actor
+    except GONE as error:
+        raise ResourceError(
+            "a process that holds a model died again and again, while it loaded or at work; memory may have run out. Give it a "
+            "machine with more of it (`resources`), or a smaller `dtype`. The same command goes on where this one stopped."
+        ) from error
     finally:
         ray.kill(actor)
 

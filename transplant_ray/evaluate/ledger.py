@@ -14,7 +14,7 @@ import hashlib
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from itertools import groupby
@@ -44,7 +44,7 @@ BESIDE = {"asked", "seconds"}
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class Kept:
     """Outcomes of one variant on a page."""
 
     asked: tuple[str, ...]
@@ -54,7 +54,7 @@ class Entry:
     """That each outcome took."""
 
 
-Page = dict[str, list[Entry]]
+Page = dict[str, list[Kept]]
 """Variant → what is known of it; nothing twice."""
 
 
@@ -128,8 +128,10 @@ class Ledger:
             return
         marks = {example.id: self._mark(key, example) for example in examples}
         seconds = shard.seconds / max(1, len(shard.outcomes))
-        kept = self._enter(self._page(key), shard.variant, [(marks[o.example], o) for o in shard.outcomes], seconds)
-        self.unwritten[key] += [{**asdict(outcome), "asked": mark, "seconds": seconds} for mark, outcome in kept]
+        page = self._page(key)
+        new = _unknown(page, shard.variant, [(marks[outcome.example], outcome) for outcome in shard.outcomes])
+        self.unwritten[key] += [{**asdict(outcome), "asked": mark, "seconds": seconds} for mark, outcome in new.items()]
+        self._enter(page, shard.variant, new, seconds)  # last, for it may find no room where parts do
         full = sum(map(len, self.unwritten.values())) >= PART_OUTCOMES
         if full or time.monotonic() - self.written_at > PART_SECONDS:
             self.write()
@@ -150,25 +152,19 @@ class Ledger:
     def _known(self, page: Page, variant: str, marks: Set[str]) -> dict[str, tuple[Outcome, float]]:
         """What the variant said of these, and the seconds that it took."""
         return {
-            mark: (outcome, entry.seconds)
-            for entry in page.get(variant, ())
-            if not marks.isdisjoint(entry.asked)
-            for mark, outcome in zip(entry.asked, self.spool.read(entry.slip), strict=True)
+            mark: (outcome, kept.seconds)
+            for kept in page.get(variant, ())
+            if not marks.isdisjoint(kept.asked)
+            for mark, outcome in zip(kept.asked, self.spool.read(kept.slip), strict=True)
             if mark in marks
         }
 
-    def _enter(self, page: Page, variant: str, said: Sequence[tuple[str, Outcome]], seconds: float) -> list[tuple[str, Outcome]]:
-        """Put on a page what is not there yet; returns it."""
-        before = {mark for entry in page.get(variant, ()) for mark in entry.asked}
-        new: dict[str, Outcome] = {}
-        for mark, outcome in said:
-            if mark not in before:
-                new.setdefault(mark, outcome)
+    def _enter(self, page: Page, variant: str, new: Mapping[str, Outcome], seconds: float) -> None:
+        """Put on a page what is not there yet."""
         if new:
-            asked = tuple(new)
-            asked = self.orders.setdefault(asked, asked)
-            page.setdefault(variant, []).append(Entry(asked, self.spool.keep(tuple(new.values())), seconds))
-        return list(new.items())
+            order = tuple(new)
+            order = self.orders.setdefault(order, order)
+            page.setdefault(variant, []).append(Kept(order, self.spool.keep(tuple(new.values())), seconds))
 
     def _page(self, key: str) -> Page:
         if key not in self.pages:
@@ -185,8 +181,9 @@ class Ledger:
         for (variant, seconds), some in groupby(part.rows(), itemgetter("variant", "seconds")):
             rows = list(some)
             said = [(row["asked"], _outcome(row)) for row in rows]
-            kept = {id(outcome) for _, outcome in self._enter(page, variant, said, seconds)}
-            new += [id(outcome) in kept for _, outcome in said]
+            unknown = _unknown(page, variant, said)
+            new += [unknown.get(mark) is outcome for mark, outcome in said]
+            self._enter(page, variant, unknown, seconds)
         return part.table if all(new) else part.table.filter(pa.array(new, pa.bool_()))
 
     def _merge(self, key: str, tables: Mapping[str, pa.Table]) -> None:
@@ -194,6 +191,16 @@ class Ledger:
             merge_parts(self.shelf, key, tables)
         except RunError as error:  # it was for speed
             self.note(f"ledger: the {len(tables)} parts of {key} stay as they are: {error}")
+
+
+def _unknown(page: Page, variant: str, said: Iterable[tuple[str, Outcome]]) -> dict[str, Outcome]:
+    """What is not on the page, by what was asked; of those that were asked the same the first."""
+    known = {mark for kept in page.get(variant, ()) for mark in kept.asked}
+    new: dict[str, Outcome] = {}
+    for mark, outcome in said:
+        if mark not in known:
+            new.setdefault(mark, outcome)
+    return new
 
 
 def _outcome(row: Mapping[str, Any]) -> Outcome:

@@ -27,7 +27,7 @@ READS = (FORCED, LOSS)
 """Scorers that read references, and decode nothing."""
 
 
-@dataclass(frozen=True, slots=True)  # a driver holds millions
+@dataclass(frozen=True, slots=True)  # of which a driver reads millions
 class Outcome:
     variant: str
     example: str

@@ -45,6 +45,7 @@ def compare(recipe: CompareRecipe, watch: Watch | None = None) -> Compared:
     checkpoints = {name: open_recipient(recipe, name) for name in recipe.named_models}
     plan(recipe, checkpoints)
     folder = RunFolder.of(recipe.storage, recipe.name)
+    needs = _needs(recipe, checkpoints, folder)
     stopwatch, journal = watched(recipe, watch)
     with (
         terminable(),
@@ -54,10 +55,10 @@ def compare(recipe: CompareRecipe, watch: Watch | None = None) -> Compared:
         journal.kept(folder, "organ compare", stopwatch.watch.hear),
         plain_errors(),
         terminable(),
-        tutors(recipe.resources, most_at_once(recipe), stopwatch.watch.note, stopwatch.watch.hear) as gathered,
+        tutors(recipe.resources, needs, most_at_once(recipe), stopwatch.watch.note, stopwatch.watch.hear) as gathered,
     ):
         with stopwatch.stage("preflight"):
-            preflight(_needs(recipe, checkpoints, folder), capacity.resources, stopwatch.watch.note)
+            preflight(needs, capacity.resources, stopwatch.watch.note)
         run = Run(recipe, folder, stopwatch, tracker, gathered)
         benches = [make_bench(run, name, checkpoint) for name, checkpoint in checkpoints.items()]
         before = carry_out(run, BEFORE, [make_lesson(run, bench, BEFORE, BEFORE) for bench in benches])

@@ -78,10 +78,9 @@ def sentences(findings: Findings) -> list[str]:
     """What it has shown, in words."""
     several = len({standing.model for standing in findings.standings}) > 1
     found: list[Difference | Contrast] = [*findings.differences, *findings.contrasts]
-    lines = [f"{each.model}: {each.verdict}" if several else each.verdict for each in found if each.interval is not None]
-    if len(lines) < len(found):
-        number = "none of the differences" if not lines else f"{len(found) - len(lines)} of {len(found)} differences"
-        lines.append(f"a single seed, so nothing can be said of chance: {number} between methods and positions has an interval")
+    lines = [f"{each.model}: {each.verdict}" if several else each.verdict for each in found]
+    if found and all(each.interval is None for each in found):  # one sentence says it of all
+        lines = ["a single seed, so nothing can be said of chance: no difference between methods or positions has an interval"]
     edges = [f"{choice.model}, {choice.method} (lr {choice.lr:g})" for choice in findings.choices if choice.at_edge]
     if edges:
         lines.append(f"tuned at the edge of the grid, so a wider grid might do better: {'; '.join(edges)}")

@@ -10,7 +10,7 @@ from transplant_ray.distributed.actors import Workload
 from transplant_ray.distributed.cluster import Capacity, connect
 from transplant_ray.distributed.facts import EvaluatorDied, VariantDone, VariantFailed, VariantRecalled, of_shard
 from transplant_ray.distributed.organ_trials import TrialDone, Trials, run_organ_trials
-from transplant_ray.distributed.preflight import make_needs, preflight
+from transplant_ray.distributed.preflight import COMPARED, make_needs, preflight, samples_of
 from transplant_ray.distributed.probing import Asked
 from transplant_ray.errors import ResourceError
 from transplant_ray.evaluate.answers import Answers, VariantShard
@@ -25,6 +25,7 @@ from transplant_ray.pipeline.asking import ALONE, answer_made
 from transplant_ray.pipeline.ending import terminable
 from transplant_ray.pipeline.organ_grid import OrganJob
 from transplant_ray.pipeline.watch import Stopwatch
+from transplant_ray.versions import versions
 
 EXPORTED = "exported"
 """Whose outcomes are the written checkpoint's, loaded by plain `transformers`."""
@@ -44,7 +45,7 @@ class Measuring:
         """That trials ran in."""
         self.ledger = Ledger(job.folder.ledger, stopwatch.watch.note) if job.recipe.ledger else None
         with stopwatch.stage("fingerprint weights"):
-            self.weights = fingerprint(job.recipient)
+            self.weights, self.samples = fingerprint(job.recipient), samples_of([job.recipient])
         self._cluster = cluster
         self._capacity: Capacity | None = None
 
@@ -52,7 +53,16 @@ class Measuring:
     def workload(self) -> Workload:
         resources = self.job.recipe.resources
         threads = max(1, int(resources.cpus_per_model))
-        return Workload(self.job.recipient, resources.dtype, resources.gpus_per_model, threads, self.job.recipe.name)
+        recipient = self.job.recipient
+        return Workload(
+            tokenizer=recipient,
+            dtype=resources.dtype,
+            num_gpus=resources.gpus_per_model,
+            num_threads=threads,
+            run=self.job.recipe.name,
+            versions=versions(COMPARED),
+            samples=self.samples,
+        )
 
     def measure(self, trials: Sequence[Trial], split: Split) -> None:
         """Each model answers this split of everything that is asked; models of the same layers once."""

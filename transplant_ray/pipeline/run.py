@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from transplant_ray.distributed.actors import Workload
 from transplant_ray.distributed.cluster import Capacity, refuse_vanishing_paths
 from transplant_ray.distributed.facts import Fact, VariantFailed, of_shard
-from transplant_ray.distributed.preflight import COMPARED, make_needs, preflight, samples_of
+from transplant_ray.distributed.preflight import COMPARED, make_needs, preflight
 from transplant_ray.distributed.probing import Asked
 from transplant_ray.evaluate.answers import Answers, VariantShard
 from transplant_ray.evaluate.example import Split
@@ -169,9 +169,8 @@ def check_nodes(run: Run, capacity: Capacity) -> Run:
         scorers=(task.rules.scorer for task in job.tasks.values()),
     )
     with run.stopwatch.stage("preflight"):
-        samples = samples_of(checkpoints.values())
-        preflight(replace(needs, samples=samples), capacity.resources, run.stopwatch.watch.note)
-    return replace(run, samples=samples)
+        preflight(needs, capacity.resources, run.stopwatch.watch.note)
+    return replace(run, samples=needs.samples)
 
 
 def remember(run: Run) -> Run:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from transplant_ray.distributed import cluster
-from transplant_ray.distributed.cluster import Capacity, wait_for_room
+from transplant_ray.distributed.cluster import RETRIES, Capacity, wait_for_room
 from transplant_ray.distributed.room import demand
 from transplant_ray.errors import ResourceError
 from transplant_ray.recipe import ResourceSpec
@@ -31,7 +31,7 @@ def test_labels_and_the_kind_of_gpu_reach_ray() -> None:
     asked = capacity(labels={"source": {"role": "source"}}, accelerator_type="H100", cpus_per_model=2)
     assert asked.options("source") == {
         "num_cpus": 2, "num_gpus": 1, "label_selector": {"role": "source"}, "accelerator_type": "H100",
-        "max_restarts": -1, "max_task_retries": -1,
+        "max_restarts": -1, "max_task_retries": RETRIES,
     }  # fmt: skip
     assert "label_selector" not in asked.options("target")
     assert "accelerator_type" not in capacity().options("target")

@@ -14,7 +14,8 @@ from tiny import tiny_model, tiny_tokenizer
 
 from transplant_ray.distributed import preflight
 from transplant_ray.distributed.actors import Workload
-from transplant_ray.distributed.preflight import COMPARED, DRIVER, Needs, look, make_needs, samples_of
+from transplant_ray.distributed.organ_trials import Trials, _unfit
+from transplant_ray.distributed.preflight import COMPARED, DRIVER, Needs, check_node, look, make_needs, samples_of
 from transplant_ray.errors import CheckpointError, ResourceError
 from transplant_ray.models.checkpoint import open_checkpoint
 from transplant_ray.organ.extract import extract_organ
@@ -141,6 +142,7 @@ def test_what_every_verb_needs_is_asked_in_one_way(needs: Needs) -> None:
         made = make_needs({}, needs.shelf, TrackingSpec(uri=uri), scorers=["math", "loss", "math"], libraries=["peft"])
         assert (made.tracking, made.scorers, made.organs) == (asked, ("loss", "math"), {})
         assert made.versions == versions((*COMPARED, "peft"))
+    assert make_needs(needs.checkpoints, needs.shelf, TrackingSpec()).samples == samples_of(needs.checkpoints.values())
 
 
 def test_an_actor_on_a_node_that_came_later_looks_for_itself(needs: Needs) -> None:
@@ -148,11 +150,23 @@ def test_an_actor_on_a_node_that_came_later_looks_for_itself(needs: Needs) -> No
     checkpoint = needs.checkpoints["source"]
     workload = Workload(checkpoint, "float32", 0, 1, versions=needs.versions, samples=samples_of([checkpoint]))
     workload.check_node(checkpoint, checkpoint)
+    told = replace(needs, samples=samples_of([checkpoint]))
+    check_node(told)
     with pytest.raises(ResourceError, match=r"other versions: torch \S+ \(the driver has 0\.1\)"):
         replace(workload, versions={"torch": "0.1"}).check_node(checkpoint)
     leave_it_out_of_date(needs)
-    with pytest.raises(CheckpointError, match="not the bytes that the driver sees"):
-        workload.check_node(checkpoint)
+    for looks in (lambda: workload.check_node(checkpoint), lambda: check_node(told)):
+        with pytest.raises(CheckpointError, match="not the bytes that the driver sees"):
+            looks()
+
+
+def test_a_process_of_an_organ_sweep_on_such_a_node_says_so_of_its_models(needs: Needs) -> None:
+    recipient = needs.checkpoints["source"]
+    workload = Workload(recipient, "float32", 0, 1, versions=needs.versions, samples=samples_of([recipient]))
+    assert _unfit(Trials({}, {}, workload)) is None
+    unfit = _unfit(Trials({}, {}, replace(workload, versions={"torch": "0.1"})))
+    assert unfit is not None
+    assert unfit.startswith("ResourceError: other versions: torch")
 
 
 def test_a_tracking_server_that_a_node_does_not_reach_is_a_warning(needs: Needs) -> None:

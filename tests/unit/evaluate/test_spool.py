@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from transplant_ray.evaluate.answers import Answers, VariantShard
 from transplant_ray.evaluate.example import Rendered
 from transplant_ray.evaluate.ledger import Ledger
 from transplant_ray.evaluate.outcome import Outcome
-from transplant_ray.evaluate.spool import Spool
+from transplant_ray.evaluate.spool import Slip, Spool
 from transplant_ray.shelf import Shelf
 
 EXAMPLES = tuple(Rendered(f"e{i}", (1, i + 5), (2,), f"a{i}") for i in range(50))
@@ -31,7 +32,7 @@ def outcomes(variant: str) -> tuple[Outcome, ...]:
 
 @pytest.fixture(params=[0, module.IN_MEMORY], ids=["on disk", "in memory"])
 def spool(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Spool:
-    monkeypatch.setattr(module, "IN_MEMORY", request.param or 1)  # 0 would be without end
+    monkeypatch.setattr(module, "IN_MEMORY", request.param)
     return Spool()
 
 
@@ -52,24 +53,32 @@ def test_threads_share_it(spool: Spool) -> None:
         assert all(hands.map(keep_and_read, range(8)))
 
 
-def test_no_room_names_the_folder_and_loses_nothing(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
-    slip = spool.keep(outcomes("a"))
+@pytest.mark.parametrize("room", [0, 4096, 20_000])
+def test_no_room_is_said_and_what_was_kept_before_is_there(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+    """On its way to the disk and on it: a disk takes what fits, and then nothing. Once there is room it goes on."""
+    monkeypatch.setattr(module, "IN_MEMORY", 10_000)
+    spool, names = Spool(), iter(map(str, range(1000)))
+    kept: dict[str, Slip] = {}
 
-    class Full:
-        def __getattr__(self, name: str) -> object:
-            return getattr(file, name)
+    def keep(until: int) -> None:
+        while spool._end < until:
+            name = next(names)
+            kept[name] = spool.keep(outcomes(name))
 
-        def write(self, content: bytes) -> int:
-            file.write(content[:10])
+    def some(file: int, content: memoryview, at: int) -> int:
+        if at >= room:
             raise OSError(28, "No space left on device")
+        return write(file, content[: max(1, room - at)], at)
 
-    file = spool._file
+    write = os.pwrite
     with monkeypatch.context() as patch:
-        patch.setattr(spool, "_file", Full())
-        with pytest.raises(RunError, match=r"answers cannot be kept in /\S+: No space left on device\. Make room .* TMPDIR"):
-            spool.keep(outcomes("b"))
-    again = spool.keep(outcomes("b"))
-    assert (spool.read(slip), spool.read(again)) == (outcomes("a"), outcomes("b"))
+        patch.setattr(os, "pwrite", some)
+        for _ in range(2):
+            with pytest.raises(RunError, match=r"answers cannot be kept in /\S+: No space left on device\. Make room .* TMPDIR"):
+                keep(100_000)
+    assert kept
+    keep(100_000)
+    assert all(spool.read(slip) == outcomes(name) for name, slip in kept.items())
 
 
 def test_a_run_holds_no_outcome_in_memory(tmp_path: Path) -> None:

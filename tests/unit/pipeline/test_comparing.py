@@ -31,7 +31,7 @@ from transplant_ray.organ.training import CPU, Point
 from transplant_ray.pipeline import comparing as module
 from transplant_ray.pipeline.comparing import compare
 from transplant_ray.pipeline.comparison_planning import plan
-from transplant_ray.pipeline.comparison_recording import Compared
+from transplant_ray.pipeline.comparison_recording import Compared, sentences
 from transplant_ray.pipeline.organ_sweeping import sweep_organs
 from transplant_ray.pipeline.reporting import report, show_comparison
 from transplant_ray.recipe import CompareRecipe, ModelSpec, ResourceSpec, parse_organ_recipe
@@ -271,6 +271,19 @@ def test_one_method_whose_rates_all_diverge_does_not_stop_the_others(
     assert "model, full: every learning rate failed" in found.summary["said"]
     assert log(tmp_path / "c")[-1]["exit"] == 1
     assert found.missing == ("model, full",)
+
+
+def test_that_no_difference_has_an_interval_is_said_once(done: Done) -> None:
+    findings = done.compared.findings
+    verdicts = [each.verdict for each in (*findings.differences, *findings.contrasts)]
+    assert set(verdicts) <= set(sentences(findings))
+    first, *rest = (replace(each, interval=None, verdict="nothing") for each in findings.differences)
+    some = replace(findings, differences=[first, *findings.differences[1:]])
+    assert [line for line in sentences(some) if "single seed" in line] == []
+    assert "nothing" in sentences(some)
+    none = replace(findings, differences=[first, *rest], contrasts=[replace(each, interval=None) for each in findings.contrasts])
+    assert len([line for line in sentences(none) if "a single seed" in line]) == 1
+    assert "nothing" not in sentences(none)
 
 
 def test_a_seed_without_a_result_is_missed(
