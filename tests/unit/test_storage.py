@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 from safetensors import SafetensorError
 
-from transplant_ray import storage
+from transplant_ray import shelf, storage
 from transplant_ray.errors import RunError
 from transplant_ray.files import sha256_file, whole_file, whole_folder, writable_folder, write_json, write_text
 from transplant_ray.shelf import Shelf
@@ -366,3 +366,10 @@ def test_a_folder_is_lent_to_other_nodes_for_a_while(tmp_path: Path, monkeypatch
         copy_here(home, tmp_path / "again")
     with RunFolder(tmp_path).lent(run.checkpoint) as nowhere:
         assert nowhere is None
+
+
+@pytest.mark.parametrize(("address", "kind"), [("gs://anonymous@bucket/runs", "gcs"), ("s3://bucket/runs?region=us-east-1", "s3")])
+def test_addresses_of_stores_are_understood(address: str, kind: str) -> None:
+    """No more than that: Google's was never reached."""
+    system, root = shelf._file_system(address)
+    assert (system.type_name, root) == (kind, "bucket/runs")

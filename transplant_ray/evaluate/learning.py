@@ -71,6 +71,8 @@ class Standing:
     bytes: int
     seconds: float
     """Of training, mean over the seeds."""
+    seconds_interval: Interval
+    """Student's, from 0 up."""
     memory: int | None
 
 
@@ -165,6 +167,8 @@ def _standing(before: Learnt, group: Sequence[Learnt]) -> Standing:
     well = _well(group)
     losses = {text: [learnt.mean(text) or 0.0 for learnt in well] for text in TEXTS}
     changes = {text: [loss - (before.mean(text) or 0.0) for loss in losses[text]] for text in TEXTS}
+    seconds = [learnt.seconds for learnt in well]
+    ends = mean_interval(seconds)
     return Standing(
         model=group[0].model,
         method=group[0].method,
@@ -178,7 +182,8 @@ def _standing(before: Learnt, group: Sequence[Learnt]) -> Standing:
         sites=tuple(learnt.site for learnt in well if learnt.site is not None),
         parameters=well[0].parameters,
         bytes=round(fmean(learnt.bytes for learnt in well)),
-        seconds=fmean(learnt.seconds for learnt in well),
+        seconds=fmean(seconds),
+        seconds_interval=None if ends is None else (max(0.0, ends[0]), ends[1]),
         memory=max((learnt.memory for learnt in well if learnt.memory is not None), default=None),
     )
 

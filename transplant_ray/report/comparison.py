@@ -112,7 +112,7 @@ def method_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
                 rows.append(
                     (
                         model, NAMES[said["method"]], f"{said['lr']:g}{edge}", *shown, f"{said['parameters']:,}",
-                        size(said["bytes"]), f"{_short(said['seconds'], 3)} s", sites(said["sites"]),
+                        size(said["bytes"]), _seconds(said), sites(said["sites"]),
                     )
                 )  # fmt: skip
     return rows
@@ -285,6 +285,13 @@ def _perplexity(loss: float | None, interval: Sequence[float] | None) -> str:
         return ""
     ends = "" if interval is None else f" [{_number(interval[0])}, {_number(interval[1])}]"
     return f"{_number(loss)}{ends}"
+
+
+def _seconds(said: Mapping[str, Any]) -> str:
+    """Of a standing; comparisons of earlier versions have no interval."""
+    interval = said.get("seconds_interval")
+    ends = "" if interval is None else f" [{_short(interval[0], 3)}, {_short(interval[1], 3)}]"
+    return f"{_short(said['seconds'], 3)} s{ends}"
 
 
 def _number(loss: float) -> str:
