@@ -105,6 +105,7 @@ def test_every_place_is_measured_and_the_winner_is_a_checkpoint(swept: Swept) ->
     assert sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")) == [
         "checkpoint", "log.jsonl", "outcomes", "recipe.yaml", "report.html", "results.parquet", "summary.json", "tasks.parquet",
         "variants.csv",
+        "variants.tex",
     ]  # fmt: skip
     assert sorted(path.name for path in (swept.folder / "runs").iterdir() if path.name.startswith(".tiny")) == []
     assert swept.summary["verdict"]["conclusion"] in swept.finished.out

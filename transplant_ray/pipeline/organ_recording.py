@@ -107,7 +107,7 @@ def record(measured: Measuring, choice: Choice, confirmed: Confirmed | None, tra
 
 
 def organ_reports(folder: RunFolder) -> tuple[Any, ...]:
-    return folder.report, folder.variants_csv, folder.tasks
+    return *folder.reports, folder.tasks
 
 
 def summarise(measured: Measuring, choice: Choice, confirmed: Confirmed | None, rows: list[OrganResult]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def show_comparison(run: str | Path) -> Mapping[str, Any] | None:
 def report(run: str | Path) -> Path:
     """Write the report of a finished run and its tables, and return the report; a remote run gets them too.
 
-    Beside `report.html` that is `variants.csv`, of a transplant sweep `variants.tex` too; of a comparison `comparison.csv` and
+    Beside `report.html` that are `variants.csv` and `variants.tex`; of a comparison `comparison.csv` and
     `comparison.tex`.
 
     RunError where the run is not there, or a file of it is damaged.
@@ -39,7 +39,7 @@ def report(run: str | Path) -> Path:
         return build_comparison_report(folder)  # which is never at an address
     if kind == organs.KIND:
         page = build_organ_report(folder)
-        folder.send(folder.report, folder.variants_csv)
+        folder.send(*folder.reports)
         return page
     answers = [folder.outcomes / f"{split}.parquet" for split in ("select", "test")]
     folder.fetch_present(*answers, folder.delta / "variant.json")

@@ -27,7 +27,7 @@ from transplant_ray.report.organ_curves import (
 from transplant_ray.report.page import Card, Headline, page_environment, stylesheet
 from transplant_ray.report.svg import inline_svg
 from transplant_ray.report.sweep import dig
-from transplant_ray.report.tables import to_csv
+from transplant_ray.report.tables import latex_cell, latex_name, longtable, to_csv
 from transplant_ray.storage import RunFolder
 from transplant_ray.tables import read_rows
 
@@ -103,11 +103,27 @@ class ModelLine:
 
 
 def build_organ_report(folder: RunFolder) -> Path:
-    """Write `report.html` and `variants.csv` into a run folder; returns the first. RunError where its tables are missing."""
+    """Write `report.html`, `variants.csv` and `variants.tex` into a run folder; returns the first.
+
+    RunError where its tables are missing.
+    """
     run = read_organ_run(folder)
     write_text(folder.variants_csv, to_csv([asdict(row) for row in run.rows]))
+    write_text(folder.variants_tex, to_latex(run))
     write_text(folder.report, render_organs(run))
     return folder.report
+
+
+def to_latex(run: OrganRun) -> str:
+    """Every model on both halves of the texts."""
+    titles = ["model", "split", "domain", r"95\,\% interval", "general", r"95\,\% interval", "layers"]
+    lines = []
+    for line in map(_line, run.rows):
+        name = latex_name(line.row.label, winner=line.row.winner)
+        shown = (line.domain, line.domain_interval, line.general, line.general_interval)
+        cells = ["failed", *[""] * 3] if line.row.error is not None else [latex_cell(text or words.NOTHING) for text in shown]
+        lines.append([name, line.row.split, *cells, str(line.row.num_layers)])
+    return longtable(titles, lines, f"Perplexity of all models of the organ sweep {run.told('name')}.")
 
 
 def read_organ_run(folder: RunFolder) -> OrganRun:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from transplant_ray.report.records import Row, measure_of
@@ -31,10 +31,16 @@ def to_csv(table: Sequence[Mapping[str, Any]]) -> str:
 
 
 def to_latex(rows: Sequence[Row], caption: str) -> str:
-    """A longtable with booktabs rules: every row, the measured columns."""
+    """Every row, the measured columns."""
     columns = measured_columns(rows)
     titles = ["variant", "split", measure_of(rows).name, "95 % interval", *(column.title for column in columns)]
-    heading = " & ".join(map(_title, titles)) + r" \\"
+    lines = [_line(row, [column.shown(column.value(row)) for column in columns]) for row in rows]
+    return longtable([*map(_title, titles)], lines, caption)
+
+
+def longtable(titles: Sequence[str], lines: Iterable[Sequence[str]], caption: str) -> str:
+    """A longtable with booktabs rules; titles and cells are LaTeX already, the first two columns are text."""
+    heading = _latex_row(titles)
     return "\n".join(
         [
             r"% \usepackage{booktabs,longtable}",
@@ -43,11 +49,15 @@ def to_latex(rows: Sequence[Row], caption: str) -> str:
             rf"\toprule {heading} \midrule \endfirsthead",
             rf"\toprule {heading} \midrule \endhead",
             r"\bottomrule \endfoot",
-            *(_line(row, [column.shown(column.value(row)) for column in columns]) for row in rows),
+            *map(_latex_row, lines),
             r"\end{longtable}",
             "",
         ]
     )
+
+
+def _latex_row(cells: Sequence[str]) -> str:
+    return " & ".join(cells) + r" \\"
 
 
 def escape_latex(text: str) -> str:
@@ -56,13 +66,23 @@ def escape_latex(text: str) -> str:
     return _SPECIAL.sub(lambda match: _WRITTEN.get(match[0], f"\\{match[0]}"), plain)
 
 
-def _line(row: Row, cells: Sequence[str]) -> str:
-    name = escape_latex(row.label) + (r" $\star$" if row.winner else "")
+def _line(row: Row, cells: Sequence[str]) -> list[str]:
     value = number(row.value) if row.error is None else "failed"
-    return " & ".join([name, row.split, value, _cell(interval(row) or NOTHING), *map(_cell, cells)]) + r" \\"
+    return [
+        latex_name(row.label, winner=row.winner),
+        row.split,
+        value,
+        latex_cell(interval(row) or NOTHING),
+        *map(latex_cell, cells),
+    ]
 
 
-def _cell(text: str) -> str:
+def latex_name(label: str, *, winner: bool) -> str:
+    return escape_latex(label) + (r" $\star$" if winner else "")
+
+
+def latex_cell(text: str) -> str:
+    """With LaTeX's dash between the ends of an interval."""
     return escape_latex(text).replace("–", "--")
 
 

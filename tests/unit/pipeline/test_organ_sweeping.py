@@ -39,6 +39,7 @@ from transplant_ray.pipeline.organ_sweeping import plan_organs, sweep_organs
 from transplant_ray.pipeline.organs import extract
 from transplant_ray.pipeline.reporting import report
 from transplant_ray.recipe import OrganRecipe, parse_organ_recipe
+from transplant_ray.report.tables import escape_latex
 from transplant_ray.storage import RunFolder
 from transplant_ray.tables import write_rows
 
@@ -397,6 +398,12 @@ def test_the_page_says_what_was_found_and_needs_no_network(swept: OrganSweepResu
     assert "script" not in page.tags
     assert html.count("<svg") >= 3
     assert len(swept.folder.variants_csv.read_text().splitlines()) == 1 + len(swept.results)
+    table = swept.folder.variants_tex.read_text()
+    body = table[table.index(r"\endfoot") : table.index(r"\end{longtable}")]
+    assert body.count(r"\\") == len(swept.results)
+    assert [escape_latex(row.label) in body for row in swept.results] == [True] * len(swept.results)
+    assert body.count(r"$\star$") == sum(row.winner for row in swept.results)
+    assert {line.count("&") for line in body.splitlines()[1:] if line} == {6}
 
 
 def test_it_is_made_again_of_the_run_folder_alone(swept: OrganSweepResult) -> None:
