@@ -46,6 +46,18 @@ GONE = (
 """How Ray says that an actor has died, or that what it gave was lost with it: asked again, it comes."""
 
 
+@contextmanager
+def deaths_told() -> Iterator[None]:
+    """ResourceError where an actor has died more often in the block than its calls are tried again."""
+    try:
+        yield
+    except GONE as error:
+        raise ResourceError(
+            "a process that holds a model died again and again, while it loaded or at work; memory may have run out. Give it a "
+            "machine with more of it (`resources`), or a smaller `dtype`. The same command goes on where this one stopped."
+        ) from error
+
+
 @dataclass(frozen=True)
 class Capacity:
     """Where model actors go, and for how many of them there is room."""

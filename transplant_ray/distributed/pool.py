@@ -14,7 +14,7 @@ import ray
 from ray.actor import ActorHandle
 
 from transplant_ray.distributed.actors import Evaluator, Workload
-from transplant_ray.distributed.cluster import Capacity
+from transplant_ray.distributed.cluster import Capacity, deaths_told
 from transplant_ray.distributed.fleet import Fleet, fleet, nodes_alive
 from transplant_ray.distributed.overseer import Overseer
 from transplant_ray.distributed.room import Refused
@@ -164,5 +164,6 @@ def evaluator_pool(
     with fleet(start, capacity.evaluators, overseer, note, grows=capacity.grows) as gathered:
         if rows is None:
             most = VARIANTS_PER_PACK * len(examples)
-            rows = int(ray.get(gathered.first().actor.measure_rows.remote(examples, rules, most)))
+            with deaths_told():
+                rows = int(ray.get(gathered.first().actor.measure_rows.remote(examples, rules, most)))
         yield Pool(gathered, rows)

@@ -15,9 +15,8 @@ import ray
 from ray.actor import ActorHandle
 
 from transplant_ray.distributed.actors import Evaluator, ModelActor, Seen, Workload
-from transplant_ray.distributed.cluster import GONE, Capacity
+from transplant_ray.distributed.cluster import Capacity, deaths_told
 from transplant_ray.distributed.streams import steady
-from transplant_ray.errors import ResourceError
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.example import Rendered, Split
 from transplant_ray.evaluate.generate import GenerationSettings, Rules
@@ -246,12 +245,8 @@ class RankingActor:
 def released(actor: ActorHandle) -> Iterator[ActorHandle]:
     """An actor that gives its GPUs back when the block ends. ResourceError where its process dies again and again."""
     try:
-        yield actor
-    except GONE as error:
-        raise ResourceError(
-            "a process that holds a model died again and again, while it loaded or at work; memory may have run out. Give it a "
-            "machine with more of it (`resources`), or a smaller `dtype`. The same command goes on where this one stopped."
-        ) from error
+        with deaths_told():
+            yield actor
     finally:
         ray.kill(actor)
 
