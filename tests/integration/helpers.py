@@ -128,10 +128,13 @@ class Head:
 
     @contextmanager
     def joined(self, **resources: float) -> Iterator[str]:
-        """For the block one more node, with no CPU but these resources; gives its id."""
-        before = self.nodes()
+        """For the block one more node, with no CPU but these resources; gives its id.
+
+        It has a folder of its own, as a machine has: in the head's, each would replace the working directory of the other's jobs.
+        """
+        before, folder = self.nodes(), tempfile.mkdtemp(prefix="ray-", dir="/tmp")
         command = [Path(sys.executable).with_name("ray"), "start", "--block", f"--address=127.0.0.1:{self.port}", "--num-cpus=0"]
-        command += [f"--resources={json.dumps(resources)}", f"--dashboard-agent-listen-port={free_port()}"]
+        command += [f"--resources={json.dumps(resources)}", f"--dashboard-agent-listen-port={free_port()}", f"--temp-dir={folder}"]
         with tempfile.TemporaryFile() as log:
             process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         try:
@@ -141,6 +144,7 @@ class Head:
         finally:
             process.terminate()  # it stops what it started
             process.wait(60)
+            shutil.rmtree(folder, ignore_errors=True)
 
     def nodes(self) -> set[str]:
         address = self.client.get_address()
