@@ -63,7 +63,7 @@ def blended(pair: Comparison, variant: Variant) -> set[str]:
     return set(changed_tensors(pair, Variant({name: c for name, c in variant.coefficients.items() if c != 1})))
 
 
-@pytest.mark.parametrize("comparison", ["gemma2", "gpt2"], indirect=True)
+@pytest.mark.parametrize("comparison", [pytest.param("gemma2", marks=pytest.mark.slow), "gpt2"], indirect=True)
 def test_mergekit_makes_the_tensors_of_an_export(comparison: Comparison, program: Path, tmp_path: Path) -> None:
     """Weights and biases; what is taken or left out is equal in every element, a blend to the bound of its docstring."""
     variant = whole_modules(comparison)
@@ -79,6 +79,7 @@ def test_mergekit_makes_the_tensors_of_an_export(comparison: Comparison, program
             assert torch.equal(ours[name], theirs[name]), name
 
 
+@pytest.mark.slow
 def test_in_a_narrow_dtype_blends_are_equal_up_to_a_unit_in_the_last_place(program: Path, tmp_path: Path) -> None:
     """A finer source, rounded by both; a `+` in the path, which mergekit would take for a LoRA; a target in several files."""
     source = save_tiny(tmp_path / "a+b" / "source", "phi3", 1)
@@ -130,6 +131,7 @@ def trimmed(vector: torch.Tensor) -> torch.Tensor:
     return torch.where(vector.abs() > vector.abs().flatten().sort().values[vector.numel() // 2 - 1], vector, 0.0)
 
 
+@pytest.mark.slow
 def test_masks_repeat_with_the_seed(program: Path, tmp_path: Path) -> None:
     base = open_checkpoint(str(save_tiny(tmp_path / "base", seed=3)))
     pair = tiny_pair(tmp_path)
@@ -138,6 +140,7 @@ def test_masks_repeat_with_the_seed(program: Path, tmp_path: Path) -> None:
     assert all(torch.equal(one[name], again[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_mergekits_last_words_are_in_the_error(program: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"mergekit-yaml .*: ended with 1: .*Unimplemented merge method nonsense"):
         run_config(program, {**variant_config(tiny_pair(tmp_path), ORIGIN), "merge_method": "nonsense"}, tmp_path / "out")
