@@ -99,7 +99,8 @@ def test_a_bucket_that_cannot_be_written_ends_a_sweep_before_a_model_is_loaded(c
     assert SECRET not in refused.out + refused.err
 
 
-@pytest.mark.parametrize("kind", ["s3", pytest.param("file", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["s3", "file"])
 def test_a_sweep_into_an_address(swept: Swept, place: Place, store: str, kind: str) -> None:
     """The same results as in a folder; again, and everything is recalled; and the report is there."""
     storage = store.format("swept") if kind == "s3" else f"file://{place.path}/swept"

@@ -37,6 +37,7 @@ def test_a_submitted_ranking_on_halves_of_one_gpu_is_the_one_of_two_gpus(head: H
 FIXES = {"storage=runs": "storage=/shared/runs", "tracking.uri=sqlite:///mlflow.db": "tracking.uri=sqlite:////shared/mlflow.db"}
 
 
+@pytest.mark.slow
 def test_a_job_with_a_relative_path_fails_and_its_log_names_the_fix(head: Head, swept: Swept) -> None:
     job = head.run("sweep", swept.place.path / "recipe.yaml", "storage=runs")
     assert job.code == 2

@@ -18,6 +18,8 @@ from transplant_ray.recipe import load_recipe
 RUNGS = (10, 20)
 STOPPING = {"k": [2, 6, 16], "kind": ["attn", "all"], "screen": {"keep": 0.7}, "race": {"rungs": list(RUNGS), "keep": 0.5}}
 
+pytestmark = pytest.mark.slow  # one sweep for all of them
+
 
 @dataclass(frozen=True)
 class Raced:
@@ -132,7 +134,6 @@ def test_trials_tell_tune_at_every_rung(raced: Raced) -> None:
         assert told[label] == [(n, n == row.n) for n in numbers]
 
 
-@pytest.mark.slow
 def test_another_run_with_other_shards_and_one_evaluator_stops_the_same(raced: Raced, place: Place) -> None:
     finished = run_main("sweep", place.recipe(name="raced", sweep=STOPPING, resources={"evaluators": 1, "shard_size": 40}))
     assert finished.code == 0, finished.err

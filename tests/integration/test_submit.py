@@ -190,7 +190,6 @@ def test_status_and_logs_of_a_job_that_has_ended(sender: Sender, finished: Finis
     assert "nothing to stop" in sender("stop", "tiny-sweep").err
 
 
-@pytest.mark.slow
 def test_the_exit_code_and_the_log_of_a_job_that_fails_are_those_of_the_command(sender: Sender) -> None:
     environment = sender.place.path / "environment.yaml"
     environment.write_text("env_vars: {GREETING: it said this}\nexcludes: [transplant_ray]\n")

@@ -48,6 +48,7 @@ def right(swept: Swept, split: str, variant: str) -> pd.Series:
     return series
 
 
+@pytest.mark.slow
 def test_the_verdict_is_in_summary_console_and_mlflow(armed: Swept) -> None:
     verdict = summary(armed)["verdict"]
     assert f"{verdict['conclusion']}: {verdict['sentence']}" in " ".join(armed.finished.out.split())
@@ -57,6 +58,7 @@ def test_the_verdict_is_in_summary_console_and_mlflow(armed: Swept) -> None:
     assert verdict["sentence"] in tags["mlflow.note.content"]
 
 
+@pytest.mark.slow
 def test_gap_and_gain_are_counted_from_the_outcomes(armed: Swept) -> None:
     verdict = summary(armed)["verdict"]
     target = "44136fa355"  # the empty variant
@@ -67,6 +69,7 @@ def test_gap_and_gain_are_counted_from_the_outcomes(armed: Swept) -> None:
         assert (verdict["gain"]["gained"], verdict["gain"]["lost"]) == (gain.gained, gain.lost)
 
 
+@pytest.mark.slow
 def test_every_arm_answers_on_test(armed: Swept) -> None:
     arms = summary(armed)["verdict"]["arms"]
     assert arms["sets_each"] == len(RANKERS) * 2
