@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from transplant_ray.distributed.meters import count_in_evaluator
-from transplant_ray.distributed.preflight import check_sample, check_versions
+from transplant_ray.distributed.preflight import check_node
 from transplant_ray.errors import TransplantError
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.engine import Engine
@@ -55,9 +55,7 @@ class Workload:
 
     def check_node(self, *checkpoints: Checkpoint) -> None:
         """TransplantError where libraries or weights here are not those of the driver, whose name is on what comes of them."""
-        check_versions(self.versions)
-        for checkpoint in checkpoints:
-            check_sample(checkpoint, self.samples)
+        check_node(self.versions, self.samples, checkpoints)
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ class Tutor:
         self.num_gpus, self.needs = asked.gpus, needs
 
     def join(self) -> str:
-        check_node(self.needs)
+        check_node(self.needs.versions, self.needs.samples, self.needs.checkpoints.values())
         return str(ray.get_runtime_context().get_node_id())
 
     def carry_out(self, lesson: Lesson) -> Iterator[Point | Learnt]:

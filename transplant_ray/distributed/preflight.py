@@ -194,14 +194,14 @@ def check_sample(checkpoint: Checkpoint, samples: Mapping[str, str]) -> None:
         raise CheckpointError(f"{checkpoint.folder}: not the bytes that the driver sees there. Copy it again, or share the folder.")
 
 
-def check_node(needs: Needs) -> None:
+def check_node(versions: Mapping[str, str], samples: Mapping[str, str], checkpoints: Iterable[Checkpoint]) -> None:
     """What an actor does before it loads: it may have come to a node that was not there when the nodes were looked at.
 
     TransplantError where libraries or weights here are not those of the driver, whose name is on what comes of them.
     """
-    check_versions(needs.versions)
-    for checkpoint in needs.checkpoints.values():
-        check_sample(checkpoint, needs.samples)
+    check_versions(versions)
+    for checkpoint in checkpoints:
+        check_sample(checkpoint, samples)
 
 
 def _see_checkpoint(key: str, ours: Checkpoint, samples: Mapping[str, str]) -> None:

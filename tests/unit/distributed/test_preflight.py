@@ -151,11 +151,12 @@ def test_an_actor_on_a_node_that_came_later_looks_for_itself(needs: Needs) -> No
     workload = Workload(checkpoint, "float32", 0, 1, versions=needs.versions, samples=samples_of([checkpoint]))
     workload.check_node(checkpoint, checkpoint)
     told = replace(needs, samples=samples_of([checkpoint]))
-    check_node(told)
+    looks_at = told.versions, told.samples, told.checkpoints.values()
+    check_node(*looks_at)
     with pytest.raises(ResourceError, match=r"other versions: torch \S+ \(the driver has 0\.1\)"):
         replace(workload, versions={"torch": "0.1"}).check_node(checkpoint)
     leave_it_out_of_date(needs)
-    for looks in (lambda: workload.check_node(checkpoint), lambda: check_node(told)):
+    for looks in (lambda: workload.check_node(checkpoint), lambda: check_node(*looks_at)):
         with pytest.raises(CheckpointError, match="not the bytes that the driver sees"):
             looks()
 
