@@ -75,11 +75,8 @@ def _table(summary: Mapping[str, Any], model: str) -> Table:
     table.pad_edge, table.padding, table.show_edge = False, 0, False
     shown = [number for number, column in enumerate(COLUMNS) if column not in ("model", "× before", "put in")]
     for number in shown:
-        wide = COLUMNS[number] in (
-            "domain",
-            "general",
-            "training",
-        )  # where there is no room, the ends of an interval go below each other
+        # Where there is no room, the ends of an interval go below each other.
+        wide = COLUMNS[number] in {"domain", "general", "training"}
         table.add_column(COLUMNS[number], justify="left" if number == 1 else "right", no_wrap=not wide)
     rows = [row for row in method_rows(summary) if row[0] == model]
     for row in rows:

@@ -16,7 +16,7 @@ from transplant_ray.files import whole_file
 UNREADABLE = (pa.ArrowException, OSError, ValueError, ArithmeticError, LookupError)
 """What pyarrow raises where a Parquet file is damaged, or holds what Python cannot: no UTF-8, an unknown time zone."""
 ROWS_AT_ONCE = 16_384
-"""In memory, of those that are written."""
+"""In memory, of those that are read or written one after another."""
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> None:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from transplant_ray.evaluate.results import OUTCOME_SCHEMA
 from transplant_ray.shelf import Shelf
-from transplant_ray.tables import UNREADABLE
+from transplant_ray.tables import ROWS_AT_ONCE, UNREADABLE
 
 SCHEMA = pa.schema([*OUTCOME_SCHEMA, ("asked", pa.string()), ("seconds", pa.float64())])
 OPTIONAL = {"error", "loss"}
@@ -27,7 +27,6 @@ MANY = 64
 """Parts of a page, above which they are merged when it is read."""
 HANDS = 16
 """Threads that wait for the storage."""
-ROWS_AT_ONCE = 4096
 AT_ONCE = 256
 """Parts whose bytes are in memory at a time."""
 
