@@ -11,11 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from safetensors import SafetensorError
 
 from transplant_ray.errors import RunError
 
+PART, OLD = ".part", ".old"
+"""How names end of what is not whole yet, and of what was set aside for it."""
 CANNOT_WRITE = (OSError, SafetensorError)
 """What a full disk comes as: safetensors, and `save_pretrained` with it, has an error of its own for it."""
 
@@ -50,7 +53,7 @@ def write_json(path: Path, value: Any) -> None:
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its name when the block ends well, and vanishes when it does not."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = _beside(path, PART)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -68,11 +71,11 @@ def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     if path.exists() and not replace:
         raise RunError(f"{path}: is there already. Choose another place, or move it away; nothing was written.")
     writable_folder(path.parent)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+    temporary, old = _beside(path, PART), _beside(path, OLD)
     try:
+        temporary.mkdir(mode=0o700)
         yield temporary
         temporary.chmod(0o755)
-        old = path.with_name(f".{path.name}.{os.getpid()}.old")
         if path.exists():  # aside first: a crash between the two leaves one of them
             path.rename(old)
         temporary.rename(path)
@@ -81,6 +84,11 @@ def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         raise RunError(f"{path}: cannot be written ({_reason(error)}). Free space or choose another place.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _beside(path: Path, ending: str) -> Path:
+    """A name that nobody else has, on whichever machine: process ids say nothing where several write to one file system."""
+    return path.with_name(f".{path.name}.{uuid4().hex}{ending}")
 
 
 def _reason(error: Exception) -> str:

@@ -91,6 +91,21 @@ def test_a_folder_that_is_there_is_refused_unless_it_may_be_replaced(tmp_path: P
     assert [child.name for child in path.iterdir()] == ["new"]
 
 
+def test_processes_of_one_id_on_two_machines_do_not_meet(tmp_path: Path) -> None:
+    """Every pod has a process 1, and they share a file system."""
+    (tmp_path / "x").write_text("before")
+    with whole_file(tmp_path / "x") as mine, whole_file(tmp_path / "x") as theirs:
+        assert mine != theirs
+        for temporary in (mine, theirs):
+            assert (temporary.name.startswith(".x."), temporary.suffix) == (True, ".part")
+            temporary.write_text(temporary.name)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / f".folder.{os.getpid()}.old" / "theirs").mkdir(parents=True)
+    with whole_folder(tmp_path / "folder", replace=True) as temporary:
+        assert (temporary.name.startswith(".folder."), temporary.suffix) == (True, ".part")
+    assert (tmp_path / f".folder.{os.getpid()}.old" / "theirs").exists()
+
+
 def test_a_place_that_cannot_be_written_is_named(no_folder: Path) -> None:
     for write in (
         lambda: writable_folder(no_folder),
