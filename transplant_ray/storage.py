@@ -16,7 +16,7 @@ from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.fs
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from transplant_ray.addresses import redact_address
 from transplant_ray.errors import RunError
@@ -25,6 +25,7 @@ from transplant_ray.shelf import Shelf, put, remote
 
 LEDGER = ".ledger"
 """No run can have this name."""
+LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,11 @@ class RunFolder:
         return self.path / "recipe.yaml"
 
     @property
+    def mark(self) -> Path:
+        """Says whose the folder is: the identity of a recipe, or a name that any comparison goes by."""
+        return self.path / ".identity"
+
+    @property
     def rankings(self) -> Path:
         return self.path / "rankings.parquet"
 
@@ -208,7 +214,7 @@ class RunFolder:
         """
         splits = {task: hashlib.sha256("\n".join(sorted(ids)).encode()).hexdigest()[:16] for task, ids in examples.items()}
         now = {"run": self.path.name, "recipe": recipe, "at": datetime.now(UTC).isoformat(timespec="seconds")}
-        with _lock(self.openings):
+        with _lock(self.openings.with_name(f"{self.openings.name}{LOCK}")):
             if self.address is not None:
                 self._mirror_openings()
             opened = _read_json(self.openings, "record of test splits") if self.openings.exists() else {}
@@ -229,26 +235,42 @@ class RunFolder:
             if system.get_file_info(there).is_file:
                 self.openings.write_bytes(system.open_input_stream(there).read())
 
+    @contextmanager
+    def claimed(self, identity: str, recipe_text: str) -> Iterator[None]:
+        """The folder is, for the block, that one process's alone; a process that is killed lets go of it.
+
+        RunError where another process works in it, or where it holds the results of another recipe. Of storage at an address it
+        is the local copy that is locked: this keeps apart what runs on one machine, and not several machines.
+        """
+        busy = f"{self._shown}: another process works in it. Wait for it or stop it, or give this one another `name` or `storage`."
+        with _lock(writable_folder(self.path) / LOCK, busy):
+            self.claim(identity, recipe_text)
+            yield
+
     def check_owner(self, identity: str) -> None:
         """RunError where the folder holds the results of another recipe, of whatever kind of run."""
-        mark = self.path / ".identity"
         if self.address is not None:
-            _mirror_claim(self, mark)
+            _mirror_claim(self, self.mark)
         try:
-            others = self.recipe.exists() and (not mark.exists() or mark.read_text() != identity)
+            others = self.recipe.exists() and (not self.mark.exists() or self.mark.read_text() != identity)
         except OSError as error:  # no right to look, or a name that no folder can have
             raise RunError(f"{self.path}: cannot be read ({error.strerror}). Choose another `storage`.") from error
         if others:
             raise RunError(
-                f"{self.path}: holds the results of another recipe of this name. Give this one another `name` or `storage`, "
+                f"{self._shown}: holds the results of another recipe of this name. Give this one another `name` or `storage`, "
                 "or move the folder away."
             )
 
     def claim(self, identity: str, recipe_text: str) -> None:
-        """Make the folder its that is called so: a recipe's, or any comparison's of this name."""
+        """Make the folder its that is called so: a recipe's, or any comparison's of this name. RunError where it is another's."""
+        self.check_owner(identity)  # again: whoever had this name may have finished since it was looked at
         writable_folder(self.path)
-        write_text(self.path / ".identity", identity)  # first: a recipe without its mark would be taken for another's
+        write_text(self.mark, identity)  # first: a recipe without its mark would be taken for another's
         write_text(self.recipe, recipe_text)
+
+    @property
+    def _shown(self) -> str:
+        return self.public_address or str(self.path)
 
     def _inside(self, path: Path) -> str:
         return path.relative_to(self.path).as_posix()
@@ -298,11 +320,13 @@ def _mirror_claim(folder: RunFolder, mark: Path) -> None:
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """One process at a time; RunError where the lock cannot be made beside the file."""
-    lock = FileLock(f"{path}.lock")
+def _lock(path: Path, busy: str | None = None) -> Iterator[None]:
+    """One process at a time: the others wait, or get a RunError that says `busy`. RunError where the lock cannot be made."""
+    lock = FileLock(path)
     try:
-        lock.acquire()
+        lock.acquire(timeout=-1 if busy is None else 0)
+    except Timeout:
+        raise RunError(str(busy)) from None
     except (OSError, NotImplementedError) as error:  # the latter where a file system has no locks
         raise RunError(
             f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}). Choose another `storage`."

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -208,6 +210,49 @@ def test_a_refused_claim_changes_nothing(runs: str) -> None:
         take(RunFolder.of(runs, "name"), "other", "theirs")
     assert folder.recipe.read_text() == "mine"
     take(folder, "identity", "mine")
+
+
+def test_a_name_that_another_recipe_took_in_the_meantime_is_refused(runs: str) -> None:
+    mine, theirs = RunFolder.of(runs, "name"), RunFolder.of(runs, "name")
+    mine.check_owner("mine")
+    with theirs.claimed("theirs", "theirs"):
+        theirs.publish()
+    with pytest.raises(RunError, match="holds the results of another recipe of this name"), mine.claimed("mine", "mine"):
+        pytest.fail("the block must not run")
+    assert theirs.recipe.read_text() == "theirs"
+
+
+def test_one_process_at_a_time_works_in_a_run_folder(runs: str) -> None:
+    first, second = RunFolder.of(runs, "name"), RunFolder.of(runs, "name")
+    with (
+        first.claimed("identity", "first"),
+        pytest.raises(RunError, match=r"/name: another process works in it\. Wait for it or stop it, or give this one another"),
+        second.claimed("identity", "second"),
+    ):
+        pytest.fail("the block must not run")
+    assert first.recipe.read_text() == "first"
+    with second.claimed("identity", "second"), RunFolder.of(runs, "other").claimed("identity", "other"):
+        assert second.recipe.read_text() == "second"
+
+
+def test_who_is_killed_lets_go_of_the_folder(tmp_path: Path) -> None:
+    code = """if True:
+        import sys, time
+        from pathlib import Path
+        from transplant_ray.storage import RunFolder
+        with RunFolder(Path(sys.argv[1])).claimed("identity", "killed"):
+            print("works", flush=True)
+            time.sleep(60)
+    """
+    folder = RunFolder(tmp_path / "run")
+    with subprocess.Popen([sys.executable, "-c", code, str(folder.path)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "works\n"
+        with pytest.raises(RunError, match="another process works in it"), folder.claimed("identity", "again"):
+            pytest.fail("the block must not run")
+        process.kill()
+    with folder.claimed("identity", "again"):
+        assert folder.recipe.read_text() == "again"
 
 
 def test_asking_for_the_owner_makes_no_folder(tmp_path: Path) -> None:

@@ -7,17 +7,13 @@ that it came of, so that the same command goes on where it stopped, and a recipe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
-
-from filelock import FileLock, Timeout
 
 from transplant_ray.distributed.cluster import connect, plain_errors, refuse_vanishing_paths
 from transplant_ray.distributed.lessons import resources_of, tutors
 from transplant_ray.distributed.preflight import Needs, make_needs, preflight
-from transplant_ray.errors import NumericsError, RunError
-from transplant_ray.files import writable_folder
+from transplant_ray.errors import NumericsError
 from transplant_ray.models.checkpoint import Checkpoint
 from transplant_ray.organ.lessons import BEFORE
 from transplant_ray.pipeline.comparison_lessons import Run, carry_out, confirming, make_bench, make_lesson, tuning
@@ -49,7 +45,7 @@ def compare(recipe: CompareRecipe, watch: Watch | None = None) -> Compared:
     stopwatch, journal = watched(recipe, watch)
     with (
         terminable(),
-        _claimed(folder, recipe),
+        folder.claimed(OWNER, recipe.to_yaml()),
         tracked_comparison(recipe, stopwatch.watch.note) as tracker,
         connect(resources_of(recipe.resources)) as capacity,
         journal.kept(folder, "organ compare", stopwatch.watch.hear),
@@ -85,21 +81,3 @@ def _needs(recipe: CompareRecipe, checkpoints: Mapping[str, Checkpoint], folder:
         recipe.tracking,
         libraries=() if recipe.methods.lora is None else ("peft",),
     )
-
-
-@contextmanager
-def _claimed(folder: RunFolder, recipe: CompareRecipe) -> Iterator[None]:
-    """For the block this comparison's alone."""
-    folder.check_owner(OWNER)
-    lock = FileLock(writable_folder(folder.path) / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise RunError(
-            f"{folder.path}: this comparison is running in another process. Wait for it, or choose another `name`."
-        ) from None
-    try:
-        folder.claim(OWNER, recipe.to_yaml())
-        yield
-    finally:
-        lock.release()

@@ -53,9 +53,11 @@ def sweep_organs(recipe: OrganRecipe, watch: Watch | None = None) -> OrganSweepR
 
 @contextmanager
 def _claimed(job: OrganJob, journal: Journal, tell: Callable[[Fact], None]) -> Iterator[None]:
-    """The run folder is this recipe's; the log in it is kept for the block."""
-    job.folder.claim(job.recipe.identity(), job.recipe.to_yaml())
-    with journal.kept(job.folder, "organ sweep", tell):
+    """The run folder is this process's alone for the block, and the log in it is kept.
+
+    RunError where another process works in it, or another recipe has it by now.
+    """
+    with job.folder.claimed(job.recipe.identity(), job.recipe.to_yaml()), journal.kept(job.folder, "organ sweep", tell):
         tell(VariantsPlanned({trial.id: trial.label for trial in reversed(job.grid.trials)}))  # the first of equal ones names them
         yield
 

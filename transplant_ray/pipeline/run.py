@@ -119,15 +119,18 @@ class Run:
 
     @contextmanager
     def claimed(self, verb: str) -> Iterator[None]:
-        """The run folder is this recipe's; the log in it is kept for the block, no state of Tune nor of one that was killed."""
+        """The run folder is this process's alone for the block, and the log in it is kept; no state of Tune stays.
+
+        RunError where another process works in it, or another recipe has it by now.
+        """
         recipe = self.job.recipe
-        self.folder.claim(recipe.identity(), recipe.to_yaml())
-        shutil.rmtree(self.folder.tune, ignore_errors=True)
-        with self.journal.kept(self.folder, verb, self.tell):
-            try:
-                yield
-            finally:
-                shutil.rmtree(self.folder.tune, ignore_errors=True)
+        with self.folder.claimed(recipe.identity(), recipe.to_yaml()):
+            shutil.rmtree(self.folder.tune, ignore_errors=True)  # of one that was killed
+            with self.journal.kept(self.folder, verb, self.tell):
+                try:
+                    yield
+                finally:
+                    shutil.rmtree(self.folder.tune, ignore_errors=True)
 
     def row(self, entry: Planned, split: Split, tally: Tally) -> Result:
         """The results row of a planned variant, against the baselines on the examples that it has answered."""

@@ -12,6 +12,7 @@ import pytest
 from tiny import tiny_pair
 
 from transplant_ray.distributed.pool import Pool, Work
+from transplant_ray.errors import RunError
 from transplant_ray.evaluate.answers import Answers, VariantShard
 from transplant_ray.evaluate.example import Rendered
 from transplant_ray.evaluate.generate import GenerationSettings, Rules
@@ -147,12 +148,16 @@ def test_one_changed_byte_of_weights_makes_everything_new(tmp_path: Path, place:
     assert asked() == 0
 
 
-def test_no_state_of_tune_outlives_a_run(tmp_path: Path) -> None:
-    """Neither that of the run itself, whatever ends it, nor what a killed one has left."""
+def run_in(path: Path) -> Run:
     recipe = SimpleNamespace(identity=lambda: "identity", to_yaml=lambda: "name: run\n")
     journal = SimpleNamespace(kept=lambda *_: nullcontext())
-    folder = RunFolder(tmp_path / "run")
-    run = Run(cast(Any, SimpleNamespace(recipe=recipe)), folder, Stopwatch(Silent()), {}, cast(Any, journal))
+    return Run(cast(Any, SimpleNamespace(recipe=recipe)), RunFolder(path), Stopwatch(Silent()), {}, cast(Any, journal))
+
+
+def test_no_state_of_tune_outlives_a_run(tmp_path: Path) -> None:
+    """Neither that of the run itself, whatever ends it, nor what a killed one has left."""
+    run = run_in(tmp_path / "run")
+    folder = run.folder
 
     def leave_state() -> None:
         folder.tune.mkdir(parents=True)
@@ -169,3 +174,14 @@ def test_no_state_of_tune_outlives_a_run(tmp_path: Path) -> None:
         die()
     assert not folder.tune.exists()
     assert folder.recipe.exists()
+
+
+def test_the_same_recipe_twice_at_once_is_refused_and_disturbs_nothing(tmp_path: Path) -> None:
+    first, second = run_in(tmp_path / "run"), run_in(tmp_path / "run")
+    with first.claimed("sweep"):
+        first.folder.tune.mkdir()
+        with pytest.raises(RunError, match="another process works in it"), second.claimed("sweep"):
+            pytest.fail("the block must not run")
+        assert first.folder.tune.exists()
+    with second.claimed("sweep"):
+        assert not first.folder.tune.exists()

@@ -338,7 +338,7 @@ def test_documents_that_are_trained_on_too_are_counted_and_said(model: Path, tex
 
 def test_a_folder_of_a_sweep_or_of_a_running_comparison_is_left_alone(model: Path, text: Path, tmp_path: Path) -> None:
     (tmp_path / "c").mkdir()
-    with FileLock(tmp_path / "c" / ".lock"), pytest.raises(RunError, match="running in another process"):
+    with FileLock(tmp_path / "c" / ".lock"), pytest.raises(RunError, match="another process works in it"):
         compare(recipe(model, text, tmp_path))
     (tmp_path / "c" / "recipe.yaml").write_text("name: c")
     with pytest.raises(RunError, match="holds the results of another recipe of this name"):

@@ -236,6 +236,15 @@ def test_a_trial_whose_process_dies_for_good_is_a_row_and_the_rest_goes_on(made:
     assert len(cluster.measured) <= 3  # and a winner's test half, where it has changed
 
 
+def test_a_folder_in_which_another_process_works_is_left_alone(made: Path, tmp_path: Path, cluster: Cluster) -> None:
+    spec = recipe(made, tmp_path)
+    folder = RunFolder.of(spec.storage, spec.name)
+    with folder.claimed(spec.identity(), "theirs"), pytest.raises(RunError, match="tiny: another process works in it"):
+        sweep_organs(spec)
+    assert cluster.measured == []
+    assert folder.recipe.read_text() == "theirs"
+
+
 def log(result: OrganSweepResult) -> list[dict[str, Any]]:
     return [json.loads(line) for line in result.folder.log.read_text().splitlines()]
 
