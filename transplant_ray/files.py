@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from transplant_ray.errors import RunError
 
 PART, OLD = ".part", ".old"
 """How names end of what is not whole yet, and of what was set aside for it."""
+LEFT = re.compile(rf"\.(?P<name>.+)\.\w+(?:{re.escape(PART)}|{re.escape(OLD)})")
 CANNOT_WRITE = (OSError, SafetensorError)
 """What a full disk comes as: safetensors, and `save_pretrained` with it, has an error of its own for it."""
 
@@ -84,6 +86,30 @@ def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         raise RunError(f"{path}: cannot be written ({_reason(error)}). Free space or choose another place.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_debris(folder: Path) -> None:
+    """Remove what a process that was killed has left half written in a folder or below it; nobody else may be writing there.
+
+    What it had set aside for something that never came takes its name again.
+    """
+    for path in sorted(folder.rglob(".*")):
+        left = LEFT.fullmatch(path.name)
+        if left is None:
+            continue
+        with suppress(OSError):  # what cannot be removed only takes room
+            if path.suffix == OLD and not (whole := path.with_name(left["name"])).exists():
+                path.rename(whole)
+            else:
+                remove(path)
+
+
+def remove(path: Path) -> None:
+    """A file, or a folder with all that is in it; nothing where it is not there. OSError where that cannot be."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _beside(path: Path, ending: str) -> Path:

@@ -20,12 +20,13 @@ from filelock import FileLock, Timeout
 
 from transplant_ray.addresses import redact_address
 from transplant_ray.errors import RunError
-from transplant_ray.files import writable_folder, write_json, write_text
+from transplant_ray.files import remove_debris, writable_folder, write_json, write_text
 from transplant_ray.shelf import Shelf, put, remote
 
 LEDGER = ".ledger"
 """No run can have this name."""
-LOCK = ".lock"
+LOCK, MARK = ".lock", ".identity"
+LENT = ".lent-"
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,18 @@ class RunFolder:
                     put(system, f"{root}/{self._inside(path)}", path.read_bytes())
 
     def publish(self) -> None:
-        """Copy everything to `address`; nothing to do for a local folder."""
-        if self.address is not None:
-            with remote(self.address) as (system, root):
-                system.create_dir(root)  # copy_files makes only the folders inside
-                pa.fs.copy_files(str(self.path), root, destination_filesystem=system)
+        """Copy everything to `address` but what only matters here; nothing to do for a local folder."""
+        if self.address is None:
+            return
+        with remote(self.address) as (system, root):
+            system.create_dir(root)  # copy_files makes only the folders inside
+            for path in sorted(self.path.iterdir()):
+                if path.name.startswith(".") and path.name != MARK:  # the lock, Tune's state, debris
+                    continue
+                there = f"{root}/{path.name}"
+                if path.is_dir():
+                    system.create_dir(there)
+                pa.fs.copy_files(str(path), there, destination_filesystem=system)
 
     @contextmanager
     def lent(self, folder: Path) -> Iterator[str | None]:
@@ -105,7 +113,7 @@ class RunFolder:
         if self.address is None:
             yield None
             return
-        inside = f".lent-{uuid4().hex}"
+        inside = f"{LENT}{uuid4().hex}"
         parts = urlsplit(self.address)
         with remote(self.address) as (system, root):
             system.create_dir(f"{root}/{inside}")
@@ -128,7 +136,7 @@ class RunFolder:
     @property
     def mark(self) -> Path:
         """Says whose the folder is: the identity of a recipe, or a name that any comparison goes by."""
-        return self.path / ".identity"
+        return self.path / MARK
 
     @property
     def rankings(self) -> Path:
@@ -262,11 +270,24 @@ class RunFolder:
             )
 
     def claim(self, identity: str, recipe_text: str) -> None:
-        """Make the folder its that is called so: a recipe's, or any comparison's of this name. RunError where it is another's."""
+        """Make the folder its that is called so: a recipe's, or any comparison's of this name. RunError where it is another's.
+
+        What a killed process has left half done is removed from it, so nobody else may work there.
+        """
         self.check_owner(identity)  # again: whoever had this name may have finished since it was looked at
         writable_folder(self.path)
+        if self.address is not None:
+            self._remove_lent()
+        remove_debris(self.path)
         write_text(self.mark, identity)  # first: a recipe without its mark would be taken for another's
         write_text(self.recipe, recipe_text)
+
+    def _remove_lent(self) -> None:
+        """A killed driver leaves a whole checkpoint at the address."""
+        with remote(self.address or "") as (system, root):
+            for info in system.get_file_info(pyarrow.fs.FileSelector(root, allow_not_found=True)):
+                if info.base_name.startswith(LENT):
+                    system.delete_dir(info.path)
 
     @property
     def _shown(self) -> str:

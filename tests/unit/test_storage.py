@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from transplant_ray import shelf, storage
 from transplant_ray.errors import RunError
-from transplant_ray.files import sha256_file, whole_file, whole_folder, writable_folder, write_json, write_text
+from transplant_ray.files import remove_debris, sha256_file, whole_file, whole_folder, writable_folder, write_json, write_text
 from transplant_ray.shelf import Shelf
 from transplant_ray.storage import RunFolder, copy_here
 from transplant_ray.tables import read_rows, write_rows
@@ -176,6 +176,22 @@ def test_a_hash_is_of_the_bytes(tmp_path: Path) -> None:
     assert sha256_file(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
+def test_what_a_killed_process_has_left_is_removed_and_what_it_set_aside_comes_back(tmp_path: Path) -> None:
+    def make(*names: str) -> None:
+        for name in names:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(name)
+
+    kept = ["results.parquet", ".identity", ".hidden/.gitattributes", ".part", ".x.old", "delta/old"]
+    make(*kept, ".results.parquet.0a1b.part", "outcomes/.main-test.parquet.26746.part")
+    make(".checkpoint.x_4yz1.part/weights", ".checkpoint.0a1b.part/.weights.2c.part", ".merge-ties.ab12cd34.part/ties/weights")
+    make(".checkpoint.77.old/before", ".delta.77.old/before")
+    remove_debris(tmp_path)
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == sorted(
+        [*kept, "checkpoint/before"]
+    )
+
+
 # The run folder.
 
 
@@ -253,6 +269,35 @@ def test_who_is_killed_lets_go_of_the_folder(tmp_path: Path) -> None:
         process.kill()
     with folder.claimed("identity", "again"):
         assert folder.recipe.read_text() == "again"
+
+
+def test_who_claims_a_folder_finds_no_debris_in_it(runs: str, tmp_path: Path) -> None:
+    folder = take(RunFolder.of(runs, "name"), "identity", "recipe")
+    write_text(folder.checkpoint / "weights", "w")
+    folder.publish()
+    write_text(folder.path / ".merge-ties.ab12cd34.part" / "weights", "w")
+    write_text(tmp_path / "runs" / "name" / ".lent-77" / "weights", "w")
+    left = tmp_path / "runs" / "name" / (".lent-77" if folder.address else ".merge-ties.ab12cd34.part")
+    assert left.exists()
+    with folder.claimed("identity", "recipe"):
+        assert not left.exists()
+        assert {path.name for path in folder.path.iterdir() if path.name[:5] != ".lent"} == {
+            ".identity", ".lock", "checkpoint", "recipe.yaml",
+        }  # fmt: skip
+
+
+def test_only_what_a_reader_needs_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = RunFolder.of(f"file://{tmp_path}/store", "name")
+    with folder.claimed("identity", "recipe"):
+        for name in (".tune/state", ".merge-ties.ab.part/weights", ".checkpoint.ab.old/weights", "checkpoint/inner/.weights"):
+            write_text(folder.path / name, "content")
+        write_json(folder.summary, {})
+        folder.publish()
+    there = tmp_path / "store" / "name"
+    assert sorted(str(path.relative_to(there)) for path in there.rglob("*") if path.is_file()) == [
+        ".identity", "checkpoint/inner/.weights", "recipe.yaml", "summary.json",
+    ]  # fmt: skip
 
 
 def test_asking_for_the_owner_makes_no_folder(tmp_path: Path) -> None:

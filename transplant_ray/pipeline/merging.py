@@ -17,7 +17,7 @@ from transplant_ray.distributed.probing import Asked, Said
 from transplant_ray.errors import TransplantError
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.results import Result
-from transplant_ray.files import write_text
+from transplant_ray.files import PART, write_text
 from transplant_ray.graft.mergekit import config_yaml, find_mergekit, merge_config, run_mergekit
 from transplant_ray.graft.merges import merge_name, planned_merges
 from transplant_ray.graft.plan import Planned
@@ -50,10 +50,11 @@ def evaluate_merges(evaluation: Evaluation, capacity: Capacity) -> list[Result]:
 
 
 def _answered(run: Run, planned: Planned, base: Comparison, asked: Sequence[Asked], capacity: Capacity) -> Said:
-    """Made in the run's own folder, which all nodes see."""
+    """Made in the run's own folder, which all nodes see, under a name by which it is known as debris where this is killed."""
+    name = merge_name(planned)
     try:
-        with TemporaryDirectory(prefix=".merge-", dir=run.folder.path) as folder, plain_errors():
-            place = Path(folder) / merge_name(planned)
+        with TemporaryDirectory(prefix=f".merge-{name}.", suffix=PART, dir=run.folder.path) as folder, plain_errors():
+            place = Path(folder) / name
             WRITERS[str(planned.ranker)](run, planned, base, place)
             made = open_checkpoint(str(place), accept=run.job.recipe.accept)
             return ask_alone(run, made, planned.id, asked, capacity)
