@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from transplant_ray.addresses import redact_address
 from transplant_ray.errors import RunError
-from transplant_ray.files import remove_debris, writable_folder, write_json, write_text
+from transplant_ray.files import remove, remove_debris, writable_folder, write_json, write_text
 from transplant_ray.shelf import Shelf, put, remote
 
 LEDGER = ".ledger"
@@ -257,13 +257,7 @@ class RunFolder:
 
     def check_owner(self, identity: str) -> None:
         """RunError where the folder holds the results of another recipe, of whatever kind of run."""
-        if self.address is not None:
-            _mirror_claim(self, self.mark)
-        try:
-            others = self.recipe.exists() and (not self.mark.exists() or self.mark.read_text() != identity)
-        except OSError as error:  # no right to look, or a name that no folder can have
-            raise RunError(f"{self.path}: cannot be read ({error.strerror}). Choose another `storage`.") from error
-        if others:
+        if self._owner() not in (None, identity):
             raise RunError(
                 f"{self._shown}: holds the results of another recipe of this name. Give this one another `name` or `storage`, "
                 "or move the folder away."
@@ -272,15 +266,50 @@ class RunFolder:
     def claim(self, identity: str, recipe_text: str) -> None:
         """Make the folder its that is called so: a recipe's, or any comparison's of this name. RunError where it is another's.
 
-        What a killed process has left half done is removed from it, so nobody else may work there.
+        What a killed process has left half done is removed from it, so nobody else may work there; so is, of a local copy, what
+        is of another run.
         """
         self.check_owner(identity)  # again: whoever had this name may have finished since it was looked at
         writable_folder(self.path)
         if self.address is not None:
+            if {self._owner(), self._owner_here()} != {identity}:
+                self._empty_copy()
             self._remove_lent()
         remove_debris(self.path)
         write_text(self.mark, identity)  # first: a recipe without its mark would be taken for another's
         write_text(self.recipe, recipe_text)
+
+    def _owner(self) -> str | None:
+        """Whose results are there, at the address or here: None where there are none, empty where nothing says whose."""
+        if self.address is None:
+            return self._owner_here()
+        there = Shelf(self.address)
+        if there.read_present(self.recipe.name) is None:
+            return None
+        return (there.read_present(MARK) or b"").decode(errors="replace")
+
+    def _owner_here(self) -> str | None:
+        try:
+            if not self.recipe.exists():
+                return None
+            return self.mark.read_text() if self.mark.exists() else ""
+        except OSError as error:  # no right to look, or a name that no folder can have
+            raise RunError(f"{self.path}: cannot be read ({error.strerror}). Choose another `storage`.") from error
+
+    def _empty_copy(self) -> None:
+        """The local copy is kept between runs: that of one which is gone from the address would be published with the next.
+
+        A log that the address knows of stays, for there may be more of it here (`Journal` holds one against the other).
+        """
+        with remote(self.address or "") as (system, root):
+            logged = system.get_file_info(f"{root}/{self.log.name}").is_file
+        kept = {LOCK, self.log.name} if logged else {LOCK}
+        try:
+            for path in self.path.iterdir():
+                if path.name not in kept:
+                    remove(path)
+        except OSError as error:
+            raise RunError(f"{self.path}: holds another run and cannot be emptied ({error.strerror}). Remove it.") from error
 
     def _remove_lent(self) -> None:
         """A killed driver leaves a whole checkpoint at the address."""
@@ -332,12 +361,6 @@ def _local_copy(address: str) -> Path:
     """Where a remote run is worked on: one place an address, kept between runs."""
     home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
     return home / "transplant_ray" / hashlib.sha256(address.encode()).hexdigest()[:16] / Path(urlsplit(address).path).name
-
-
-def _mirror_claim(folder: RunFolder, mark: Path) -> None:
-    """Make the local copy say what the address says, so that another recipe's results there are seen."""
-    writable_folder(folder.path)
-    folder.fetch_present(folder.recipe, mark)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -298,6 +299,53 @@ def test_only_what_a_reader_needs_is_published(tmp_path: Path, monkeypatch: pyte
     assert sorted(str(path.relative_to(there)) for path in there.rglob("*") if path.is_file()) == [
         ".identity", "checkpoint/inner/.weights", "recipe.yaml", "summary.json",
     ]  # fmt: skip
+
+
+def ran(storage: str, identity: str, *files: str) -> RunFolder:
+    """A run under this name that wrote these files."""
+    folder = RunFolder.of(storage, "name")
+    with folder.claimed(identity, identity):
+        for file in files:
+            write_text(folder.path / file, identity)
+        folder.publish()
+    return folder
+
+
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["gone", "another machine's"])
+def test_nothing_of_a_run_that_is_gone_from_the_address_is_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: bool
+) -> None:
+    storage, there = f"file://{tmp_path}/store", tmp_path / "store" / "name"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "here"))
+    ran(storage, "old", "checkpoint/weights", "outcomes/main-test.parquet", "log.jsonl")
+    shutil.rmtree(there)
+    if elsewhere:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+        ran(storage, "new", "summary.json")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "here"))
+    ran(storage, "new", "results.parquet")
+    files = {str(path.relative_to(there)): path.read_text() for path in there.rglob("*") if path.is_file()}
+    assert files.keys() == {".identity", "recipe.yaml", "results.parquet", *(["summary.json"] if elsewhere else [])}
+    assert set(files.values()) == {"new"}
+
+
+def test_the_local_copy_of_a_run_that_goes_on_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "here"))
+    folder = ran(f"file://{tmp_path}/store", "mine", "checkpoint/weights")
+    with folder.claimed("mine", "mine"):
+        assert (folder.checkpoint / "weights").exists()
+
+
+def test_a_log_that_was_sent_in_part_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an attempt that was killed before it published: the journal goes on with it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "here"))
+    folder = RunFolder.of(f"file://{tmp_path}/store", "name")
+    with folder.claimed("mine", "mine"):
+        write_text(folder.log, "sent\n")
+        folder.send(folder.log)
+        write_text(folder.log, "sent\nand more\n")
+    with folder.claimed("mine", "mine"):
+        assert folder.log.read_text() == "sent\nand more\n"
 
 
 def test_asking_for_the_owner_makes_no_folder(tmp_path: Path) -> None:
