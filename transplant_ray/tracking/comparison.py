@@ -15,6 +15,7 @@ from transplant_ray.errors import TrackingError
 from transplant_ray.evaluate.metrics import perplexity
 from transplant_ray.organ.lessons import TEXTS, Learnt
 from transplant_ray.recipe import CompareRecipe, recorded, redact, redact_address
+from transplant_ray.tracking.children import Children
 from transplant_ray.tracking.outages import is_outage
 from transplant_ray.tracking.outbox import Outbox, num_entries
 from transplant_ray.tracking.tracker import (
@@ -35,8 +36,9 @@ class ComparisonTracker:
     def __init__(
         self, client: MlflowClient, experiment_id: str, run_id: str, recipe: CompareRecipe, say: Callable[[str], None]
     ) -> None:
-        self.client, self.experiment_id, self.run_id, self.recipe = client, experiment_id, run_id, recipe
+        self.client, self.run_id, self.recipe = client, run_id, recipe
         self.outbox = Outbox(is_outage, say)
+        self._children = Children(client, experiment_id, run_id, "lesson")
 
     @classmethod
     def start(cls, recipe: CompareRecipe, say: Callable[[str], None]) -> ComparisonTracker:
@@ -58,7 +60,7 @@ class ComparisonTracker:
     def log_learnt(self, learnt: Learnt) -> None:
         """A nested run with its settings, its curve and what was measured."""
         at, name = milliseconds(), _label(learnt)
-        child = self.outbox.post(f"the run of {name}", lambda again: self._child(learnt, name, at, again))
+        child = self.outbox.post(f"the run of {name}", lambda again: self._children.make(name, learnt.key, at, again))
         self.outbox.post(f"the numbers of {name}", lambda _: self._log(child, learnt, at))
         status = "FAILED" if learnt.error else "FINISHED"
         self.outbox.post(f"the end of {name}", lambda _: self.client.set_terminated(child.result(), status, end_time=at))
@@ -93,15 +95,6 @@ class ComparisonTracker:
     def _post_file(self, path: Path) -> None:
         self.outbox.post(path.name, lambda _: self.client.log_artifact(self.run_id, str(path)))
 
-    def _child(self, learnt: Learnt, name: str, at: int, again: bool) -> str:
-        """A new run under the parent; or the one that an earlier try has made without hearing of it."""
-        if again:
-            mine = f"tags.`mlflow.parentRunId` = '{self.run_id}' and tags.lesson = '{learnt.key}'"
-            for run in self.client.search_runs([self.experiment_id], mine):
-                return str(run.info.run_id)
-        tags = {"mlflow.parentRunId": self.run_id, "lesson": learnt.key}
-        return str(self.client.create_run(self.experiment_id, at, tags, name).info.run_id)
-
     def _log(self, child: Future[str], learnt: Learnt, at: int) -> None:
         run_id = child.result()
         said = {"model": learnt.model, "method": learnt.method, "stage": learnt.stage, "lr": learnt.lr, "seed": learnt.seed}
@@ -114,7 +107,12 @@ class ComparisonTracker:
 
     def _end(self, status: str) -> None:
         at = milliseconds()
-        self.outbox.post("the end of the run", lambda _: self.client.set_terminated(self.run_id, status, end_time=at))
+
+        def end(_: bool) -> None:
+            self._children.remove_doubles()
+            self.client.set_terminated(self.run_id, status, end_time=at)
+
+        self.outbox.post("the end of the run", end)
 
 
 def learnt_metrics(learnt: Learnt) -> dict[str, float]:

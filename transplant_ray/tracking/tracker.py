@@ -21,7 +21,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the outbox trie
 import requests
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
 from transplant_ray.errors import TrackingError
@@ -29,6 +29,7 @@ from transplant_ray.evaluate.results import Result
 from transplant_ray.evaluate.verdict import Verdict
 from transplant_ray.recipe import OrganRecipe, Recipe, TrackingSpec, recorded, redact, redact_address
 from transplant_ray.storage import RunFolder
+from transplant_ray.tracking.children import Children
 from transplant_ray.tracking.outages import is_outage
 from transplant_ray.tracking.outbox import Outbox, num_entries
 from transplant_ray.versions import environment
@@ -78,8 +79,7 @@ class Tracker:
         self.post = self.outbox.post
         self._parent: Future[str] = Future()
         self._parent.set_result(run_id)
-        self._children: dict[str, str] = {}
-        self._tried_again = False
+        self._children = Children(client, experiment_id, run_id, "variant")
 
     @classmethod
     def start(cls, recipe: Recipe | OrganRecipe, say: Callable[[str], None] = lambda _: None) -> Tracker:
@@ -119,7 +119,7 @@ class Tracker:
         now, content, name = milliseconds(), dict(description), f"trial {label}"
         status = "FAILED" if "error" in tags else "FINISHED"
         marks = [RunTag(key, text) for key, text in tags.items()]
-        child = self.post(f"the run of {name}", lambda again: self._child(label, variant, now, again))
+        child = self.post(f"the run of {name}", lambda again: self._children.make(label, variant, now, again))
         self.post(f"the numbers of {name}", lambda _: self._log(child.result(), metrics=metrics, params=params, tags=marks))
         self.post(f"the variant of {name}", lambda _: self.client.log_dict(child.result(), content, "variant.json"))
         self.post(f"the end of {name}", lambda _: self.client.set_terminated(child.result(), status, end_time=now))
@@ -208,24 +208,6 @@ class Tracker:
         """At once, whatever MLFLOW_ENABLE_ASYNC_LOGGING says: who only queues it cannot be asked again."""
         self.client.log_batch(run_id, metrics=metrics, params=params, tags=tags, synchronous=True)
 
-    def _child(self, label: str, variant: str, at: int, again: bool) -> str:
-        """A new run under the parent; or the one that an earlier try has made without hearing of it."""
-        self._tried_again |= again
-        made = [run for run in self._found_children() if run.info.run_name == label] if again else []
-        run = made[0] if made else self.client.create_run(
-            self.experiment_id, at, {"mlflow.parentRunId": self.run_id, "variant": variant}, label
-        )  # fmt: skip
-        run_id: str = run.info.run_id
-        self._children[label] = run_id
-        return run_id
-
-    def _found_children(self) -> Iterator[Run]:
-        token = None
-        while token != "":
-            page = self.client.search_runs([self.experiment_id], f"tags.`mlflow.parentRunId` = '{self.run_id}'", page_token=token)
-            yield from page
-            token = page.token or ""
-
     def _register(self, run_id: str, source: str, again: bool) -> str | None:
         """`name/version` of a new model version, or an earlier try's; None where the address is refused."""
         name = self.recipe.name
@@ -267,19 +249,11 @@ class Tracker:
         self.outbox.close()
 
     def _end(self, status: str, at: int) -> None:
-        if self._tried_again:
-            self._remove_doubles()
+        self._children.remove_doubles()
         if self.refused:
             text = f"refused: {num_entries(len(self.refused))}, the first: {self.refused[0]}"
             self.client.set_tag(self.run_id, "incomplete", text, synchronous=True)
         self.client.set_terminated(self.run_id, status, end_time=at)
-
-    def _remove_doubles(self) -> None:
-        """A server that was only slow has made a run that nobody waited for any more, beside the one of the second try."""
-        known = set(self._children.values())
-        for run in list(self._found_children()):
-            if "variant" in run.data.tags and run.info.run_id not in known:
-                self.client.delete_run(run.info.run_id)
 
     def abandon(self, status: str) -> None:
         """After Ctrl-C or an error: the status, and what waits where the server answers and it does not take long."""
