@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace as Bag
@@ -48,11 +48,20 @@ class Server:
 
         return call
 
-    def do_create_run(self, experiment: str, at: int, tags: dict[str, str], name: str) -> Bag:
+    def do_get_experiment_by_name(self, name: str) -> Bag:
+        return Bag(experiment_id=name)
+
+    def do_create_run(
+        self,
+        experiment: str,
+        start_time: int | None = None,
+        tags: Mapping[str, str] | None = None,
+        run_name: str | None = None,
+    ) -> Bag:
         id = f"run-{len(self.runs)}"
         self.runs[id] = Bag(
-            info=Bag(run_id=id, run_name=name, start_time=at, artifact_uri=f"store:/{id}"),
-            data=Bag(tags=tags),
+            info=Bag(run_id=id, run_name=run_name, start_time=start_time, artifact_uri=f"store:/{id}"),
+            data=Bag(tags=tags or {}),
             experiment=experiment,
         )
         return self.runs[id]
@@ -68,8 +77,11 @@ class Server:
         del self.runs[id]
 
     def do_log_batch(self, id: str, metrics: Any = (), params: Any = (), tags: Any = (), synchronous: bool = False) -> None:
-        assert synchronous
+        assert synchronous or not metrics
         self.numbers.append((id, {"metrics": metrics, "params": params, "tags": tags}))
+
+    def do_log_text(self, id: str, text: str, name: str) -> None:
+        self.files[id, name] = text.encode()
 
     def do_log_dict(self, id: str, content: dict[str, Any], name: str) -> None:
         self.files[id, name] = str(content).encode()

@@ -21,10 +21,10 @@ from transplant_ray.tracking.outbox import Outbox, num_entries
 from transplant_ray.tracking.tracker import (
     FAILURE_SECONDS,
     FAREWELL_SECONDS,
+    end_run,
     ended_with,
     milliseconds,
-    open_experiment,
-    tracking_errors,
+    opened_run,
 )
 from transplant_ray.tracking.training import point_metrics
 from transplant_ray.versions import environment
@@ -43,10 +43,11 @@ class ComparisonTracker:
     @classmethod
     def start(cls, recipe: CompareRecipe, say: Callable[[str], None]) -> ComparisonTracker:
         """Reach the server and open the parent run. TrackingError where that does not go well at once."""
-        with tracking_errors(recipe.tracking):
-            client, experiment_id = open_experiment(recipe.tracking)
-            tags = {"transplant_ray.recipe": recipe.identity()}
-            run_id: str = client.create_run(experiment_id, run_name=recipe.name, tags=tags).info.run_id
+        with opened_run(recipe.tracking, recipe.name, {"transplant_ray.recipe": recipe.identity()}) as (
+            client,
+            experiment_id,
+            run_id,
+        ):
             client.log_batch(run_id, params=[Param(key, text) for key, text in _flat(recipe)])
             client.log_text(run_id, recipe.to_yaml(), "recipe.yaml")
             client.log_dict(run_id, environment(), "environment.json")
@@ -110,7 +111,7 @@ class ComparisonTracker:
 
         def end(_: bool) -> None:
             self._children.remove_doubles()
-            self.client.set_terminated(self.run_id, status, end_time=at)
+            end_run(self.client, self.run_id, status, at, self.refused)
 
         self.outbox.post("the end of the run", end)
 

@@ -87,10 +87,11 @@ class Tracker:
 
         `say` gets what a user should read while the sweep runs.
         """
-        with tracking_errors(recipe.tracking):
-            client, experiment_id = open_experiment(recipe.tracking)
-            run = client.create_run(experiment_id, run_name=recipe.name, tags={"transplant_ray.recipe": recipe.identity()})
-            run_id: str = run.info.run_id
+        with opened_run(recipe.tracking, recipe.name, {"transplant_ray.recipe": recipe.identity()}) as (
+            client,
+            experiment_id,
+            run_id,
+        ):
             client.log_batch(run_id, params=[Param(key, value) for key, value in _flat(recipe)])
             client.log_text(run_id, recipe.to_yaml(), "recipe.yaml")
             client.log_dict(run_id, environment(), "environment.json")
@@ -250,21 +251,13 @@ class Tracker:
 
     def _end(self, status: str, at: int) -> None:
         self._children.remove_doubles()
-        if self.refused:
-            text = f"refused: {num_entries(len(self.refused))}, the first: {self.refused[0]}"
-            self.client.set_tag(self.run_id, "incomplete", text, synchronous=True)
-        self.client.set_terminated(self.run_id, status, end_time=at)
+        end_run(self.client, self.run_id, status, at, self.refused)
 
     def abandon(self, status: str) -> None:
         """After Ctrl-C or an error: the status, and what waits where the server answers and it does not take long."""
-        farewell = threading.Thread(target=self._say_farewell, args=(status, milliseconds()), daemon=True)
-        farewell.start()
+        farewell = _say_farewell(self.client, self.run_id, status)
         self.outbox.close(FAREWELL_SECONDS if status == "KILLED" else FAILURE_SECONDS)
         farewell.join(FAREWELL_SECONDS)
-
-    def _say_farewell(self, status: str, at: int) -> None:
-        with suppress(Exception):  # the server may be what the sweep has ended of
-            self.client.set_terminated(self.run_id, status, end_time=at)
 
 
 class Endable(Protocol):
@@ -281,8 +274,33 @@ def ended_with(run: Endable) -> Iterator[None]:
         yield
         run.finish()
     except BaseException as error:  # Ctrl-C and SIGTERM are none of `Exception`
-        run.abandon("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
+        run.abandon(_status_after(error))
         raise
+
+
+def _status_after(error: BaseException) -> str:
+    return "KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED"
+
+
+def _say_farewell(client: MlflowClient, run_id: str, status: str) -> threading.Thread:
+    """The end of a run, by a thread: who waits for it need not wait long."""
+    at = milliseconds()
+
+    def say() -> None:
+        with suppress(Exception):  # the server may be what the work has ended of
+            client.set_terminated(run_id, status, end_time=at)
+
+    farewell = threading.Thread(target=say, daemon=True)
+    farewell.start()
+    return farewell
+
+
+def end_run(client: MlflowClient, run_id: str, status: str, at: int, refused: Sequence[str]) -> None:
+    """A run of which the server did not take everything says so in its tag `incomplete`."""
+    if refused:
+        text = f"refused: {num_entries(len(refused))}, the first: {refused[0]}"
+        client.set_tag(run_id, "incomplete", text, synchronous=True)
+    client.set_terminated(run_id, status, end_time=at)
 
 
 @contextmanager
@@ -306,7 +324,7 @@ def _reach(spec: TrackingSpec) -> None:
         requests.get(f"{spec.uri.rstrip('/')}/health", timeout=REACH_SECONDS).raise_for_status()
 
 
-def open_experiment(spec: TrackingSpec) -> tuple[MlflowClient, str]:
+def _open_experiment(spec: TrackingSpec) -> tuple[MlflowClient, str]:
     """A client that has reached the server, and the id of the experiment, which is made where it is not there."""
     _reach(spec)
     logging.getLogger("mlflow.store").setLevel(logging.CRITICAL)  # a traceback each time that a database is busy
@@ -318,7 +336,23 @@ def open_experiment(spec: TrackingSpec) -> tuple[MlflowClient, str]:
 
 
 @contextmanager
-def tracking_errors(spec: TrackingSpec) -> Iterator[None]:
+def opened_run(spec: TrackingSpec, name: str, tags: Mapping[str, str] | None = None) -> Iterator[tuple[MlflowClient, str, str]]:
+    """Reach the server and open a run: a client, the experiment's id and the run's, which the block tells what it starts with.
+
+    TrackingError where that does not go well at once; a run that is there by then has failed, and does not look as if it went on.
+    """
+    with _tracking_errors(spec):
+        client, experiment_id = _open_experiment(spec)
+        run_id: str = client.create_run(experiment_id, run_name=name, tags=tags).info.run_id
+        try:
+            yield client, experiment_id, run_id
+        except BaseException as error:
+            _say_farewell(client, run_id, _status_after(error)).join(FAREWELL_SECONDS)
+            raise
+
+
+@contextmanager
+def _tracking_errors(spec: TrackingSpec) -> Iterator[None]:
     try:
         yield
     except (MlflowException, requests.RequestException, OSError, ImportError) as error:

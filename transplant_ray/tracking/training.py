@@ -18,10 +18,10 @@ from transplant_ray.tracking.outbox import Outbox, num_entries
 from transplant_ray.tracking.tracker import (
     FAILURE_SECONDS,
     FAREWELL_SECONDS,
+    end_run,
     ended_with,
     milliseconds,
-    open_experiment,
-    tracking_errors,
+    opened_run,
 )
 from transplant_ray.versions import environment
 
@@ -30,19 +30,22 @@ class TrainingTracker:
     """One run. What it is told goes through an outbox, so that the training waits for no server."""
 
     def __init__(self, client: MlflowClient, run_id: str, spec: TrackingSpec, say: Callable[[str], None]) -> None:
-        self.client, self.run_id, self.spec = client, run_id, spec
+        self.client, self.run_id, self.spec, self.say = client, run_id, spec, say
         self.outbox = Outbox(is_outage, say)
 
     @classmethod
     def start(cls, name: str, training: TrainingSpec, spec: TrackingSpec, say: Callable[[str], None]) -> TrainingTracker:
         """Reach the server and open the run. TrackingError where that does not go well at once."""
-        with tracking_errors(spec):
-            client, experiment_id = open_experiment(spec)
-            run_id: str = client.create_run(experiment_id, run_name=name).info.run_id
+        with opened_run(spec, name) as (client, _, run_id):
             settings = training.model_dump(mode="json", exclude={"data", "text"})
             client.log_batch(run_id, params=[Param(key, str(value)) for key, value in settings.items()])
             client.log_dict(run_id, environment(), "environment.json")
         return cls(client, run_id, spec, say)
+
+    @property
+    def refused(self) -> tuple[str, ...]:
+        """What the server did not take, each with the reason."""
+        return tuple(self.outbox.refused)
 
     def log_point(self, point: Point) -> None:
         """Losses with their perplexities, by step."""
@@ -55,7 +58,7 @@ class TrainingTracker:
         self.outbox.post("training.json", lambda _: self.client.log_dict(self.run_id, dict(record), "training.json"))
 
     def finish(self) -> None:
-        """TrackingError where the server has not everything after the patience of the settings."""
+        """Says what the server refused. TrackingError where it has not everything else after the patience of the settings."""
         self._end("FINISHED")
         unsent = self.outbox.drain(self.spec.patience)
         self.outbox.close()
@@ -64,6 +67,8 @@ class TrainingTracker:
                 f"`tracking.uri` {redact_address(self.spec.uri)}: does not answer; {num_entries(unsent)} could not be sent. The "
                 "organ is written, and has the end of its curve in organ.json."
             )
+        if self.refused:
+            self.say(f"MLflow refused {num_entries(len(self.refused))} of this training, the first: {self.refused[0]}")
 
     def abandon(self, status: str) -> None:
         self._end(status)
@@ -71,7 +76,7 @@ class TrainingTracker:
 
     def _end(self, status: str) -> None:
         at = milliseconds()
-        self.outbox.post("the end of the run", lambda _: self.client.set_terminated(self.run_id, status, end_time=at))
+        self.outbox.post("the end of the run", lambda _: end_run(self.client, self.run_id, status, at, self.refused))
 
 
 def point_metrics(point: Point) -> dict[str, float]:

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from servers import Server
 
+from transplant_ray.errors import TrackingError
 from transplant_ray.organ.lessons import Learnt
 from transplant_ray.recipe import CompareRecipe
-from transplant_ray.tracking import outbox
+from transplant_ray.tracking import outbox, tracker
 from transplant_ray.tracking.comparison import ComparisonTracker
 
 PARENT = "parent"
@@ -43,9 +44,9 @@ def server() -> Server:
 @pytest.fixture
 def told(server: Server, settings: CompareRecipe, monkeypatch: pytest.MonkeyPatch) -> Iterator[ComparisonTracker]:
     monkeypatch.setattr(outbox, "FIRST_PAUSE", 0.0)
-    tracker = ComparisonTracker(server, "experiment", PARENT, settings, print)
-    yield tracker
-    tracker.outbox.close()
+    started = ComparisonTracker(server, "experiment", PARENT, settings, print)
+    yield started
+    started.outbox.close()
 
 
 @pytest.mark.parametrize("trouble", ["away", "lost"])
@@ -72,3 +73,21 @@ def test_a_run_that_a_slow_server_makes_after_all_is_removed(server: Server, tol
     assert set(server.runs) == {ours, theirs}
     assert late not in server.runs
     assert server.ended[PARENT][0] == "FINISHED"
+
+
+def test_what_was_refused_is_said_of_the_run(server: Server, told: ComparisonTracker) -> None:
+    server.troubles = {"log_batch": ["refused"]}
+    told.log_learnt(LEARNT)
+    told.finish()
+    assert server.tags[PARENT, "incomplete"] == f"refused: 1 entry, the first: {told.refused[0]}"
+    assert server.ended[PARENT][0] == "FINISHED"
+
+
+def test_a_start_that_fails_leaves_no_run_that_seems_to_go_on(
+    server: Server, settings: CompareRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracker, "MlflowClient", lambda **_: server)
+    server.troubles = {"log_dict": ["refused"]}
+    with pytest.raises(TrackingError, match="cannot be used"):
+        ComparisonTracker.start(settings, print)
+    assert {id: status for id, (status, _) in server.ended.items()} == {"run-0": "FAILED"}

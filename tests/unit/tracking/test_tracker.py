@@ -176,6 +176,28 @@ def test_the_run_ends_as_its_block_does(
     assert children(server) == [ROW.label]
 
 
+@pytest.mark.parametrize("method", ["log_batch", "log_text", "log_dict"])
+@pytest.mark.parametrize("trouble", ["refused", "away"])
+def test_a_start_that_fails_leaves_no_run_that_seems_to_go_on(
+    server: Server, settings: Recipe, monkeypatch: pytest.MonkeyPatch, method: str, trouble: str
+) -> None:
+    monkeypatch.setattr(module, "MlflowClient", lambda **_: server)
+    monkeypatch.setattr(module, "_reach", lambda _: None)
+    server.troubles = {method: [trouble], "set_terminated": ["lost"]}
+    with pytest.raises(TrackingError, match="http://host:5000: cannot be used"):
+        Tracker.start(settings)
+    assert {id: status for id, (status, _) in server.ended.items()} == {"run-0": "FAILED"}
+
+
+def test_a_start_says_what_the_run_is_told_first(server: Server, settings: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MlflowClient", lambda **_: server)
+    monkeypatch.setattr(module, "_reach", lambda _: None)
+    tracker = Tracker.start(settings)
+    assert server.runs[tracker.run_id].data.tags == {"transplant_ray.recipe": settings.identity()}
+    assert {name for _, name in server.files} == {"recipe.yaml", "environment.json"}
+    assert server.ended == {}
+
+
 def test_a_server_that_hangs_keeps_nobody_who_has_pressed_ctrl_c(
     server: Server, told: Tracker, settings: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

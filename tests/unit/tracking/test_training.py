@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from servers import Server
 
+from transplant_ray.errors import TrackingError
 from transplant_ray.organ.training import Point
 from transplant_ray.recipe import TrackingSpec, TrainingSpec
+from transplant_ray.tracking import tracker as tracker_module
+from transplant_ray.tracking.tracker import ended_with
 from transplant_ray.tracking.training import TrainingTracker, tracked_training
 
 SPEC = TrainingSpec(data=("the text.jsonl",), steps=20)
@@ -55,3 +59,23 @@ def test_a_training_that_ends_early_says_so(tracking: TrackingSpec, error: BaseE
     assert experiment is not None
     runs = {run.info.run_name: run.info.status for run in client.search_runs([experiment.experiment_id])}
     assert runs[status] == status
+
+
+def test_what_was_refused_is_said_at_the_end_and_of_the_run() -> None:
+    server, said = Server(troubles={"log_batch": ["refused", "refused"]}), list[str]()
+    tracker = TrainingTracker(server, "run", TrackingSpec(), said.append)
+    with ended_with(tracker):
+        for step in (0, 10, 20):
+            tracker.log_point(Point(step, 64 * step, 2.0, 1e-4))
+    assert tracker.refused == ("step 0: a value is too long", "step 10: a value is too long")
+    assert server.tags["run", "incomplete"] == "refused: 2 entries, the first: step 0: a value is too long"
+    assert server.ended["run"][0] == "FINISHED"
+    assert said[-1] == "MLflow refused 2 entries of this training, the first: step 0: a value is too long"
+
+
+def test_a_start_that_fails_leaves_no_run_that_seems_to_go_on(tracking: TrackingSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(troubles={"log_batch": ["refused"]})
+    monkeypatch.setattr(tracker_module, "MlflowClient", lambda **_: server)
+    with pytest.raises(TrackingError, match="cannot be used"):
+        TrainingTracker.start("organ", SPEC, tracking, print)
+    assert {id: status for id, (status, _) in server.ended.items()} == {"run-0": "FAILED"}
