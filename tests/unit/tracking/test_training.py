@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -79,3 +82,11 @@ def test_a_start_that_fails_leaves_no_run_that_seems_to_go_on(tracking: Tracking
     with pytest.raises(TrackingError, match="cannot be used"):
         TrainingTracker.start("organ", SPEC, tracking, print)
     assert {id: status for id, (status, _) in server.ended.items()} == {"run-0": "FAILED"}
+
+
+def test_mlflow_reports_to_nobody_whichever_module_is_imported_first() -> None:
+    """MLflow decides when it is imported; a module that does nothing else stands for all."""
+    code = "import transplant_ray.tracking.outages; from mlflow.telemetry import client; print(client.get_telemetry_client())"
+    asked = {key: os.environ[key] for key in ("PATH", "PYTHONPATH") if key in os.environ}  # under CI and pytest it is silent anyway
+    done = subprocess.run([sys.executable, "-c", code], env=asked, capture_output=True, text=True, check=True)
+    assert done.stdout == "None\n"
