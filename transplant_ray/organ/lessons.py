@@ -10,6 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Generator, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from math import isfinite
 from pathlib import Path
@@ -201,10 +202,11 @@ def _train(lesson: Lesson, device: torch.device) -> Generator[Point, None, Learn
     learner, spec = lesson.learner, lesson.spec
     assert learner is not None
     training = Training(learner.load(spec.seed), Pack.open(lesson.text), spec, Rank(device=device))
+    clocks = _clocks(lesson.folder)
     seconds = 0.0
-    if progress := latest_progress(lesson.folder.glob(f"{CHECKPOINT}*")):
+    if progress := latest_progress(clocks):
         progress.restore(training)
-        seconds = float(json.loads((progress.folder / CLOCK).read_text()))
+        seconds = clocks[progress.folder]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     points, start = training.run(), time.perf_counter()
@@ -227,6 +229,15 @@ def _train(lesson: Lesson, device: torch.device) -> Generator[Point, None, Learn
         tokens=spec.num_tokens,
         curve=tuple(training.curve),
     )
+
+
+def _clocks(folder: Path) -> dict[Path, float]:
+    """Checkpoint → seconds of training up to it; one whose clock cannot be read is as little whole as one without weights."""
+    found = {}
+    for place in folder.glob(f"{CHECKPOINT}*"):
+        with suppress(OSError, ValueError, TypeError, RecursionError):
+            found[place] = float(json.loads((place / CLOCK).read_text(encoding="utf-8")))
+    return found
 
 
 def _keep(training: Training, seconds: float, folder: Path) -> None:

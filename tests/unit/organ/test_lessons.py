@@ -24,7 +24,7 @@ from transplant_ray.organ.folder import open_organ
 from transplant_ray.organ.insert import write_insertion
 from transplant_ray.organ.insertion import Mode, Placement, plan_insertion
 from transplant_ray.organ.learners import FullLearner, Learner, OrganLearner
-from transplant_ray.organ.lessons import CHECKPOINT, LEARNT, SHIPPED, Learnt, Lesson, carry_out, read_learnt
+from transplant_ray.organ.lessons import CHECKPOINT, CLOCK, LEARNT, SHIPPED, Learnt, Lesson, carry_out, read_learnt
 from transplant_ray.organ.losses import block_losses
 from transplant_ray.organ.pack import Pack, measuring_cut, pack_text
 from transplant_ray.organ.text import Passage
@@ -160,6 +160,25 @@ def test_stopped_it_goes_on_and_ends_with_the_same_weights(llama: Pair, texts: d
     assert replace(found, seconds=0) == replace(expected, seconds=0)
     for path in (tmp_path / "calm" / SHIPPED).glob("*.safetensors"):
         assert (tmp_path / "stopped" / SHIPPED / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("content", ["", "12.", "[]", None], ids=["empty", "cut off", "no number", "gone"])
+def test_a_checkpoint_whose_clock_is_damaged_is_not_gone_on_from(
+    llama: Pair, texts: dict[str, Path], tmp_path: Path, content: str | None
+) -> None:
+    asked = lesson(FullLearner(llama.recipient), llama, texts, tmp_path / "a")
+    going = carry_out(asked, CPU)
+    while not (isinstance(point := next(going), Point) and point.step == 5):
+        pass
+    del going
+    for place in asked.folder.glob(f"{CHECKPOINT}*"):
+        (place / CLOCK).unlink()
+        if content is not None:
+            (place / CLOCK).write_text(content)
+    points, learnt = learn(asked)
+    assert points[0].step < 2
+    assert learnt.error is None
+    assert learnt.seconds > 0
 
 
 def test_what_diverges_is_learnt_with_its_reason(llama: Pair, texts: dict[str, Path], tmp_path: Path) -> None:
