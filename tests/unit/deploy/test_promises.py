@@ -68,6 +68,16 @@ def test_the_images_install_nothing_but_pinned_packages() -> None:
     assert python[1] in SpecifierSet(PROJECT["requires-python"])
 
 
+def test_the_volumes_that_kuberay_makes_are_left_to_it_or_have_its_names() -> None:
+    """A smaller /dev/shm sends the object store to the disk; of /tmp/ray by another name the autoscaler would get its own."""
+    for spec in _clusters():
+        for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+            (container,) = group["template"]["spec"]["containers"]
+            places = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+            assert places == {"/shared": "shared", "/tmp/ray": "ray-logs"}
+            assert {volume["name"] for volume in group["template"]["spec"]["volumes"]} == set(places.values())
+
+
 def test_the_build_context_is_a_list_of_what_is_copied() -> None:
     """No key, database or environment of a working folder can get into a layer."""
     lines = [line for line in (REPOSITORY / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
