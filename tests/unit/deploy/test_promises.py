@@ -6,11 +6,13 @@ A check raises `Invalid`; a test that only makes one promises that it does not.
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import json
 import re
+import shutil
 import subprocess
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -60,12 +62,62 @@ def test_the_images_install_nothing_but_pinned_packages() -> None:
     installed = {
         word for line in re.findall(r"pip install (.*)", DOCKERFILE) for word in re.sub(r"--index-url \S+|--\S+", "", line).split()
     }
-    assert installed - {"/src"} == {"torch", "mlflow", "psycopg2-binary", "boto3"}
-    wanted = {Requirement(line).name for line in PROJECT["dependencies"]} | (installed - {"/src"})
-    assert {canonicalize_name(name) for name in wanted} <= {canonicalize_name(name) for name in PINS}
+    assert installed == {'"/src[lora,lm_eval]"', "torch", "mlflow", "psycopg2-binary", "boto3"}
+    extras = [line for name in ("lora", "lm_eval") for line in PROJECT["optional-dependencies"][name]]
+    wanted = _closure([*PROJECT["dependencies"], *extras, "torch", "mlflow", "psycopg2-binary", "boto3"])
+    assert len(wanted) > 100
+    assert wanted <= {canonicalize_name(name) for name in PINS}
     python = re.search(r"ARG PYTHON=([\d.]+)-slim", DOCKERFILE)
     assert python is not None
     assert python[1] in SpecifierSet(PROJECT["requires-python"])
+
+
+def _closure(lines: Iterable[str]) -> set[str]:
+    """What pip would install for these, as the installed packages say, less what PyTorch asks for where it is CUDA's."""
+    left, seen = [Requirement(line) for line in lines], set[tuple[str, frozenset[str]]]()
+    while left:
+        one = left.pop()
+        key = (canonicalize_name(one.name), frozenset(one.extras))
+        if key not in seen and key[0].partition("-")[0] not in {"cuda", "nvidia", "triton"}:
+            seen.add(key)
+            asked = map(Requirement, importlib.metadata.requires(one.name) or ())
+            extras = one.extras or {""}
+            left += [need for need in asked if need.marker is None or any(need.marker.evaluate({"extra": each}) for each in extras)]
+    return {name for name, _ in seen}
+
+
+def test_no_link_of_the_image_leads_nowhere(tmp_path: Path) -> None:
+    """`COPY` keeps links as they are, and those among the recipes lead out of the folder."""
+    (tmp_path / "opt").mkdir()
+    for *sources, target in (words.split() for words in re.findall(r"^COPY (?!--from)(.*)", DOCKERFILE, re.MULTILINE)):
+        for source in map(REPOSITORY.joinpath, sources):
+            place = tmp_path / target.strip("/")
+            if source.is_dir():
+                shutil.copytree(source, place, symlinks=True)
+            else:
+                place.mkdir(exist_ok=True)
+                shutil.copy2(source, place)
+    (command,) = re.findall(r"^RUN (cp .*)", DOCKERFILE, re.MULTILINE)
+    subprocess.run(command.replace(" /", f" {tmp_path}/"), shell=True, check=True)
+    ((made, at),) = re.findall(r"^COPY --from=packages (\S+) (/opt/transplant-ray/\S+)", DOCKERFILE, re.MULTILINE)
+    place = tmp_path / made.strip("/")
+    assert {path.name for path in place.rglob("*.yaml")} == {path.name for path in (REPOSITORY / "jobs").rglob("*.yaml")}
+    assert not [path for path in place.rglob("*") if path.is_symlink()]
+    entrypoint = documents(CLUSTER / "kuberay" / "rayjob.yaml")[0]["spec"]["entrypoint"]
+    named = [word.removeprefix(f"{at}/") for word in entrypoint.split() if word.startswith("/opt/")]
+    assert len(named) == 2
+    assert all((place / name).is_file() for name in named)
+
+
+def test_the_autoscaler_in_the_heads_container_finds_what_it_reaches_workers_by() -> None:
+    (packages,) = re.findall(r"apt-get install --yes --no-install-recommends (.*) \\", DOCKERFILE)
+    assert set(packages.split()) == {"openssh-client", "rsync"}
+
+
+def test_a_head_has_no_gpu_of_the_machine_that_it_shares() -> None:
+    stages = dict(re.findall(r"^FROM \S+ AS (\S+)\n(.*?)(?=^FROM |\Z)", DOCKERFILE, re.MULTILINE | re.DOTALL))
+    assert [name for name, text in stages.items() if "NVIDIA" in re.sub(r"#.*", "", text)] == ["runtime-cuda"]
+    assert all(spec["headGroupSpec"]["rayStartParams"]["num-gpus"] == "0" for spec in _clusters())
 
 
 def test_the_volumes_that_kuberay_makes_are_left_to_it_or_have_its_names() -> None:
