@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
+import inspect
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -23,6 +25,7 @@ from mlflow.cli import server
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+from ray.autoscaler._private import commands
 
 from transplant_ray.recipe import Acceptance, load_recipe
 
@@ -31,6 +34,7 @@ PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 PINS = dict(line.split("==") for line in (REPOSITORY / "constraints.txt").read_text().split())
 YAML = [(path, document) for path in all_files() if path.suffix == ".yaml" for document in documents(path)]
 DOCKERFILE = (DEPLOY / "Dockerfile").read_text()
+OWN = documents(CLUSTER / "own-machines.yaml")[0]
 COMPOSE = documents(DEPLOY / "compose.yaml")[0]
 MLFLOW = documents(DEPLOY / "kubernetes" / "mlflow.yaml")[1]["spec"]["template"]["spec"]["containers"][0]
 
@@ -311,14 +315,44 @@ def _least_workers(config: dict[str, Any]) -> int:
 def test_workers_and_heads_have_a_role_by_which_work_is_placed() -> None:
     cluster = _clusters()[0]
     types = documents(CLUSTER / "aws.yaml")[0]["available_node_types"]
-    own = documents(CLUSTER / "own-machines.yaml")[0]
     roles = [
         (cluster["headGroupSpec"]["labels"], cluster["workerGroupSpecs"][0]["labels"]),
         (types["head"]["labels"], types["gpu"]["labels"]),
     ]
     assert roles == [({"role": "head"}, {"role": "gpu"})] * 2
-    assert "--labels=role=head" in own["head_start_ray_commands"][1]
-    assert "--labels=role=gpu" in own["worker_start_ray_commands"][1]
+    assert "--labels=role=head" in OWN["head_start_ray_commands"][1]
+    assert "--labels=role=gpu" in OWN["worker_start_ray_commands"][1]
+
+
+def test_machines_of_ones_own_get_what_pip_needs_and_no_more() -> None:
+    """Ray reads every file of a mount each time; the root of a working folder has environments, runs and secrets in it."""
+    mounts = dict(OWN["file_mounts"])
+    assert mounts.pop("~/.ray/auth_token") == "~/.ray/auth_token"
+    assert all(remote == f"~/transplant_ray/{local}" for remote, local in mounts.items())
+    assert set(mounts.values()) == {
+        "constraints.txt",
+        "pyproject.toml",
+        PROJECT["readme"],
+        *PROJECT["license-files"],
+        "transplant_ray",
+    }
+    extras = [re.findall(r"/transplant_ray\[([\w,]+)\]\"$", command) for command in OWN["head_setup_commands"]]
+    assert extras[-1] == re.findall(r"/src\[([\w,]+)\]", DOCKERFILE), "as in the image"
+
+
+def test_the_environment_is_put_on_the_path_once(tmp_path: Path) -> None:
+    (tmp_path / ".bashrc").write_text("alias ll='ls -l'\n")
+    (command,) = OWN["setup_commands"]
+    for _ in range(2):
+        subprocess.run(["bash", "-c", command], env={"HOME": str(tmp_path), "PATH": os.environ["PATH"]}, check=True)
+    text = (tmp_path / ".bashrc").read_text()
+    assert text == "alias ll='ls -l'\nexport PATH=/shared/venv/bin:$PATH\n"
+
+
+def test_machines_of_ones_own_get_the_autoscaler_that_knows_them_and_no_key_of_a_person() -> None:
+    assert "RAY_UP_enable_autoscaler_v2" in inspect.getsource(commands.get_or_create_head_node)
+    assert "#   RAY_UP_enable_autoscaler_v2=0 ray up cluster/own-machines.yaml" in (CLUSTER / "own-machines.yaml").read_text()
+    assert OWN["auth"]["ssh_private_key"] == "~/.ssh/transplant-ray"
 
 
 def test_the_server_is_started_with_flags_that_it_has_and_the_same_everywhere() -> None:
