@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import manifests
+import mlflow.environment_variables
 import pytest
 from manifests import REPOSITORY, Invalid, all_files, documents
 from mlflow.cli import server
@@ -366,6 +367,23 @@ def test_the_server_is_started_with_flags_that_it_has_and_the_same_everywhere() 
     assert compose["disable_security_middleware"] is False
     assert kubernetes | {"backend_store_uri": compose["backend_store_uri"]} == compose
     assert kubernetes["backend_store_uri"] == compose["backend_store_uri"].replace("@postgres:", "@mlflow-postgres:")
+
+
+def test_the_server_has_the_same_settings_everywhere_and_runs_no_jobs() -> None:
+    compose = COMPOSE["services"]["mlflow"]["environment"]
+    kubernetes = {entry["name"]: entry.get("value") for entry in MLFLOW["env"]}
+    assert kubernetes.keys() == compose.keys()
+    name = mlflow.environment_variables.MLFLOW_SERVER_ENABLE_JOB_EXECUTION.name
+    assert compose[name] == kubernetes[name] == "false"
+    assert f"{name}=false" in (DEPLOY / "mlflow-server.sh").read_text()
+
+
+def test_a_database_that_is_still_being_made_is_not_ready() -> None:
+    """The image makes it with a server that has a socket alone, and starts the real one afterwards."""
+    (container,) = documents(DEPLOY / "kubernetes" / "postgres.yaml")[1]["spec"]["template"]["spec"]["containers"]
+    asked = [container[f"{probe}Probe"]["exec"]["command"] for probe in ("liveness", "readiness")]
+    asked.append(COMPOSE["services"]["postgres"]["healthcheck"]["test"][1:])
+    assert all(command[:2] == ["pg_isready", "--host=127.0.0.1"] for command in asked)
 
 
 def test_security_names_all_that_a_recipe_can_accept_and_only_files_that_there_are() -> None:
