@@ -352,7 +352,8 @@ def test_the_environment_is_put_on_the_path_once(tmp_path: Path) -> None:
 
 def test_machines_of_ones_own_get_the_autoscaler_that_knows_them_and_no_key_of_a_person() -> None:
     assert "RAY_UP_enable_autoscaler_v2" in inspect.getsource(commands.get_or_create_head_node)
-    assert "#   RAY_UP_enable_autoscaler_v2=0 ray up cluster/own-machines.yaml" in (CLUSTER / "own-machines.yaml").read_text()
+    for path in (CLUSTER / "own-machines.yaml", REPOSITORY / "README.md"):
+        assert "RAY_UP_enable_autoscaler_v2=0 ray up" in path.read_text()
     assert OWN["auth"]["ssh_private_key"] == "~/.ssh/transplant-ray"
 
 
