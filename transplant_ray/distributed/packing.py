@@ -15,11 +15,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit, urlunsplit
 
 import yaml
 
 from transplant_ray import zoo
+from transplant_ray.addresses import redact_address
 from transplant_ray.errors import CheckpointError, DataError, JobError, OrganError, RecipeError
 from transplant_ray.files import sha256_file
 from transplant_ray.organ.manifest import MANIFEST
@@ -174,9 +174,8 @@ def shown_results(recipe: AnyRecipe) -> str:
     """Where the job writes, without user, password and settings of the connection."""
     if "://" not in recipe.storage:
         return f"{recipe.storage.rstrip('/')}/{recipe.name}"
-    parts = urlsplit(recipe.storage)
-    path = f"{parts.path.rstrip('/')}/{recipe.name}"
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], path=path, query="", fragment=""))
+    address = re.split("[?#]", redact_address(recipe.storage))[0]  # in this order: a password may hold both
+    return f"{address.rstrip('/')}/{recipe.name}"
 
 
 def check_id(id: str) -> str:

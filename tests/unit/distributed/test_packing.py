@@ -335,6 +335,12 @@ def test_no_credential_is_in_the_command_or_the_metadata(home: Path, luggage: Pa
     assert "hush" not in json.dumps(shown) + entrypoint("sweep")
 
 
+@pytest.mark.parametrize("password", ["open-sesame", "open/ses+ame", "open?ses=ame", "open#sesame", "open@ses/ame", ":/open//x"])
+def test_where_results_go_is_said_without_a_password_however_it_is_typed(home: Path, password: str) -> None:
+    loaded = load_any_recipe(recipe(home, storage=f"s3://AKIA:{password}@bucket/runs/?secret_key=sesame#me"))
+    assert metadata(loaded, "sweep")["results"] == "s3://bucket/runs/tiny"
+
+
 def test_the_command_is_one_that_a_shell_reads_as_it_was_meant() -> None:
     assert entrypoint("sweep") == "python -m transplant_ray.cli sweep recipe.yaml"
     assert entrypoint("organ compare") == "python -m transplant_ray.cli organ compare recipe.yaml"
