@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -382,6 +383,46 @@ def test_text_that_is_not_yaml_is_refused(tmp_path: Path, text: str, whole: Path
         load_recipe(path)
     with pytest.raises(RecipeError, match=r"override .*: the value is not valid YAML"):
         load_recipe(whole, [f"name={{{text}}}"])
+
+
+SECRET_OVERRIDES = {
+    "tracking=postgresql://mlflow:open-sesame@db/mlflow": "`tracking` is 'postgresql://db/mlflow': Input should be a valid",
+    "storage=[s3://k:open-sesame@b/r]": "`storage` is ['s3://b/r']: Input should be a valid string.",
+    "sweep.k=http://me:open/sesame@h/x?token=open": "`sweep.k` is 'http://h/x?token=***': ",
+    "source.model=[http://h, 'http://me:open sesame@h']": "`source.model` is ['http://h', 'http://h']: Input should be a valid",
+    "tracking.uri:http://me:open-sesame@mlflow": "override 'tracking.uri:http://mlflow': expected key=value, for example sweep.k=",
+    "tracking.uri:http://me:open-sesame@mlflow=1": "`tracking.uri:http://mlflow` is not a key of a recipe",
+    "tracking.uri=[http://me:open-sesame@mlflow": "override 'tracking.uri=[http://mlflow': the value is not valid YAML: while",
+    "storage={x: s3://user:open-sesame@bucket/runs/of/mine/that/are/many, y: [}": "is not valid YAML: while parsing a flow",
+    "storage=!!int http://me:open-sesame@h": "the value is not valid YAML: a value cannot be read (ValueError: invalid literal",
+    f"source.model=http://me:open-sesame@{'h' * 5000}": "cannot be a path (File name too long).",
+    f"storage=['s3://k:open-sesame{'x' * 300}@b/r']": "`storage` is ['s3://b/r']: ",
+}
+
+
+@pytest.mark.parametrize("override", SECRET_OVERRIDES)
+def test_no_refusal_tells_the_password_of_an_address_at_a_wrong_place(whole: Path, override: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(whole, [override])
+    assert SECRET_OVERRIDES[override] in str(caught.value)
+    assert not re.search("open|sesame|mlflow:", str(caught.value))
+
+
+def test_of_a_broken_line_only_one_with_a_password_is_not_shown(tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    for line, shown in (("uri: http://me:open-sesame@h: [", False), ("uri: http://h: [", True)):
+        path.write_text(f"tracking:\n  {line}\n")
+        with pytest.raises(RecipeError, match="line 2") as caught:
+            load_recipe(path)
+        assert (line in str(caught.value)) is shown
+        assert "sesame" not in str(caught.value)
+
+
+def test_a_long_text_full_of_slashes_is_refused_without_a_wait(whole: Path) -> None:
+    start = time.monotonic()
+    with pytest.raises(RecipeError):
+        load_recipe(whole, ["storage=[" + "//a:" * 100_000 + "]"])
+    assert time.monotonic() - start < 10
 
 
 @pytest.mark.parametrize(("content", "found"), [(b"", "NoneType"), (b"- a\n- b\n", "list"), (b"text", "str"), (b"3", "int")])

@@ -20,6 +20,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from transplant_ray import zoo
+from transplant_ray.addresses import redact
 from transplant_ray.errors import RecipeError
 from transplant_ray.recipe.compare import CompareRecipe
 from transplant_ray.recipe.corpus import HUB
@@ -41,6 +42,8 @@ LONGEST = 1_000_000
 """Characters of a recipe, what its aliases stand for written out."""
 LONGEST_SHOWN = 200
 """Characters of a value that an error shows."""
+LONGEST_SEARCHED = 5_000
+"""Characters of an error that are searched for credentials; the time that takes grows with their square. The rest is not shown."""
 MOST_PROBLEMS = 20
 """Problems of one recipe that an error tells."""
 
@@ -132,7 +135,7 @@ def _validated(model: type[P], mapping: dict[str, Any], where: str) -> P:
         return model.model_validate(mapping)
     except ValidationError as error:
         problems = error.errors()
-        told = [f"{where}: {_explain(problem, model)}" for problem in problems[:MOST_PROBLEMS]]
+        told = [f"{where}: {_without_secrets(_explain(problem, model))}" for problem in problems[:MOST_PROBLEMS]]
         more = [f"{where}: {len(problems) - MOST_PROBLEMS} more of the kind."] if len(problems) > MOST_PROBLEMS else []
         raise RecipeError("\n".join(told + more)) from None
 
@@ -183,7 +186,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read ({error}). Give the path of a YAML recipe.") from error
     except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not valid YAML: {error}") from error
+        raise RecipeError(f"{path}: not valid YAML: {_finding(error)}") from None
     if not isinstance(mapping, dict):
         raise RecipeError(f"{path}: found {type(mapping).__name__}, expected a mapping with the keys of a recipe.")
     return mapping
@@ -194,11 +197,11 @@ def _overrides(pairs: Iterable[str]) -> dict[str, Any]:
     for pair in pairs:
         key, separator, text = pair.partition("=")
         if not separator or not all(key.split(".")):
-            raise RecipeError(f"override {pair!r}: expected key=value, for example sweep.k=[1,2].")
+            raise RecipeError(f"override {_shown(pair)}: expected key=value, for example sweep.k=[1,2].")
         try:
             value = _yaml(text)
         except yaml.YAMLError as error:
-            raise RecipeError(f"override {pair!r}: the value is not valid YAML: {error}") from error
+            raise RecipeError(f"override {_shown(pair)}: the value is not valid YAML: {_finding(error)}") from None
         for part in reversed(key.split(".")):
             value = {part: value}
         changes = _merge(changes, value)
@@ -255,7 +258,8 @@ def _absolute(text: str, base: Path, key: str) -> str:
         path = base / Path(text).expanduser()
         return str(path) if is_file or text.startswith((".", "/", "~")) or path.exists() else text
     except (OSError, RuntimeError) as error:  # a name that is too long, the home of a user who is not there
-        raise RecipeError(f"{text[:100]!r} cannot be a path ({error}).") from error
+        why = getattr(error, "strerror", None) or error  # and not the path, in which no credential looks like one any more
+        raise RecipeError(f"{_shown(text)} cannot be a path ({why}).") from None
 
 
 _UNION = ("str", "HubData")
@@ -277,8 +281,22 @@ def _explain(problem: Any, model: type[Part]) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    text = _without_secrets(repr(value))  # before it is cut: half of an address does not look like one
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
+
+
+def _without_secrets(text: str) -> str:
+    """An error as it may be shown. It quotes a recipe, and so perhaps an address with a password where none belongs."""
+    return redact(text[:LONGEST_SEARCHED])
+
+
+def _finding(error: yaml.YAMLError) -> str:
+    """What PyYAML says. Of a line with a secret it shows no piece, for half of an address does not look like one."""
+    for mark in filter(None, (getattr(error, name, None) for name in ("context_mark", "problem_mark"))):
+        line = mark.get_snippet(max_length=LONGEST_SEARCHED) or ""
+        if redact(line) != line:
+            mark.buffer = None
+    return _without_secrets(str(error))
 
 
 def _nearest(place: str, model: type[Part]) -> str:
