@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 from urllib.request import getproxies
 
 from aiohttp import ClientError
@@ -74,9 +74,10 @@ class Jobs:
     def at(cls, address: str | None) -> Jobs:
         """The cluster at an address, or at the one that Ray's variables name, or the one on this machine."""
         place = address or next((os.environ[name] for name in ADDRESS_VARIABLES if os.environ.get(name)), None)
-        shown = redact_address(place or "this machine")
+        known = place if place is None or "//" in place else f"//{place}"  # by which a password is found
+        shown = redact_address(known or "this machine").removeprefix("//")
         _check_address(place, shown)
-        with _explained(shown), _without_variables():
+        with _explained(shown, known or ""), _without_variables():
             _reach(place)
             client = JobSubmissionClient(place, headers=_headers())
         return cls(client, redact_address(client.get_address()))
@@ -212,13 +213,24 @@ def _check_address(place: str | None, shown: str) -> None:
     scheme, separator, _ = (place or "").partition("://")
     if separator and scheme not in ("http", "https", "ray"):
         raise JobError(f"{shown}: {scheme}:// is no address of a head. Give http://HEAD:8265, where Ray's dashboard is.")
+    try:
+        _ = _split(place or "").port
+    except ValueError:  # which quotes what stands where the port should be, and so perhaps a password
+        raise JobError(
+            f"{shown} cannot be read as an address. Give http://HEAD:8265, where Ray's dashboard is; in a password write what is "
+            "neither letter nor digit as %23 (#), %2F (/), %3F (?) or %40 (@)."
+        ) from None
+
+
+def _split(place: str) -> SplitResult:
+    return urlsplit(place if "://" in place else f"http://{place}")
 
 
 def _reach(place: str | None) -> None:
     """Ask briefly before Ray's client does, which would wait minutes for a machine that is not there."""
     if place is None or place == "auto" or getproxies():
         return
-    parts = urlsplit(place if "://" in place else f"http://{place}")
+    parts = _split(place)
     port = parts.port or {"https": 443, "ray": 10001}.get(parts.scheme, 80)
     socket.create_connection((parts.hostname or "", port), REACH_SECONDS).close()
 
@@ -247,25 +259,28 @@ def _headers() -> dict[str, Any] | None:
 
 
 @contextmanager
-def _explained(address: str) -> Iterator[None]:
-    """What Ray's client lets out, in our words. No message holds a token: neither Ray's nor ours quote one."""
+def _explained(address: str, known: str = "") -> Iterator[None]:
+    """What Ray's client lets out, in our words. No message holds a token: neither Ray's nor ours quote one.
+
+    `known` is the address as it was typed; what a message says of it may be a piece of a password.
+    """
     try:
         yield
     except AuthenticationError as error:
         raise JobError(f"{address} wants its token. {_token_advice(str(error))}") from None
     except (RequestException, OSError, ClientError, RayError) as error:
         if getattr(error, "response", None) is not None or isinstance(error, ValueError):
-            raise JobError(_no_jobs(address, redact(str(error)))) from None
+            raise JobError(_no_jobs(address, redact(str(error), known))) from None
         raise JobError(
-            f"{address} cannot be reached ({_short(error)}). Give the head's dashboard with --address http://HEAD:8265 or "
+            f"{address} cannot be reached ({_short(error, known)}). Give the head's dashboard with --address http://HEAD:8265 or "
             f"{ADDRESS_VARIABLES[0]}; where it listens on loopback only, forward the port: ssh -L 8265:127.0.0.1:8265 HEAD."
         ) from None
     except RuntimeError as error:
         if _is_status(error, "404"):
             raise JobError(_no_jobs(address, "no job interface there")) from None
-        raise JobError(f"{address} refused: {_short(error)}.") from None
+        raise JobError(f"{address} refused: {_short(error, known)}.") from None
     except (ValueError, TypeError) as error:
-        raise JobError(f"{address}: {_short(error)}. Is it the address of a head, and does --runtime-env fit Ray?") from None
+        raise JobError(f"{address}: {_short(error, known)}. Is it the address of a head, and does --runtime-env fit Ray?") from None
 
 
 def _token_advice(message: str) -> str:
@@ -291,7 +306,7 @@ def _is_status(error: Exception, status: str) -> bool:
     return isinstance(error, RuntimeError) and re.match(rf"[^:]*(status code|returned) {status}\b", str(error)) is not None
 
 
-def _short(error: Exception) -> str:
+def _short(error: Exception, known: str) -> str:
     """The last line of what may be a traceback of the head, without credentials."""
     lines = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
-    return redact(re.sub(r"\s+", " ", lines[-1]))[:500].rstrip(".")
+    return redact(re.sub(r"\s+", " ", lines[-1]), known)[:500].rstrip(".")

@@ -290,6 +290,25 @@ def test_an_address_that_is_none_is_refused(address: str) -> None:
         Jobs.at(address)
 
 
+@pytest.mark.parametrize("password", ["opensesame#1", "opensesame/1", "opensesame?1", "[opensesame", "opensesame\u2100"])
+@pytest.mark.parametrize("start", ["http://", "", "ray://"])
+def test_an_address_that_cannot_be_read_is_refused_without_its_password(password: str, start: str) -> None:
+    with pytest.raises(JobError, match=r"head:8265 cannot be read as an address") as caught:
+        Jobs.at(f"{start}me:{password}@head:8265")
+    assert "sesame" not in str(caught.value)
+
+
+def test_a_password_that_is_read_as_a_path_is_not_told_where_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def client(address: str, **_: Any) -> None:
+        raise requests.ConnectionError(f"Max retries exceeded with url: {address.partition('8265')[2]}/api/version")
+
+    monkeypatch.setattr(submission, "JobSubmissionClient", client)
+    monkeypatch.setattr(submission, "_reach", lambda _: None)
+    with pytest.raises(JobError, match="http://head:8265 cannot be reached") as caught:
+        Jobs.at("http://me:8265/sesame@head:8265")
+    assert "sesame" not in str(caught.value)
+
+
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     (tmp_path / "rows.jsonl").write_text('{"p": "1", "a": "2"}\n')
