@@ -21,6 +21,7 @@ from typing import Any, get_args
 import manifests
 import mlflow.environment_variables
 import pytest
+import yaml
 from manifests import REPOSITORY, Invalid, all_files, documents
 from mlflow.cli import server
 from packaging.requirements import Requirement
@@ -28,6 +29,8 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from ray.autoscaler._private import commands
 
+from transplant_ray.distributed.packing import STOP_SECONDS, read_environment
+from transplant_ray.pipeline.ending import GRACE_SECONDS
 from transplant_ray.recipe import Acceptance, load_recipe
 
 CLUSTER, DEPLOY = REPOSITORY / "cluster", REPOSITORY / "deploy"
@@ -290,6 +293,14 @@ def test_gpu_workers_come_and_go_and_are_watched() -> None:
     assert config["idle_timeout_minutes"] == 10
     assert config["docker"]["head_image"].endswith("-cpu")
     assert config["docker"]["worker_image"].endswith("-cuda")
+
+
+def test_a_job_has_time_to_end_and_sees_the_same_variables_by_whatever_way_it_comes() -> None:
+    bare = read_environment(CLUSTER / "runtime-env.yaml")["env_vars"]
+    of_job = yaml.safe_load(documents(CLUSTER / "kuberay" / "rayjob.yaml")[0]["spec"]["runtimeEnvYAML"])["env_vars"]
+    assert bare == of_job
+    assert bare["RAY_JOB_STOP_WAIT_TIME_S"] == STOP_SECONDS
+    assert GRACE_SECONDS < float(STOP_SECONDS)
 
 
 GROWING = ("kuberay/rayjob.yaml", "kuberay/raycluster.yaml", "aws.yaml")
