@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 
 from transplant_ray.distributed.pool import Pool
 from transplant_ray.evaluate.arms import Arms
 from transplant_ray.evaluate.choosing import choose
 from transplant_ray.graft.plan import Planned
 from transplant_ray.pipeline.asking import ask
-from transplant_ray.pipeline.guarding import candidate_of
+from transplant_ray.pipeline.guarding import candidate_of, failure
 from transplant_ray.pipeline.run import Run
 from transplant_ray.recipe import MAIN
 
@@ -36,7 +37,16 @@ def evaluate_arms(run: Run, arms: Sequence[Sequence[Planned]], pool: Pool) -> Ar
     scores = tuple(tally.score for tally in tallies if tally.error is None)
     if len(scores) < len(arms):
         run.stopwatch.watch.note(f"arms: {len(arms) - len(scores)} of {len(arms)} failed and are left out")
+    if failed := failed_sets(run, arms):
+        run.stopwatch.watch.note(f"arms: random sets that failed: {len(failed)}, the first with {failed[0][1]}")
     return Arms(scores, sets_each)
+
+
+def failed_sets(run: Run, arms: Sequence[Sequence[Planned]]) -> list[tuple[Planned, str]]:
+    """The sets that failed at something that they were asked, each once, with the reason: they have no rows that would tell it."""
+    sets = {entry.id: entry for entry in chain(*arms)}
+    errors = {id: failure(run, "select", id) or failure(run, "test", id) for id in sets}
+    return [(sets[id], error) for id, error in errors.items() if error is not None]
 
 
 def _choose(run: Run, arm: Sequence[Planned]) -> Planned | None:

@@ -30,18 +30,26 @@ def candidate_of(run: Run, entry: Planned) -> Candidate | None:
 
 
 def with_guards(run: Run, row: Result, entry: Planned, name: str) -> Result:
-    """The row with what the guards say of it. `name` is whose answers these are.
+    """The row with what the guards say of it, also that it failed at one. `name` is whose answers these are.
 
-    A guard that has no say in choosing cannot take a trial out of the choice, not even by an error.
+    A guard that has no say in choosing takes a trial out of the choice in one case alone, that the trial fails at it: a failed row
+    never wins.
     """
     shares = [guard.share for guard in guard_rows(run, entry, row.split, name) if guard.share is not None]
-    row = replace(row, guard_share=mean(shares) if shares else None)
+    row = replace(row, guard_share=mean(shares) if shares else None, error=failure(run, row.split, name))
     if entry.role != "trial" or row.split != "select" or row.score is None:
         return row
-    candidate = candidate_of(run, entry)
+    candidate = None if row.error else candidate_of(run, entry)
     if candidate is None:
         return replace(row, worth=None, worth_error=None)
     return replace(row, worth=candidate.worth, worth_error=candidate.error, vetoed_by=candidate.vetoed_by)
+
+
+def failure(run: Run, split: Split, name: str) -> str | None:
+    """Why whoever answers under this name failed at the task, or else at guards; None where nothing failed."""
+    tallies = {task: run.tally(task, split, name) for task in run.job.tasks}
+    errors = {task: tally.error for task, tally in tallies.items() if tally is not None and tally.error is not None}
+    return errors.get(MAIN) or "; ".join(f"guard {guard}: {error}" for guard, error in errors.items()) or None
 
 
 def guard_rows(run: Run, entry: Planned, split: Split, name: str) -> Iterator[GuardResult]:

@@ -18,6 +18,7 @@ from transplant_ray.files import write_json
 from transplant_ray.graft.merges import planned_merges
 from transplant_ray.graft.plan import SweepPlan
 from transplant_ray.graft.variant import VARIANT_SCHEMA, variant_rows
+from transplant_ray.pipeline.arms import failed_sets
 from transplant_ray.pipeline.evaluating import Evaluation
 from transplant_ray.pipeline.exporting import write_winner_card
 from transplant_ray.pipeline.guarding import guard_rows
@@ -49,8 +50,10 @@ class SweepResult:
         return next((row for row in self.results if row.winner and row.split == "select"), None)
 
     @property
-    def failed(self) -> list[Result]:
-        return [row for row in self.results if row.error is not None]
+    def failed(self) -> list[dict[str, str]]:
+        """Variants and searches that failed: what each is called, and its `error`."""
+        searches = [{"label": f"search {name}", "error": why} for name, why in self.summary["failed_searches"].items()]
+        return [*self.summary["failed"], *searches]
 
 
 def record(run: Run, evaluation: Evaluation, results: list[Result], probed: ProbeResult, tracker: Tracker) -> SweepResult:
@@ -69,6 +72,7 @@ def record(run: Run, evaluation: Evaluation, results: list[Result], probed: Prob
             "test_opened": evaluation.test_opened.get(MAIN, 0),
             "guard_tests_opened": {name: n for name, n in evaluation.test_opened.items() if name != MAIN},
             "searches": describe_searches(probed.found),
+            "failed_searches": dict(probed.failed),
             "verdict": None if verdict is None else describe(verdict, evaluation),
             "guards": [asdict(row) for row in guards if row.winner or row.role in ("target", "source", "all")],
         }
@@ -140,7 +144,7 @@ def summarise(evaluation: Evaluation, results: Sequence[Result], probed: ProbeRe
         "recipe": run.job.recipe.identity(),
         "baselines": by_split,
         "winner": _describe_winner(evaluation, results, winner) if winner else None,
-        "failed": [{"variant": row.variant, "label": row.label, "error": row.error} for row in results if row.error],
+        "failed": describe_failures(run, evaluation.plan, results),
         "vetoed": sorted(row.label for row in results if row.role == "trial" and row.vetoed_by),
         "stopped": dict(Counter(row.stopped for row in results if row.stopped)),
         "close": _close(run),
@@ -154,6 +158,14 @@ def summarise(evaluation: Evaluation, results: Sequence[Result], probed: ProbeRe
         "environment": environment(),
         "seconds": run.stopwatch.seconds,
     }
+
+
+def describe_failures(run: Run, plan: SweepPlan, results: Sequence[Result]) -> list[dict[str, str]]:
+    """Rows that failed; and what else failed among the random sets of arms, which have none."""
+    rows = [(row.variant, row.label, row.error) for row in results if row.error]
+    known = {variant for variant, *_ in rows}
+    sets = [(entry.id, entry.label, error) for entry, error in failed_sets(run, plan.arms) if entry.id not in known]
+    return [dict(zip(("variant", "label", "error"), told, strict=True)) for told in (*rows, *sets)]
 
 
 def _rankings(run: Run, rankings: Sequence[Ranking]) -> dict[str, Any]:
