@@ -12,8 +12,10 @@ from typing import Any
 
 OURSELVES = "transplant-ray"
 LIBRARIES = (OURSELVES, "ray", "torch", "transformers", "safetensors", "mlflow", "numpy", "pyarrow")
-DECIDING = (OURSELVES, "torch", "transformers", "math-verify", "lm_eval")
-"""Libraries of which another version may give another outcome."""
+CODE = "transplant-ray's code"
+"""A name by which `versions` tells `source_hash`."""
+DECIDING = (CODE, "torch", "transformers", "tokenizers", "math-verify", "sympy", "lm_eval")
+"""Of which another version may give another outcome."""
 HERE = Path(__file__).parent
 DECIDING_PARTS = ("evaluate", "graft", "models", "organ")
 """Folders of this package whose code decides what an outcome is."""
@@ -45,6 +47,8 @@ def environment() -> dict[str, Any]:
 
 
 def _version(name: str) -> str:
+    if name == CODE:
+        return source_hash()[:16]
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:  # our own package need not be installed where it travels with a job

@@ -33,7 +33,7 @@ from transplant_ray.evaluate.parts import MANY, SCHEMA, Part, merge_parts, read_
 from transplant_ray.evaluate.results import OUTCOME_SCHEMA
 from transplant_ray.evaluate.spool import Slip, Spool
 from transplant_ray.shelf import Shelf
-from transplant_ray.versions import DECIDING, OURSELVES, public_version, source_hash, versions
+from transplant_ray.versions import DECIDING, public_version, versions
 
 FORMAT = 1
 PART_OUTCOMES = 4096
@@ -93,8 +93,7 @@ def _tokens(example: Rendered) -> list[Any]:
 @lru_cache
 def _versions() -> list[str]:
     """Of our own code by its text, of libraries as they are published."""
-    libraries = versions(name for name in DECIDING if name != OURSELVES)
-    return [source_hash(), *map(public_version, libraries.values())]
+    return [public_version(version) for version in versions(DECIDING).values()]
 
 
 class Ledger:
@@ -104,7 +103,8 @@ class Ledger:
         """`note` is told of damaged parts."""
         self.shelf, self.note = shelf, note
         self.pages: dict[str, Page] = {}
-        self.marks: dict[tuple[str, str], str] = {}
+        self.marks: dict[int, tuple[Rendered, str]] = {}
+        """By identity: another task may ask otherwise under the same id, with more shots or another template."""
         self.orders: dict[tuple[str, ...], tuple[str, ...]] = {}
         self.spool = Spool()
         self.unwritten: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
@@ -115,7 +115,7 @@ class Ledger:
         """What is known of a variant on these examples, in their order; as their outcomes, under the ids that they have today."""
         if key is None:
             return VariantShard(variant, (), 0.0)
-        marks = [self._mark(key, example) for example in examples]
+        marks = [self._mark(example) for example in examples]
         known = self._known(self._page(key), variant, set(marks))
         found = [(example, *known[mark]) for example, mark in zip(examples, marks, strict=True) if mark in known]
         self.num_recalled += len(found)
@@ -123,17 +123,25 @@ class Ledger:
         return VariantShard(variant, outcomes, sum(seconds for *_, seconds in found), recalled=True)
 
     def keep(self, key: str | None, shard: VariantShard, examples: Sequence[Rendered]) -> None:
-        """Remember a shard, and write it with the next part. What failed is not kept: it is tried again."""
+        """Remember a shard, and write it with the next part.
+
+        What failed is not kept, nor what was not judged in time, which another hour may judge: they are tried again.
+        """
         if key is None or shard.error is not None:
             return
-        marks = {example.id: self._mark(key, example) for example in examples}
+        marks = {example.id: self._mark(example) for example in examples}
         seconds = shard.seconds / max(1, len(shard.outcomes))
         page = self._page(key)
-        new = _unknown(page, shard.variant, [(marks[outcome.example], outcome) for outcome in shard.outcomes])
+        said = [(marks[outcome.example], outcome) for outcome in shard.outcomes if not outcome.judged_late]
+        new = _unknown(page, shard.variant, said)
         self.unwritten[key] += [{**asdict(outcome), "asked": mark, "seconds": seconds} for mark, outcome in new.items()]
         self._enter(page, shard.variant, new, seconds)  # last, for it may find no room where parts do
-        full = sum(map(len, self.unwritten.values())) >= PART_OUTCOMES
-        if full or time.monotonic() - self.written_at > PART_SECONDS:
+        self.write_if_due()
+
+    def write_if_due(self) -> None:
+        """For whoever waits: what comes in a burst is written though nothing comes after it."""
+        num = sum(map(len, self.unwritten.values()))
+        if num and (num >= PART_OUTCOMES or time.monotonic() - self.written_at > PART_SECONDS):
             self.write()
 
     def write(self) -> None:
@@ -144,10 +152,10 @@ class Ledger:
             del self.unwritten[key]  # now: where the next page finds no room, this one is not written again
         self.written_at = time.monotonic()
 
-    def _mark(self, key: str, example: Rendered) -> str:
-        if (key, example.id) not in self.marks:
-            self.marks[key, example.id] = asked(example)
-        return self.marks[key, example.id]
+    def _mark(self, example: Rendered) -> str:
+        if id(example) not in self.marks:
+            self.marks[id(example)] = example, asked(example)  # held, so that its identity stays its own
+        return self.marks[id(example)][1]
 
     def _known(self, page: Page, variant: str, marks: Set[str]) -> dict[str, tuple[Outcome, float]]:
         """What the variant said of these, and the seconds that it took."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import isfinite, sqrt
@@ -25,6 +26,8 @@ T = TypeVar("T")
 
 READS = (FORCED, LOSS)
 """Scorers that read references, and decode nothing."""
+LATE = re.compile(r"no (answer|match) within \S+ s")
+"""What judges say whose time ran out: `guarded.Unanswered`, `scorers.regex`."""
 
 
 @dataclass(frozen=True, slots=True)  # of which a driver reads millions
@@ -45,6 +48,11 @@ class Outcome:
     """Why the answer could not be judged, which counts as wrong: a time limit, a crash."""
     loss: float | None = None
     """Nats a token of the reference, where that is what is scored; `correct` then says whether decoding would emit it."""
+
+    @property
+    def judged_late(self) -> bool:
+        """Whether only the clock kept the answer from being judged: that says as much of the machine as of the answer."""
+        return self.error is not None and LATE.fullmatch(self.error) is not None
 
     @property
     def score(self) -> float:

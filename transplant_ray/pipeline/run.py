@@ -45,8 +45,8 @@ class Memory:
         return page_key(self.weights, self.dtype, rules)
 
     def page_alone(self, weights: str, rules: Rules) -> str | None:
-        """Of a checkpoint that answers by itself."""
-        return page_key((weights,), self.dtype, rules)
+        """Of a checkpoint that answers by itself, through the target's tokenizer."""
+        return page_key((weights, "read by", self.weights[1]), self.dtype, rules)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from transplant_ray.evaluate.harness_process import JudgeSpec
 from transplant_ray.evaluate.ledger import Ledger, asked, page_key
 from transplant_ray.evaluate.outcome import Outcome
 from transplant_ray.shelf import Shelf
+from transplant_ray.versions import CODE
 
 EXAMPLES = tuple(Rendered(f"e{i}", (1, i + 5), (2,), f"a{i}") for i in range(6))
 RULES = Rules(GenerationSettings(4, (2,), ("\n",), 8), "exact")
@@ -91,7 +92,43 @@ def test_what_failed_is_tried_again(tmp_path: Path) -> None:
     assert ledger.recall(page(), "a", EXAMPLES).outcomes == ()
 
 
+@pytest.mark.parametrize(
+    ("error", "kept"),
+    [("no answer within 5 s", False), ("no match within 0.5 s", False), ("math-verify crashed", True), ("ValueError", True)],
+)
+def test_what_was_not_judged_in_time_is_tried_again(tmp_path: Path, error: str, kept: bool) -> None:
+    ledger, unjudged = opened(tmp_path), outcome("a", EXAMPLES[0], error=error)
+    ledger.keep(page(), VariantShard("a", (unjudged, outcome("a", EXAMPLES[1])), 1.0), EXAMPLES)
+    ledger.write()
+    for known in (ledger, opened(tmp_path)):
+        assert [o.example for o in known.recall(page(), "a", EXAMPLES).outcomes] == (["e0"] if kept else []) + ["e1"]
+
+
+def test_what_comes_in_a_burst_is_written_though_nothing_comes_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = opened(tmp_path)
+    ledger.keep(page(), shard("a"), EXAMPLES)
+    ledger.write_if_due()
+    assert not list(tmp_path.rglob("*.parquet")), "it is not long ago that the last part was written"
+    monkeypatch.setattr(module, "PART_SECONDS", -1.0)
+    for _ in range(3):
+        ledger.write_if_due()
+    assert len(list(tmp_path.rglob("*.parquet"))) == 1
+
+
 # Nothing is stale.
+
+
+def test_the_same_id_with_more_shots_is_another_question(tmp_path: Path) -> None:
+    """Two tasks of one run may have the same rows, limits and scorer, and ask with another number of shots."""
+    ledger = opened(tmp_path)
+    with_shots = replace(EXAMPLES[0], prompt_ids=(7, 7, *EXAMPLES[0].prompt_ids))
+    ledger.keep(page(), shard("a"), EXAMPLES)
+    assert ledger.recall(page(), "a", [with_shots]).outcomes == ()
+    ledger.keep(page(), VariantShard("a", (outcome("a", with_shots, completion="after shots"),), 1.0), [with_shots])
+    ledger.write()
+    for known in (ledger, opened(tmp_path)):
+        said = [known.recall(page(), "a", [each]).outcomes[0].completion for each in (EXAMPLES[0], with_shots)]
+        assert said == ["a says", "after shots"]
 
 
 @pytest.mark.parametrize(
@@ -121,9 +158,8 @@ def test_how_many_rows_share_a_batch_is_no_other_way(monkeypatch: pytest.MonkeyP
     assert page() != known
 
 
-def key_of(monkeypatch: pytest.MonkeyPatch, source: str = "abc", **told: str) -> str | None:
+def key_of(monkeypatch: pytest.MonkeyPatch, **told: str) -> str | None:
     """A page's name where our code and the libraries are these."""
-    monkeypatch.setattr(module, "source_hash", lambda: source)
     monkeypatch.setattr(module, "versions", lambda names: {name: told.get(name, "1") for name in names})
     module._versions.cache_clear()
     try:
@@ -137,11 +173,12 @@ def test_other_code_is_another_page_and_another_build_is_not(monkeypatch: pytest
     assert key_of(monkeypatch, torch="2.13.0+cpu") == known
     assert key_of(monkeypatch, torch="2.13.0", **{"transplant-ray": "not installed"}) == known
     others = {
-        key_of(monkeypatch, "abd", torch="2.13.0"),
+        key_of(monkeypatch, torch="2.13.0", **{CODE: "abd"}),
         key_of(monkeypatch, torch="2.13.1"),
         key_of(monkeypatch, transformers="2"),
+        key_of(monkeypatch, torch="2.13.0", tokenizers="2"),
     }
-    assert len(others - {known}) == 3
+    assert len(others - {known}) == 4
 
 
 @pytest.mark.parametrize(
