@@ -9,6 +9,7 @@
     ├── VariantError          coefficients that do not fit the pair
     ├── OrganError            an organ: its layers, its files, its place in a recipient
     ├── ResourceError         more machines, GPUs or memory than there are
+    ├── DeviceError           a GPU that does not compute, or has no room for a model
     ├── JobError              a submitted job: its head, its token, its id
     ├── TrackingError         the MLflow server
     └── RunError              a run folder: missing, incomplete, of another recipe
@@ -52,6 +53,10 @@ class OrganError(TransplantError):
 
 class ResourceError(TransplantError):
     """The cluster has less than the recipe asks for."""
+
+
+class DeviceError(TransplantError):
+    """A GPU has no room for a model, or no longer computes: that is wrong with one place, and not with what was asked of it."""
 
 
 class JobError(TransplantError):

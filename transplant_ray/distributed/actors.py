@@ -25,7 +25,7 @@ from transplant_ray.graft.resident import ResidentPair, load_resident_pair
 from transplant_ray.graft.variant import Variant
 from transplant_ray.models.checkpoint import Checkpoint, at_hand
 from transplant_ray.models.compare import Comparison
-from transplant_ray.models.loading import load_model, load_tokenizer, placement
+from transplant_ray.models.loading import check_devices, devices_of, load_model, load_tokenizer, placement
 from transplant_ray.probe.measured import Measured
 from transplant_ray.probe.resident_rankers import Bench, measure
 from transplant_ray.probe.search import Found, Search
@@ -111,6 +111,7 @@ class ModelActor:
         try:
             outcomes = answer_examples(self.name, *loaded, examples, rules.generation, rules.scorer)
         except (TransplantError, RuntimeError) as error:  # torch reports what a device cannot do as RuntimeError
+            check_devices(*devices_of(loaded[0]))
             return VariantShard(self.name, (), time.perf_counter() - start, f"{type(error).__name__}: {error}")
         return VariantShard(self.name, outcomes, time.perf_counter() - start)
 
@@ -140,11 +141,11 @@ class Evaluator:
     def where(self) -> dict[str, Any]:
         return _where(str(self._load()[0].model.device))
 
-    def measure_rows(self, examples: Sequence[Rendered], rules: Rules, most: int) -> int:
-        """How many rows at a time this device likes, for these examples."""
+    def measure_rows(self, examples: Sequence[Rendered], rules: Rules, most: int) -> Iterator[int]:
+        """How many rows at a time this device likes, for these examples: one number."""
         pair, _ = self._load()
         longest = max(len(example.prompt_ids) for example in examples) + rules.generation.max_new_tokens
-        return measure_rows(pair.model, longest, most)
+        yield measure_rows(pair.model, longest, most)
 
     def evaluate(
         self, variants: Sequence[Variant], examples: Sequence[Rendered], rules: Rules, rows: int
@@ -185,6 +186,7 @@ class Evaluator:
         try:
             return SEARCHES[name](Search(bench, seen.guards, seen.texts), spec)
         except (TransplantError, RuntimeError) as error:
+            check_devices(*devices_of(self._load()[0].model))
             return f"{type(error).__name__}: {error}"
 
     def _source(self) -> PreTrainedModel:

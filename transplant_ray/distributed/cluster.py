@@ -16,6 +16,7 @@ import ray
 from ray._private import ray_constants
 from ray.actor import ActorHandle
 from ray.autoscaler.sdk import request_resources
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from transplant_ray.distributed.packing import refuse_relative, refuse_relative_database, refuse_relative_outputs
 from transplant_ray.distributed.room import NOBODY, Refused, both_at_once, demand, fits, missing, room, useless
@@ -29,9 +30,10 @@ NODE_LABEL = "ray.io/node-id"
 LOCAL = "local"
 """As an address: a Ray of our own. Without any, Ray would join whatever somebody has started on this machine."""
 REACH_SECONDS = 10
-RETRIES = 5
+RETRIES = 9
 """So often a call is tried again whose actor has died over it: without end, nobody would hear of a model that is larger than the
-memory. Waiting for a node to come back is no try."""
+memory. Ray waits twice as long each time, from .1 seconds: 51 in all, for a node that dies is known as dead after 15 (of five tries
+the last was over after 8). From then on, waiting for a place is no try."""
 POLL_SECONDS = 2.0
 """How often it is asked whether a node has come or gone."""
 
@@ -89,9 +91,10 @@ class Capacity:
         return both_at_once(ray.nodes(), self.resources)
 
     @property
-    def num_nodes(self) -> int:
-        """Where a model actor may be."""
-        return sum(fits(node, self.resources, "evaluator") > 0 for node in ray.nodes())
+    def num_elsewhere(self) -> int:
+        """Nodes where a model actor may be that are not the driver's own, which may have no room for any."""
+        here = ray.get_runtime_context().get_node_id()
+        return sum(fits(node, self.resources, "evaluator") > 0 for node in ray.nodes() if node["NodeID"] != here)
 
     @property
     def grows(self) -> bool:
@@ -105,6 +108,11 @@ class Capacity:
             return wanted
         found = room(ray.nodes(), self.resources, "evaluator", refused)
         return found if wanted == "auto" else min(wanted, found)
+
+
+def beside_the_driver() -> NodeAffinitySchedulingStrategy:
+    """For an actor on the driver's own node, which dies with it alone, and has seen all files."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 @contextmanager
@@ -136,7 +144,7 @@ def wait_for_room(resources: ResourceSpec) -> None:
                     f"`resources`: {lacking}{waited}. Lower `evaluators`, `gpus_per_model` or `cpus_per_model`, join a larger "
                     "cluster with `address`, or give one that grows by itself some seconds to `wait`."
                 )
-            asked = asked or _ask_to_grow(resources)
+            asked = _ask_to_grow(resources)  # each time: another driver that asks, or needs no more, overrides what was asked
             time.sleep(min(POLL_SECONDS, max(0.0, end - time.monotonic())))
     finally:
         if asked:
@@ -207,6 +215,9 @@ def plain_errors() -> Iterator[None]:
     """Our own errors as they were raised in an actor, without Ray's traceback around them. ResourceError where an actor is gone."""
     try:
         yield
+    except ray.exceptions.RuntimeEnvSetupError as error:
+        reason = " ".join(str(error).split())[:500]
+        raise ResourceError(f"a runtime environment could not be set up on a node ({reason}).") from error
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
         while isinstance(cause, ray.exceptions.RayTaskError):  # raised in an actor that a task called

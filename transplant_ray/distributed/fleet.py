@@ -17,12 +17,19 @@ from ray.actor import ActorHandle
 from transplant_ray.distributed.cluster import GONE, RETRIES
 from transplant_ray.distributed.overseer import Overseer
 from transplant_ray.distributed.room import Refused
-from transplant_ray.errors import ResourceError, TransplantError
+from transplant_ray.errors import CheckpointError, DeviceError, OrganError, ResourceError, TransplantError
 
 RESIZE_SECONDS = 5.0
 """How often it is asked whether the cluster has grown or shrunk."""
+PAUSE_SECONDS = 600.0
+"""After which places that were of no use are tried again: a folder may be mounted by then, or a hub answer."""
+ANSWER_SECONDS = 10.0
+"""For one who has just answered, and may be gone since."""
 WHOLE = 1_000_000
 """More places than a node has."""
+UNFIT = (CheckpointError, OrganError, ResourceError)
+"""What is wrong with a node and all on it: other weights or libraries than the driver's, or none."""
+NEVER_STARTED = (ray.exceptions.RuntimeEnvSetupError, ray.exceptions.ActorUnschedulableError)
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,13 @@ class Fleet:
         self.refused: dict[str, int] = {}
         """Of nodes that are alive, how many places were of no use to newcomers: they stay empty."""
         self.lost = 0
-        """Newcomers whose process died again and again while it loaded, since somebody joined."""
+        """Newcomers whose process died again and again while it loaded, or never started; nobody knows where, and their places stay
+        empty too, until somebody joins."""
+        self.left_out_at = 0.0
+        self.alive: Collection[str] = ()
+        self.alive_before: Collection[str] = ()
+        """Nodes, as they were looked at last, and the time before."""
+        self.looked_at = -RESIZE_SECONDS
         self.resized_at = -RESIZE_SECONDS
         self.resize()
 
@@ -87,11 +100,27 @@ class Fleet:
             return
         self.resized_at = time.monotonic()
         alive = nodes_alive()
+        if self.resized_at - self.left_out_at > PAUSE_SECONDS:
+            self.refused, self.lost = {}, 0
         self.refused = {node: number for node, number in self.refused.items() if node in alive}
-        wanted = max(1, self.size(self.refused)) + (self.grows and work_waits)
+        wanted = max(1, self.size(self.refused) - self.lost) + (self.grows and work_waits)
         for _ in range(wanted - len(self)):
             self._join(self.start(self.refused))
         self._let_go(len(self) - wanted)
+
+    def _look_around(self) -> None:
+        """Who is idle on a node that is gone starts again where there is room, and joins again before anything is given to it.
+
+        A call to it would wait for its restart, and for ever where there is no room.
+        """
+        if time.monotonic() - self.looked_at < RESIZE_SECONDS:
+            return
+        self.looked_at = time.monotonic()
+        self.alive_before, self.alive = self.alive, nodes_alive()
+        for member in [member for member in self.idle if member.node not in self.alive]:
+            self.idle.remove(member)
+            self.overseer.died(member.actor, ())
+            self._join(member.actor)
 
     def _let_go(self, number: int) -> None:
         """Of so many who have not joined, the latest first."""
@@ -125,7 +154,11 @@ class Fleet:
             self.overseer.joined(actor)
             self.lost = 0
         except GONE as error:
-            self._lose(actor, error)
+            said = f"an evaluator's process died {RETRIES + 1} times while it loaded; memory may have run out"
+            self._lose(actor, error, said, "Give it a machine with more of it (`resources`), or a smaller `dtype`.")
+        except NEVER_STARTED as error:
+            said = f"an evaluator was never started: {_in_a_line(error)}"
+            self._lose(actor, error, said, "See what Ray's logs on its node say.")
         except ray.exceptions.RayTaskError as error:
             if not isinstance(error.cause, TransplantError | RuntimeError | OSError):
                 raise
@@ -139,7 +172,8 @@ class Fleet:
         node = _node_of(actor)
         known = 0 if node is None else self.refused.get(node, 0)
         if node is not None:
-            self.refused[node] = known + (WHOLE if isinstance(error.cause, TransplantError) else 1)
+            self.refused[node] = known + (1 if _is_of_one_place(error) else WHOLE)
+        self.left_out_at = time.monotonic()
         if not self.idle and not self.at_work and not self.size(self.refused):
             raise error
         if known < WHOLE:  # others had begun to load there
@@ -147,20 +181,48 @@ class Fleet:
         ray.kill(actor)
         self.resized_at = -RESIZE_SECONDS  # at once: it may have been the only one
 
-    def _lose(self, actor: ActorHandle, error: Exception) -> None:
-        """A newcomer whose process dies whenever it loads; another one tries. ResourceError where nobody has come of it."""
+    def _lose(self, actor: ActorHandle, error: Exception, said: str, advice: str) -> None:
+        """A newcomer of whom nothing came, wherever it was. ResourceError where there is nobody else."""
         ray.kill(actor)
         self.lost += 1
-        said = f"an evaluator's process died {RETRIES + 1} times while it loaded; memory may have run out"
+        self.left_out_at = time.monotonic()
         if not self.idle and not self.at_work and self.lost > len(self.joining):
-            raise ResourceError(f"{said}. Give it a machine with more of it (`resources`), or a smaller `dtype`.") from error
-        self.note(f"{said}; another one tries")
-        self.resized_at = -RESIZE_SECONDS
+            raise ResourceError(f"{said}. {advice}") from error
+        self.note(f"{said}; the others go on")
 
-    def work_through(self, tasks: Iterable[Task]) -> None:
-        """Hand out all of them in order, as they are taken; what comes is taken in here, and what a death leaves comes first."""
+    def _dismiss(self, member: Member, error: ray.exceptions.RayTaskError, variants: tuple[str, ...]) -> None:
+        """A member that could not go on with these variants: its device failed, or it has come back on a node that is unfit.
+
+        A process whose device has failed once fails at all it is given, and faster than others work; a new one may find it well.
+        """
+        self.overseer.died(member.actor, variants)
+        self.at_work.remove(member)
+        if isinstance(error.cause, DeviceError):
+            ray.kill(member.actor, no_restart=False)
+            self._join(member.actor)
+        else:
+            self._refuse(member.actor, error)
+
+    def _forsake(self, running: dict[Any, tuple[Member, Task]]) -> Iterator[Task]:
+        """Work in the hands of those whose node has been gone for a while, and nothing was heard of it."""
+        for stream, (member, task) in list(running.items()):
+            if member.node not in self.alive and member.node not in self.alive_before:
+                self.overseer.died(member.actor, task.left)
+                self.at_work.remove(member)
+                ray.kill(member.actor)  # with the call that it may still be waiting with
+                del running[stream]
+                yield from task.after_a_death(member.node)
+
+    def work_through(self, tasks: Iterable[Task], on_tick: Callable[[], None] = lambda: None) -> None:
+        """Hand out all of them in order, as they are taken; what comes is taken in here, and what a death leaves comes first.
+
+        `on_tick` is called all the while, every `RESIZE_SECONDS` or more often.
+        """
         waiting, running = _Waiting(tasks), dict[Any, tuple[Member, Task]]()
         while True:
+            on_tick()
+            self._look_around()
+            waiting.back(self._forsake(running))
             while waiting and (member := self.take()) is not None:
                 task = waiting.take()
                 self.overseer.handed_out(member.actor, len(task.left))
@@ -184,17 +246,13 @@ class Fleet:
                     self.give_back(member)
                 except GONE:
                     self.died(member, task.left)
-                    waiting.first.extendleft(reversed(list(task.after_a_death(member.node))))
+                    waiting.back(task.after_a_death(member.node))
+                except ray.exceptions.RayTaskError as error:
+                    if not isinstance(error.cause, (*UNFIT, DeviceError)):
+                        raise
+                    self._dismiss(member, error, task.left)
+                    waiting.back(task.after_a_death(member.node))
                 del running[stream]
-
-    def first(self) -> Member:
-        """Whoever joins first; waits for it."""
-        while not self.idle:
-            ready, _ = ray.wait(list(self.joining), num_returns=1, timeout=RESIZE_SECONDS)
-            for ref in ready:
-                self.welcome(ref)
-            self.resize()
-        return self.idle[0]
 
     def dissolve(self) -> None:
         """They give their GPUs back."""
@@ -220,13 +278,25 @@ class _Waiting:
     def take(self) -> Task:
         return self.first.popleft()
 
+    def back(self, tasks: Iterable[Task]) -> None:
+        self.first.extendleft(reversed(list(tasks)))
+
 
 def _node_of(actor: ActorHandle) -> str | None:
     """Where an actor is that has just answered; None where it has died since."""
     try:
-        return str(ray.get(actor.__ray_call__.options(max_task_retries=0).remote(_this_node)))
-    except GONE:
+        return str(ray.get(actor.__ray_call__.options(max_task_retries=0).remote(_this_node), timeout=ANSWER_SECONDS))
+    except (*GONE, ray.exceptions.GetTimeoutError):
         return None
+
+
+def _is_of_one_place(error: ray.exceptions.RayTaskError) -> bool:
+    """Whether others on the node may be well."""
+    return isinstance(error.cause, DeviceError) or not isinstance(error.cause, TransplantError)
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _this_node(_actor: Any) -> str:

@@ -24,7 +24,7 @@ from transplant_ray.distributed.overseer import Overseer
 from transplant_ray.distributed.preflight import Needs, check_node
 from transplant_ray.distributed.room import Refused
 from transplant_ray.errors import TransplantError
-from transplant_ray.models.loading import placement
+from transplant_ray.models.loading import check_devices, placement
 from transplant_ray.organ.lessons import Learnt, Lesson, carry_out, failed
 from transplant_ray.organ.training import Point
 from transplant_ray.recipe import ResourceSpec, RoomSpec
@@ -53,10 +53,15 @@ class Tutor:
         return str(ray.get_runtime_context().get_node_id())
 
     def carry_out(self, lesson: Lesson) -> Iterator[Point | Learnt]:
-        """Points as they are reached, and at the end what was learnt; an error of ours would come again, so it is learnt too."""
+        """Points as they are reached, and at the end what was learnt; an error of ours would come again, so it is learnt too.
+
+        DeviceError where it is the device that fails.
+        """
+        device = torch.device(placement(self.num_gpus))
         try:
-            yield from carry_out(lesson, torch.device(placement(self.num_gpus)))
+            yield from carry_out(lesson, device)
         except (TransplantError, RuntimeError) as error:  # torch reports what a device cannot do as RuntimeError
+            check_devices(device)
             yield failed(lesson, f"{type(error).__name__}: {error}")
 
 

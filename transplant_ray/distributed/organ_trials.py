@@ -1,7 +1,8 @@
 """The grid of an organ sweep as Ray Tune runs it: a trial makes its model of resident layers and answers for it.
 
-A process serves one trial after another and reads each weight once. One that dies is started again, and so is its trial; an error
-of ours is the trial's result, for it would come again.
+A process serves one trial after another and reads each weight once. One that dies, or whose device fails, is started again, and
+so is its trial; an error of ours is the trial's result, for it would come again. A process that finds other weights or libraries
+than the driver's ends all of it: what it cannot do is no trial's fault, and it would run through the grid.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from transplant_ray.distributed.meters import count_in_evaluator
 from transplant_ray.distributed.probing import Asked
 from transplant_ray.distributed.room import ACCELERATOR, SHARE
 from transplant_ray.distributed.tuning import Listener, make_tuner
-from transplant_ray.errors import RunError, TransplantError
+from transplant_ray.errors import CheckpointError, DeviceError, NumericsError, OrganError, ResourceError, RunError, TransplantError
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.example import Split
 from transplant_ray.evaluate.outcome import answer_examples
-from transplant_ray.models.loading import load_tokenizer, placement
+from transplant_ray.models.loading import check_devices, load_tokenizer, placement
 from transplant_ray.organ.grid import Trial
 from transplant_ray.organ.resident import Resident
 
@@ -66,15 +67,19 @@ class TrialDone:
     """Of processes under it, before it came to its end."""
     died: bool = False
     """Whether that is its end."""
+    unfit: bool = False
+    """Whether the error is the node's."""
 
 
 def run_organ_trials(job: Trials, capacity: Capacity) -> Iterator[TrialDone]:
-    """Each trial once, as they end. RunError where Tune itself cannot go on."""
+    """Each trial once, as they end. RunError where Tune itself cannot go on, ResourceError where a node is unfit for the work."""
     deaths: Counter[str] = Counter()
     left = job
     for number in range(1, ROUNDS + 1):
         again = []
         for done in _run_round(left, capacity):
+            if done.unfit:
+                raise ResourceError(f"a node is unfit for the work: {done.error} The same command goes on where this one stopped.")
             deaths[done.id] += done.deaths
             if done.died and number < ROUNDS:
                 again.append(done.id)
@@ -152,12 +157,15 @@ class OrganTrial(tune.Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        said, error = ((), self.unfit) if self.unfit else answer_trial(self.job, self.config["trial"], self.resident)
+        try:
+            said, error, unfit = *answer_trial(self.job, self.config["trial"], self.resident, self.unfit), False
+        except Unfit as reason:
+            said, error, unfit = (), str(reason), True
         evaluator, node = who()
         for _, _, shard in said:
             count_in_evaluator(self.job.workload.run, shard)
         said = [(task, split, replace(shard, evaluator=evaluator, node=node)) for task, split, shard in said]
-        return {"done": True, "said": said, "error": error, "process": os.getpid()}
+        return {"done": True, "said": said, "error": error, "unfit": unfit, "process": os.getpid()}
 
 
 def _unfit(job: Trials) -> str | None:
@@ -169,8 +177,17 @@ def _unfit(job: Trials) -> str | None:
     return None
 
 
-def answer_trial(job: Trials, id: str, resident: Resident) -> tuple[Said, str | None]:
-    """What one model answers to all that it is asked, up to the first error of ours, and that error."""
+class Unfit(Exception):
+    """The node lacks what the driver has seen: weights, an organ."""
+
+
+def answer_trial(job: Trials, id: str, resident: Resident, unfit: str | None = None) -> tuple[Said, str | None]:
+    """What one model answers to all that it is asked, up to the first error of ours, and that error.
+
+    Unfit where the node cannot do it, DeviceError where its device no longer computes.
+    """
+    if unfit is not None:
+        raise Unfit(unfit)
     said: list[tuple[str, Split, VariantShard]] = []
     try:
         tokenizer = load_tokenizer(job.workload.tokenizer)
@@ -181,7 +198,11 @@ def answer_trial(job: Trials, id: str, resident: Resident) -> tuple[Said, str | 
             seconds = time.perf_counter() - start
             said.append((one.task, one.split, VariantShard(id, outcomes, seconds)))
     except (TransplantError, RuntimeError) as error:  # torch reports what a device cannot do as RuntimeError
-        return said, f"{type(error).__name__}: {error}"
+        check_devices(resident.device)
+        reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, CheckpointError | OrganError) and not isinstance(error, NumericsError):
+            raise Unfit(reason) from error  # the driver has read the same files
+        return said, reason
     return said, None
 
 
@@ -192,7 +213,8 @@ class _TrialListener(Listener):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
         found = trial.last_result or {}
         error = found.get("error") if "said" in found else "it ended without a word"
-        self.ended.put(TrialDone(trial.config["trial"], found.get("said", ()), error, found.get("process"), trial.num_failures))
+        process, unfit = found.get("process"), found.get("unfit", False)
+        self.ended.put(TrialDone(trial.config["trial"], found.get("said", ()), error, process, trial.num_failures, unfit=unfit))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
         reason = _reason(trial)
@@ -201,8 +223,8 @@ class _TrialListener(Listener):
 
 
 def _reason(trial: Any) -> str | None:
-    """What a process has raised that is no error of ours; None where it died."""
+    """What a process has raised that is no error of ours; None where it died, or its device failed."""
     error = trial.get_pickled_error()
-    if error is None or isinstance(error, GONE):
+    if error is None or isinstance(error, GONE) or isinstance(getattr(error, "cause", error), DeviceError):
         return None
     return (str(error).strip().splitlines() or [repr(error)])[-1][:300]

@@ -10,14 +10,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import ray
 from ray.actor import ActorHandle
 
 from transplant_ray.distributed.actors import Evaluator, Workload
-from transplant_ray.distributed.cluster import Capacity, deaths_told
+from transplant_ray.distributed.cluster import Capacity
 from transplant_ray.distributed.fleet import Fleet, fleet, nodes_alive
 from transplant_ray.distributed.overseer import Overseer
 from transplant_ray.distributed.room import Refused
+from transplant_ray.errors import ResourceError
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.engine import VARIANTS_PER_PACK
 from transplant_ray.evaluate.example import Rendered
@@ -35,6 +35,8 @@ Divergences = dict[str, tuple[float | None, ...]]
 
 MOST_DEATHS = 3
 """So often an evaluator may die over a pack before its variants are tried one by one, and over one before it is given up."""
+MOST_NODES = 6
+"""So often with its whole node: that is a node's fault, but where it goes on, each may have died of a lack of memory."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,13 @@ class Work:
     """Nodes of the evaluators that died with it in hand, since one of its variants was answered."""
 
     def after_a_death(self, answered: Collection[str], node: str, alive: Collection[str]) -> tuple[list[Work], Variant | None]:
-        """What is left to do, and the variant that is to be given up. A death with the whole node is nobody's fault."""
+        """What is left to do, and the variant that is to be given up. A death with the whole node counts for less."""
         left = tuple(variant for variant in self.variants if variant.id not in answered)
         before = self.deaths if len(left) == len(self.variants) else ()
-        deaths = tuple(place for place in (*before, node) if place in alive)
+        deaths = (*before, node)
         if not left:
             return [], None
-        if len(deaths) < MOST_DEATHS:
+        if sum(place in alive for place in deaths) < MOST_DEATHS and len(deaths) < MOST_NODES:
             return [replace(self, variants=left, deaths=deaths)], None
         if len(left) == 1:
             return [], left[0]
@@ -95,13 +97,44 @@ class _Task:
 
 
 @dataclass(frozen=True)
+class _Measuring:
+    """How many rows an evaluator likes: whoever comes first is asked."""
+
+    examples: Sequence[Rendered]
+    rules: Rules
+    rows: list[int] = field(default_factory=list)
+    deaths: list[str] = field(default_factory=list)
+
+    left = ()
+
+    def start(self, actor: ActorHandle) -> Any:
+        method = actor.measure_rows.options(num_returns="streaming", max_task_retries=0)
+        return method.remote(self.examples, self.rules, VARIANTS_PER_PACK * len(self.examples))
+
+    def take(self, found: int) -> None:
+        self.rows.append(found)
+
+    def after_a_death(self, node: str) -> list[_Measuring]:
+        self.deaths.append(node)
+        if self.rows:
+            return []
+        if len(self.deaths) == MOST_NODES:
+            raise ResourceError(
+                f"evaluators died {MOST_NODES} times while they tried how many rows they have memory for. Give "
+                "`resources.batch_size` a number, or a machine with more of it. The same command goes on where this one stopped."
+            )
+        return [self]
+
+
+@dataclass(frozen=True)
 class Pool:
     fleet: Fleet
     rows: int
     """Rows in flight on each evaluator, at most."""
 
-    def run(self, work: Iterable[Work], on_result: OnResult) -> None:
-        """Hand out the work in order, as it is taken; `on_result` is called here for every variant and shard, as they come.
+    def run(self, work: Iterable[Work], on_result: OnResult, on_tick: Callable[[], None] = lambda: None) -> None:
+        """Hand out the work in order, as it is taken; `on_result` is called here for every variant and shard, as they come, and
+        `on_tick` all the while.
 
         A variant over which evaluators die again and again is a shard with that reason.
         """
@@ -111,9 +144,10 @@ class Pool:
             return [shard.variant]
 
         def give_up(variant: Variant) -> None:
-            on_result(VariantShard(variant.id, (), 0.0, f"its evaluator died {MOST_DEATHS} times while it answered"))
+            reason = f"its evaluator died {MOST_DEATHS} times, or {MOST_NODES} times with its node, while it answered"
+            on_result(VariantShard(variant.id, (), 0.0, reason))
 
-        self._work_through(work, "evaluate", take, give_up)
+        self._work_through(work, "evaluate", take, give_up, on_tick)
 
     def losses(self, variants: Sequence[Variant], examples: Sequence[Rendered], rules: Rules, on_read: OnRead) -> None:
         """Mean token loss of every variant: `on_read` is given `Losses` as they come."""
@@ -136,9 +170,14 @@ class Pool:
         self._work_through(work, call, take, lambda variant: on_read({variant.id: nothing}))
 
     def _work_through(
-        self, work: Iterable[Work], call: str, take: Callable[[Any], Collection[str]], give_up: Callable[[Variant], None]
+        self,
+        work: Iterable[Work],
+        call: str,
+        take: Callable[[Any], Collection[str]],
+        give_up: Callable[[Variant], None],
+        on_tick: Callable[[], None] = lambda: None,
     ) -> None:
-        self.fleet.work_through(_Task(each, call, self.rows, take, give_up) for each in work)
+        self.fleet.work_through((_Task(each, call, self.rows, take, give_up) for each in work), on_tick)
 
 
 @contextmanager
@@ -163,7 +202,7 @@ def evaluator_pool(
 
     with fleet(start, capacity.evaluators, overseer, note, grows=capacity.grows) as gathered:
         if rows is None:
-            most = VARIANTS_PER_PACK * len(examples)
-            with deaths_told():
-                rows = int(ray.get(gathered.first().actor.measure_rows.remote(examples, rules, most)))
+            measuring = _Measuring(examples, rules)
+            gathered.work_through([measuring])
+            rows = measuring.rows[0]
         yield Pool(gathered, rows)

@@ -15,7 +15,7 @@ import ray
 from ray.actor import ActorHandle
 
 from transplant_ray.distributed.actors import Evaluator, ModelActor, Seen, Workload
-from transplant_ray.distributed.cluster import Capacity, deaths_told
+from transplant_ray.distributed.cluster import Capacity, beside_the_driver, deaths_told
 from transplant_ray.distributed.streams import steady
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.example import Rendered, Split
@@ -30,6 +30,7 @@ from transplant_ray.probe.statistics import ActivationStats, Continuations
 from transplant_ray.recipe import ACTIVATION_RANKERS, REVERSE, GatesSpec, GreedySpec
 
 Advance = Callable[[int], None]
+OnAnswer = Callable[["Asked", VariantShard], None]
 Role = Literal["source", "target"]
 
 
@@ -88,11 +89,17 @@ class ProbeResult:
     """Searches that could not be made, with the reason."""
 
 
-def run_probe(comparison: Comparison, plan: ProbePlan, workload: Workload, capacity: Capacity, advance: Advance) -> ProbeResult:
-    """Load, measure, rank, and release the actors again. `advance` is told how many examples were measured."""
-    with released(RankingActor.remote()) as ranking:  # type: ignore[attr-defined] # what the decorator adds
+def run_probe(
+    comparison: Comparison, plan: ProbePlan, workload: Workload, capacity: Capacity, advance: Advance, on_answer: OnAnswer
+) -> ProbeResult:
+    """Load, measure, rank, and release the actors again.
+
+    `advance` is told how many examples were measured, `on_answer` at once what the source answers.
+    """
+    placed = RankingActor.options(scheduling_strategy=beside_the_driver())  # type: ignore[attr-defined] # what the decorator adds
+    with released(placed.remote()) as ranking:
         norms = ranking.norms.remote(comparison)  # reads files while models load
-        stage = _Stage(comparison, plan, workload, capacity, ranking, advance)
+        stage = _Stage(comparison, plan, workload, capacity, ranking, advance, on_answer)
         if plan.resident or plan.searches:
             stage.measure_resident()
         roles = _needed_models(plan)
@@ -118,9 +125,10 @@ class _Stage:
         capacity: Capacity,
         ranking: ActorHandle,
         advance: Advance,
+        on_answer: OnAnswer,
     ) -> None:
         self.comparison, self.plan, self.workload = comparison, plan, workload
-        self.capacity, self.ranking, self.advance = capacity, ranking, advance
+        self.capacity, self.ranking, self.advance, self.on_answer = capacity, ranking, advance, on_answer
         self.statistics: dict[Role, ActivationStats] = {}
         self.resident: dict[str, Measured] = {}
         self.found: dict[str, list[Found]] = {}
@@ -153,15 +161,16 @@ class _Stage:
             actors = {role: stack.enter_context(released(self._start(role))) for role in roles}
             self.places |= dict(zip(actors, ray.get([actor.where.remote() for actor in actors.values()]), strict=True))
             source = actors.get("source")
-            answers = []
             if source is not None:
                 self.texts = self._texts(source)
-                answers = _ask(source, self.plan.baselines)
-            if self.plan.activations:
-                start = time.perf_counter()
-                self._follow({role: self._collect(actor) for role, actor in actors.items()})
-                self.seconds += time.perf_counter() - start
-            self.answers += [(asked, ray.get(answer)) for asked, answer in answers]
+            answers = _ask(source, self.plan.baselines) if source is not None else []
+            start = time.perf_counter()
+            streams = {role: self._collect(actor) for role, actor in actors.items()} if self.plan.activations else {}
+            for asked, answer in answers:  # before its stream, which the source gives afterwards: they are kept at once
+                self.answers.append((asked, ray.get(answer)))
+                self.on_answer(*self.answers[-1])
+            self._follow(streams)
+            self.seconds += time.perf_counter() - start if streams else 0.0
 
     def rank(self) -> list[Ranking]:
         source, target = (self.statistics.get(role) for role in ("source", "target"))
@@ -237,7 +246,7 @@ class RankingActor:
         return [rank(ranker, evidence) for ranker in rankers]
 
     def norms(self, comparison: Comparison) -> Norms:
-        """On a node of the cluster, for that is where the files are."""
+        """Of the files that the driver sees, which nodes are held against."""
         return delta_norms(comparison)
 
 
@@ -256,10 +265,13 @@ def num_probe_steps(plan: ProbePlan) -> int:
     return len(plan.probe) * (2 * plan.activations + len(plan.resident) + len(plan.searches))
 
 
-def answer_alone(checkpoint: Checkpoint, name: str, asked: Sequence[Asked], workload: Workload, capacity: Capacity) -> Said:
-    """What a checkpoint answers when it is loaded by itself, through plain `transformers`."""
+def answer_alone(
+    checkpoint: Checkpoint, name: str, asked: Sequence[Asked], workload: Workload, capacity: Capacity
+) -> Iterator[tuple[Asked, VariantShard]]:
+    """What a checkpoint answers when it is loaded by itself, through plain `transformers`, as it comes."""
     with released(capacity.start(ModelActor, "evaluator", checkpoint, name, workload)) as actor:
-        return [(one, ray.get(answer)) for one, answer in _ask(actor, asked)]
+        for one, answer in _ask(actor, asked):
+            yield one, ray.get(answer)
 
 
 def _ask(actor: ActorHandle, asked: Sequence[Asked]) -> list[tuple[Asked, Any]]:

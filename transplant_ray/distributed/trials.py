@@ -7,10 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray import tune
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from transplant_ray.distributed.cluster import beside_the_driver
 from transplant_ray.distributed.mailbox import Mailbox, run_trial
 from transplant_ray.distributed.tuning import Listener, make_tuner
 from transplant_ray.evaluate.results import Result
@@ -31,13 +30,14 @@ class Trials:
 
     def __init__(self, planned: Sequence[Planned]) -> None:
         self.planned = planned
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # where it dies with us alone
-        self.mailbox = Mailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined] # what the decorator adds
+        self.failed = False
+        self.mailbox = Mailbox.options(scheduling_strategy=beside_the_driver()).remote()  # type: ignore[attr-defined] # what the decorator adds
 
     def post(self, result: Result, *, last: bool) -> None:
         self.mailbox.post.remote(result.label, {"result": asdict(result), "n": result.n, "score": result.score, "last": last})
 
     def fail(self, reason: str) -> None:
+        self.failed = True
         self.mailbox.fail.remote(reason)
 
     def run(self, folder: Path, on_trial: OnTrial) -> None:
@@ -51,8 +51,25 @@ class Trials:
             at_once=MAX_CONCURRENT_TRIALS,
             starting=MAX_CONCURRENT_TRIALS,
             max_failures=2,
+            stopper=_Stopper(self),
         )
         tuner.fit()
+
+
+class _Stopper(tune.Stopper):
+    """Ends the grid once nothing more will come: each trial would be told so three times, in processes of their own."""
+
+    def __init__(self, trials: Trials) -> None:
+        self.trials = trials
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:  # noqa: ARG002
+        return False
+
+    def stop_all(self) -> bool:
+        return self.trials.failed
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # as with a `Listener`
 
 
 class _TrialListener(Listener):

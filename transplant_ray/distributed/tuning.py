@@ -33,6 +33,7 @@ def make_tuner(
     starting: int,
     max_failures: int,
     checkpoints: tune.CheckpointConfig | None = None,
+    stopper: tune.Stopper | None = None,
 ) -> tune.Tuner:
     """A trial for each value of the grid's one key, at most `at_once` of them, in processes that serve one after another.
 
@@ -54,6 +55,7 @@ def make_tuner(
             storage_path=str(folder.parent.resolve()),
             verbose=0,
             callbacks=[listener],
+            stop=stopper,
             failure_config=tune.FailureConfig(max_failures=max_failures),
             checkpoint_config=checkpoints or tune.CheckpointConfig(),
         ),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
-from math import isnan
+from math import isfinite
 from typing import TYPE_CHECKING
 
 import torch
@@ -69,4 +69,4 @@ def _divergences(logits: Sequence[torch.Tensor]) -> Iterator[float | None]:
     share_TV = target_TV.exp()
     for other_TV in logits[1:]:
         mean = float((share_TV * (target_TV - other_TV.log_softmax(-1))).sum(-1).mean())
-        yield None if isnan(mean) else max(mean, 0.0)  # rounding alone takes it below 0
+        yield max(mean, 0.0) if isfinite(mean) else None  # rounding alone takes it below 0

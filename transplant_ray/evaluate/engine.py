@@ -31,7 +31,7 @@ from transplant_ray.graft.routed import nested_order, takes_rows
 from transplant_ray.graft.variant import ORIGIN, Variant, check_variant
 from transplant_ray.models.checkpoint import open_checkpoint, read_generation_ends
 from transplant_ray.models.compare import check_vocabulary, compare
-from transplant_ray.models.loading import load_tokenizer
+from transplant_ray.models.loading import check_devices, devices_of, load_tokenizer
 from transplant_ray.models.rope import max_positions, rope_boundary
 
 if TYPE_CHECKING:
@@ -160,6 +160,7 @@ class Engine:
             try:
                 found |= measure(pack)
             except RuntimeError:
+                check_devices(*devices_of(self.pair.model))
                 found |= {pack[0].id: failed} if len(pack) == 1 else self._measure([[variant] for variant in pack], measure, failed)
         return found
 
@@ -215,6 +216,7 @@ class Engine:
             except (TransplantError, RuntimeError) as error:  # torch reports what a device cannot do as RuntimeError
                 failure = error
         if failure is not None:
+            check_devices(*devices_of(self.pair.model))  # else it would be every variant's that comes
             for variant in [pack[place] for place, mine in done.items() if len(mine) < len(examples)]:
                 yield from [_failed(variant, failure)] if len(pack) == 1 else self._answer_pack([variant], examples)
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import is_accelerate_available, logging
 
-from transplant_ray.errors import CheckpointError, NumericsError
+from transplant_ray.errors import CheckpointError, DeviceError, NumericsError
 from transplant_ray.models.catalogue import skeleton
 from transplant_ray.models.checkpoint import CONFIG_ERRORS, Checkpoint
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 LoadTensor = Callable[[str], torch.Tensor]
+OF_THE_DEVICE = (torch.OutOfMemoryError, torch.AcceleratorError)
+"""What torch raises where a GPU has no room, or fails."""
 
 
 def placement(num_gpus: float) -> str:
@@ -32,7 +34,10 @@ def placement(num_gpus: float) -> str:
 
 
 def load_model(checkpoint: Checkpoint, dtype: str, device_map: str = "cpu") -> PreTrainedModel:
-    """The model, in eval mode, without gradients. CheckpointError where tensors are missing, NumericsError where not finite."""
+    """The model, in eval mode, without gradients.
+
+    CheckpointError where tensors are missing, NumericsError where not finite, DeviceError where the device cannot take it.
+    """
     folder = checkpoint.fetch()
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -43,6 +48,8 @@ def load_model(checkpoint: Checkpoint, dtype: str, device_map: str = "cpu") -> P
             use_safetensors=True,
             output_loading_info=True,
         )
+    except OF_THE_DEVICE as error:
+        raise _cannot_take(checkpoint, error) from error
     except (*CONFIG_ERRORS, SafetensorError) as error:
         raise CheckpointError(f"{checkpoint.model}: cannot be loaded: {error}") from error
     if missing := sorted(report["missing_keys"]):
@@ -59,7 +66,7 @@ def assemble(
     """The model of a checkpoint's config with `tensors`, by their names on disk, as its weights; nothing is read.
 
     Where they have `dtype` and are on `device` already, and the family stores its weights as it uses them, they are the model's own
-    and not copied. CheckpointError where some are missing.
+    and not copied. CheckpointError where some are missing, DeviceError where the device cannot take it.
     """
     logging.disable_progress_bar()
     try:
@@ -71,11 +78,35 @@ def assemble(
             device_map=device if is_accelerate_available() else None,
             output_loading_info=True,
         )
+    except OF_THE_DEVICE as error:
+        raise _cannot_take(checkpoint, error) from error
     except CONFIG_ERRORS as error:
         raise CheckpointError(f"{checkpoint.model}: cannot be loaded: {error}") from error
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(f"{checkpoint.model}: {len(missing)} tensors are missing, e.g. {missing[0]}. Download it again.")
     return cast("PreTrainedModel", model if is_accelerate_available() else model.to(device))
+
+
+def _cannot_take(checkpoint: Checkpoint, error: Exception) -> DeviceError:
+    return DeviceError(f"{checkpoint.model}: the device cannot take it: {error}. Is it shared, or too small for this `dtype`?")
+
+
+def check_devices(*devices: torch.device | str) -> None:
+    """DeviceError where one no longer computes: after some errors all calls of a process fail, whatever they ask.
+
+    Memory that has run out is no such error.
+    """
+    for device in devices:
+        try:
+            torch.ones(2, device=device).sum().item()
+        except torch.OutOfMemoryError:
+            continue
+        except RuntimeError as error:
+            raise DeviceError(f"{device} no longer computes: {error}") from error
+
+
+def devices_of(model: torch.nn.Module) -> set[torch.device]:
+    return {parameter.device for parameter in model.parameters()}
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:

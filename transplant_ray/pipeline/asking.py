@@ -62,7 +62,7 @@ def work_off(run: Run, pool: Pool, name: str, variants: Sequence[Variant], examp
                 yield from (Work(pack, unknown, rules) for pack in packed(some) if unknown)
 
     try:
-        pool.run(left(), keep)
+        pool.run(left(), keep, memory.ledger.write_if_due if memory is not None else lambda: None)
     finally:
         if memory is not None:
             memory.ledger.write()
@@ -87,20 +87,21 @@ def ask_alone(run: Run, checkpoint: Checkpoint, name: str, asked: Sequence[Asked
     weights = fingerprint(checkpoint) if run.memory else ""
     said, unknown = recall_alone(run, weights, name, asked)
     if unknown:
-        heard = answer_made(run.folder, checkpoint, name, unknown, run.workload, capacity)
-        keep_alone(run, weights, heard)
-        said = [*said, *heard]
+        for one, shard in answer_made(run.folder, checkpoint, name, unknown, run.workload, capacity):
+            keep_alone(run, weights, one, shard)
+            said.append((one, shard))
     return said
 
 
 def answer_made(
     folder: RunFolder, checkpoint: Checkpoint, name: str, asked: Sequence[Asked], workload: Workload, capacity: Capacity
-) -> Said:
+) -> Iterator[tuple[Asked, VariantShard]]:
     """A checkpoint that a run has made is in a folder of the driver's machine, where other nodes need not see it."""
-    if checkpoint.folder is None or capacity.num_nodes == 1:
-        return answer_alone(checkpoint, name, asked, workload, capacity)
+    if checkpoint.folder is None or not (capacity.num_elsewhere or capacity.grows):
+        yield from answer_alone(checkpoint, name, asked, workload, capacity)
+        return
     with folder.lent(checkpoint.folder) as home:
-        return answer_alone(replace(checkpoint, home=home), name, asked, workload, capacity)
+        yield from answer_alone(replace(checkpoint, home=home), name, asked, workload, capacity)
 
 
 def recall_alone(run: Run, weights: str, name: str, asked: Sequence[Asked]) -> tuple[Said, list[Asked]]:
@@ -116,10 +117,10 @@ def recall_alone(run: Run, weights: str, name: str, asked: Sequence[Asked]) -> t
     return said, [one for one in asked if (one.task, one.split) not in known]
 
 
-def keep_alone(run: Run, weights: str, said: Said) -> None:
+def keep_alone(run: Run, weights: str, asked: Asked, shard: VariantShard) -> None:
+    """At once: a split takes such a model long, and whoever kills the driver now should not lose it."""
     if run.memory is not None:
-        for one, shard in said:
-            run.memory.ledger.keep(run.memory.page_alone(weights, one.rules), _renamed(shard, ALONE), one.examples)
+        run.memory.ledger.keep(run.memory.page_alone(weights, asked.rules), _renamed(shard, ALONE), asked.examples)
         run.memory.ledger.write()
 
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -57,7 +57,7 @@ class OrganJob:
 def prepared(recipe: OrganRecipe, stopwatch: Stopwatch) -> Iterator[OrganJob]:
     """Read and check everything that the recipe names; for the block the layers as they were before training are on disk."""
     with stopwatch.stage("prepare"):
-        recipient = _here(open_checkpoint(recipe.recipient.model, recipe.recipient.revision, accept=recipe.accept))
+        recipient = open_checkpoint(recipe.recipient.model, recipe.recipient.revision, accept=recipe.accept)
         positions = max_positions(recipient.config)
         if positions is not None and recipe.context > positions:
             raise RecipeError(
@@ -147,8 +147,3 @@ def _blocks(blocks: Blocks, most: int) -> tuple[Rendered, ...]:
         seen[key] = seen.get(key, 0) + 1
         found.append(Rendered(key if seen[key] == 1 else f"{key}/{seen[key]}", (ids[0],), tuple(ids[1:]), ""))
     return tuple(found)
-
-
-def _here(checkpoint: Checkpoint) -> Checkpoint:
-    """Workers run in another folder."""
-    return checkpoint if checkpoint.folder is None else replace(checkpoint, folder=checkpoint.folder.resolve())

@@ -88,8 +88,8 @@ class Measuring:
             for one, shard in answer_made(self.job.folder, checkpoint, ALONE, unknown, self.workload, self._connected()):
                 self._keep(weights, one.task, one.split, shard)
                 self._add(one.task, one.split, _renamed(shard, EXPORTED))
-        if self.ledger is not None:
-            self.ledger.write()
+                if self.ledger is not None:
+                    self.ledger.write()
 
     def tally(self, name: str, split: Split, variant: str) -> Tally | None:
         tally = self.answered[name].tallies.get(split, {}).get(variant)
@@ -160,7 +160,7 @@ class Measuring:
         if self._capacity is None:
             self._capacity = self._cluster.enter_context(connect(self.job.recipe.resources))
             self._cluster.enter_context(terminable())  # Ray has taken the signal for itself
-            check_reach(self.job, self._capacity.num_nodes)
+            check_reach(self.job, self._capacity.num_elsewhere)
             self._check_nodes(self._capacity)
         return self._capacity
 
@@ -182,12 +182,12 @@ class Measuring:
             preflight(needs, capacity.resources, self.stopwatch.watch.note)
 
 
-def check_reach(job: OrganJob, num_nodes: int) -> None:
+def check_reach(job: OrganJob, num_elsewhere: int) -> None:
     """ResourceError where layers that the driver has written lie where other nodes do not see them."""
-    if job.folder.address is not None and num_nodes > 1 and job.recipe.controls.untrained:
+    if job.folder.address is not None and num_elsewhere and job.recipe.controls.untrained:
         raise ResourceError(
-            f"`storage` {job.folder.public_address}: the untrained controls are layers in a folder that all {num_nodes} nodes must "
-            "see, and this is an address. Give a folder that they share, or use controls.untrained=false."
+            f"`storage` {job.folder.public_address}: the untrained controls are layers in a folder of this machine, which "
+            f"{num_elsewhere} other nodes must see. Give a folder that all share, or use controls.untrained=false."
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def train(
     target, workers, watch = Path(out).absolute(), workers or WorkerSpec(), watch or Silent()
     if target.exists():
         raise RunError(f"{out}: is there already. Choose another place, or move it away; nothing was written.")
-    recipient = _here(open_checkpoint(model, revision))
+    recipient = open_checkpoint(model, revision)
     training = settle(training, workers, recipient)
     place = Workplace(target.with_name(f".{target.name}.training"))
     with terminable(), place.claimed(_identity(training, recipient, organ, layers)):
@@ -164,11 +164,6 @@ def _described(point: Point) -> dict[str, Any]:
         "loss": point.held_out,
         "perplexity": None if point.held_out is None else perplexity(point.held_out),
     }
-
-
-def _here(checkpoint: Checkpoint) -> Checkpoint:
-    """Workers run in another folder."""
-    return checkpoint if checkpoint.folder is None else replace(checkpoint, folder=checkpoint.folder.resolve())
 
 
 def _identity(training: TrainingSpec, recipient: Checkpoint, organ: str | Path | None, layers: str) -> dict[str, Any]:

@@ -65,6 +65,8 @@ def _read(
                 pairs = zip(texts, numbers, strict=True)
                 outcomes = tuple(Outcome(id, text.id, "", False, 0, True, loss=number) for text, number in pairs)
                 ledger.keep(page, VariantShard(id, outcomes, 0.0), texts)
+        if run.memory is not None:
+            ledger.write()  # a pack takes long, and all of it comes at once
 
     try:
         if unknown := [variant for variant in variants if variant.id not in found]:

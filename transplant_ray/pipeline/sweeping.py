@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from transplant_ray import zoo
 from transplant_ray.distributed.cluster import Capacity, connect, plain_errors
 from transplant_ray.distributed.facts import Exported, VariantsPlanned
-from transplant_ray.distributed.probing import Asked, ProbePlan, ProbeResult, num_probe_steps, run_probe
+from transplant_ray.distributed.probing import Asked, OnAnswer, ProbePlan, ProbeResult, num_probe_steps, run_probe
 from transplant_ray.evaluate.example import Split
 from transplant_ray.evaluate.results import Result
 from transplant_ray.graft.norms import write_norms
@@ -43,7 +44,7 @@ def rank(recipe: Recipe, watch: Watch | None = None) -> list[Ranking]:
     run = begin(recipe, watch)
     with terminable(), connect(recipe.resources) as capacity, run.claimed("rank"), plain_errors(), terminable():
         run = check_nodes(run, capacity)
-        return _probe(run, capacity, baselines=(), searches={}).rankings
+        return _probe(run, capacity, baselines=(), searches={}, on_answer=lambda *_: None).rankings
 
 
 def sweep(recipe: Recipe, watch: Watch | None = None) -> SweepResult:
@@ -73,14 +74,15 @@ def _probe_and_ask_the_source(run: Run, capacity: Capacity) -> ProbeResult:
     weights = run.memory.weights[0] if run.memory else ""
     said, unknown = recall_alone(run, weights, "source", run.asked(MEASURED))
     search = run.job.recipe.search
-    probed = _probe(run, capacity, unknown, {} if search is None else search.wanted)
-    keep_alone(run, weights, probed.source)
+    probed = _probe(run, capacity, unknown, {} if search is None else search.wanted, partial(keep_alone, run, weights))
     for asked, shard in [*said, *probed.source]:
         run.add(asked.task, asked.split, shard)
     return probed
 
 
-def _probe(run: Run, capacity: Capacity, baselines: Sequence[Asked], searches: Mapping[str, SearchSettings]) -> ProbeResult:
+def _probe(
+    run: Run, capacity: Capacity, baselines: Sequence[Asked], searches: Mapping[str, SearchSettings], on_answer: OnAnswer
+) -> ProbeResult:
     job = run.job
     plan = ProbePlan(
         rankers=job.recipe.rank.by,
@@ -98,7 +100,7 @@ def _probe(run: Run, capacity: Capacity, baselines: Sequence[Asked], searches: M
         seed=job.recipe.task.split.seed,
     )
     with run.stopwatch.stage("probe and rank", num_probe_steps(plan)):
-        probed = run_probe(job.comparison, plan, run.workload, capacity, run.stopwatch.watch.advance)
+        probed = run_probe(job.comparison, plan, run.workload, capacity, run.stopwatch.watch.advance, on_answer)
     for name, reason in probed.failed.items():
         run.stopwatch.watch.note(f"search {name} failed and has no trials: {reason}")
     for ranking in probed.rankings:

@@ -70,4 +70,6 @@ def test_what_is_asked_for_is_taken_back_when_the_wait_is_over(monkeypatch: pyte
     with pytest.raises(ResourceError, match=r"4 evaluators with 1 GPUs .* after 0\.05 seconds"):
         wait_for_room(capacity(evaluators=4, labels={"evaluator": {}}, wait=0.05).resources)
     bundles = [{"CPU": 1, "GPU": 1}] * 4
-    assert asked == [{"bundles": bundles, "bundle_label_selectors": [{}] * 4}, {"bundles": []}]
+    assert asked.pop() == {"bundles": []}
+    assert len(asked) > 1, "again and again: what another driver asks for takes its place"
+    assert all(request == {"bundles": bundles, "bundle_label_selectors": [{}] * 4} for request in asked)

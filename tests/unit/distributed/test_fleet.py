@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +16,7 @@ from transplant_ray.distributed.facts import AtWork, Fact
 from transplant_ray.distributed.fleet import Fleet, fleet
 from transplant_ray.distributed.overseer import Overseer
 from transplant_ray.distributed.room import Refused
-from transplant_ray.errors import ResourceError
+from transplant_ray.errors import CheckpointError, DataError, DeviceError, ResourceError
 
 LOST = [
     ray.exceptions.ActorDiedError(),
@@ -47,6 +47,10 @@ class Ref:
     method: str
 
 
+class Silent:
+    """A stream of which nothing comes."""
+
+
 class Machines:
     """Stands for Ray: nodes with so many places each."""
 
@@ -68,26 +72,31 @@ class Machines:
     def nodes(self) -> list[dict[str, Any]]:
         return [{"NodeID": node, "Alive": True} for node in self.places]
 
-    def kill(self, actor: Actor) -> None:
-        self.actors.remove(actor)
+    def kill(self, actor: Actor, *, no_restart: bool = True) -> None:
+        actor.node = None
+        if no_restart:
+            self.actors.remove(actor)
 
     def wait(self, refs: Sequence[Any], **_: Any) -> tuple[list[Any], list[Any]]:
         assert refs, "Ray waits for nothing"
+        for actor in self.actors:
+            actor.node = actor.node if actor.node in self.places else None
         held = Counter(actor.node for actor in self.actors)
         for actor in (actor for actor in self.actors if actor.node is None):
             free = [node for node, number in self.places.items() if held[node] < number and node not in actor.avoided]
             actor.node = free[0] if free else None
             held[actor.node] += 1
-        ready = [ref for ref in refs if not isinstance(ref, Ref) or ref.actor.node is not None]
+        ready = [ref for ref in refs if not isinstance(ref, Silent) and (not isinstance(ref, Ref) or ref.actor.node is not None)]
         return ready[-1:], []
 
-    def get(self, ref: Any) -> Any:
+    def get(self, ref: Any, **_: Any) -> Any:
         if isinstance(ref, Exception):
             raise ref
         if not isinstance(ref, Ref):
             return ref
         if ref.method == "join" and ref.actor.node in self.spoilt:
-            raise ray.exceptions.RayTaskError("join", "", self.spoilt[str(ref.actor.node)])
+            error = self.spoilt[str(ref.actor.node)]
+            raise error if isinstance(error, ray.exceptions.RayError) else ray.exceptions.RayTaskError("join", "", error)
         return ref.actor.node
 
 
@@ -109,9 +118,10 @@ class Task:
     on_take: Callable[[], None] = lambda: None
     left: tuple[str, ...] = ("v",)
 
-    def start(self, actor: Actor) -> Iterator[Any]:
+    def start(self, actor: Actor) -> Any:
         assert actor.node is not None
-        return iter([self.gives.pop(0)])
+        gives = self.gives.pop(0)
+        return gives if isinstance(gives, Silent) else iter([gives])
 
     def take(self, found: Any) -> None:
         self.on_take()
@@ -129,6 +139,86 @@ def test_what_is_lost_with_its_node_is_handed_out_again(machines: Machines, lost
     with fleet(machines.start, machines.size, Overseer(), print) as gathered:
         gathered.work_through([Task("a", [lost, 1], done), Task("b", [2], done)])
     assert done == ["a: lost on one", "a: 1", "b: 2"]
+
+
+def failing(error: Exception) -> Exception:
+    return ray.exceptions.RayTaskError("evaluate", "", error)
+
+
+def test_one_whose_device_fails_starts_again_and_another_does_its_work(machines: Machines) -> None:
+    """It would fail at all it is given, and faster than others work."""
+    done: list[str] = []
+    with fleet(machines.start, machines.size, Overseer(), print) as gathered:
+        gathered.work_through([Task("a", [failing(DeviceError("no longer computes")), 1], done), Task("b", [2], done)])
+        assert len(machines.actors) == len(gathered) == 1
+        assert not gathered.refused, "its process may have been all that was wrong"
+    assert done == ["a: lost on one", "a: 1", "b: 2"]
+
+
+def test_one_that_came_back_on_a_node_that_is_unfit_is_left_out(machines: Machines) -> None:
+    done: list[str] = []
+    notes: list[str] = []
+    machines.places = {"one": 1, "two": 1}
+    with fleet(machines.start, machines.size, Overseer(), notes.append) as gathered:
+        gathered.work_through([Task("a", [failing(CheckpointError("other bytes")), 1], done)])
+        assert len(gathered.refused) == 1
+    assert (done[-1], len(notes)) == ("a: 1", 1)
+
+
+def test_an_error_of_the_work_is_raised(machines: Machines) -> None:
+    with fleet(machines.start, machines.size, Overseer(), print) as gathered, pytest.raises(ray.exceptions.RayTaskError):
+        gathered.work_through([Task("a", [failing(DataError("too long"))], [])])
+
+
+def test_an_idle_one_whose_node_has_gone_is_given_nothing_before_it_has_joined_again(machines: Machines) -> None:
+    """A call to it would wait for its restart, and for ever where there is no room."""
+    done: list[str] = []
+    with fleet(machines.start, machines.size, Overseer(), print) as gathered:
+        gathered.work_through([Task("a", [1], done)])
+        machines.places = {"two": 1}
+        gathered.work_through([Task("b", [2], done)])
+        assert [member.node for member in gathered.idle] == ["two"]
+    assert done == ["a: 1", "b: 2"]
+
+
+def test_work_of_one_whose_node_has_gone_without_a_word_is_done_by_another(machines: Machines) -> None:
+    done: list[str] = []
+    with fleet(machines.start, machines.size, Overseer(), print) as gathered:
+
+        def look() -> None:
+            if gathered.at_work:
+                machines.places = {"two": 1}
+
+        gathered.work_through([Task("a", [Silent(), 1], done)], look)
+    assert done == ["a: lost on one", "a: 1"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ray.exceptions.RuntimeEnvSetupError("no room in /tmp"), ray.exceptions.ActorUnschedulableError("no such label"), LOST[0]],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_node_on_which_nobody_comes_up_is_not_tried_without_end(
+    machines: Machines, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes: list[str] = []
+    gathered = gather(machines, notes)
+    machines.places["small"] = 1
+    machines.spoilt["small"] = error
+    for _ in range(5):
+        settle(machines, gathered)
+    assert [actor.node for actor in machines.actors] == ["one"]
+    assert len(notes) == 1
+    monkeypatch.setattr(module, "PAUSE_SECONDS", 0.0)
+    machines.spoilt.clear()
+    settle(machines, gathered)
+    assert sorted(str(actor.node) for actor in machines.actors) == ["one", "small"], "later it is tried again"
+
+
+def test_where_nobody_comes_up_at_all_that_is_the_end(machines: Machines) -> None:
+    machines.spoilt["one"] = ray.exceptions.RuntimeEnvSetupError("no room in /tmp")
+    with pytest.raises(ResourceError, match=r"never started: .*no room in /tmp.* See what Ray's logs"):
+        gather(machines, [])
 
 
 def gather(machines: Machines, notes: list[str]) -> Fleet:
@@ -206,7 +296,8 @@ def test_where_one_is_asked_for_and_cannot_load_another_place_is_tried(machines:
     machines.spoilt["one"] = ResourceError("other versions")
     monkeypatch.setattr(module, "RESIZE_SECONDS", 1000.0)
     with fleet(machines.start, lambda refused: min(1, machines.size(refused)), Overseer(), print) as gathered:
-        assert gathered.first().node == "two"
+        gathered.work_through([Task("a", [1], [])])
+        assert [member.node for member in gathered.idle] == ["two"]
 
 
 def test_where_no_place_is_left_what_kept_them_from_loading_is_raised(machines: Machines) -> None:

@@ -58,7 +58,7 @@ class FakePool:
     units: list[Work] = field(default_factory=list)
     most: int = 1000
 
-    def run(self, work: Any, on_result: Any) -> None:
+    def run(self, work: Any, on_result: Any, _on_tick: Any) -> None:
         unit: Work
         for unit in work:
             assert unit.rules == RULES

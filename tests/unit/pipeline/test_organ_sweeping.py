@@ -77,7 +77,8 @@ class Cluster:
 class Room(Capacity):
     """Of a cluster that is not there."""
 
-    num_nodes = 1
+    num_elsewhere = 0
+    grows = False
 
 
 class Tracker:
@@ -473,10 +474,10 @@ def test_controls_that_other_nodes_would_not_see_are_refused(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, untrained: bool, refused: bool
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(Room, "num_nodes", 2)
+    monkeypatch.setattr(Room, "num_elsewhere", 1)
     spec = addressed(made, tmp_path, controls={"untrained": untrained})
     if refused:
-        with pytest.raises(ResourceError, match=r"store/tiny: the untrained controls .* all 2 nodes .* controls.untrained=false"):
+        with pytest.raises(ResourceError, match=r"store/tiny: the untrained controls .* 1 other nodes .* controls.untrained=false"):
             sweep_organs(spec)
     else:
         assert not sweep_organs(spec).failed

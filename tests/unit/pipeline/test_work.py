@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transplant_ray.distributed.pool import MOST_DEATHS, Work
+from transplant_ray.distributed.pool import MOST_DEATHS, MOST_NODES, Work
 from transplant_ray.evaluate.generate import GenerationSettings, Rules
 from transplant_ray.graft.variant import Variant
 
@@ -39,9 +39,22 @@ def test_every_variant_is_answered_once_or_given_up(killers: set[int], unlucky: 
     assert num_deaths <= 2 * MOST_DEATHS * len(killers) + len(unlucky)
 
 
-def test_a_death_with_the_whole_node_is_nobodys_fault() -> None:
+def test_what_takes_one_node_after_another_with_it_is_given_up_too() -> None:
+    """Where memory runs out, a container ends with all in it, which may be the whole node."""
+    waiting, given_up, num_deaths = [Work(VARIANTS, (), RULES)], list[Variant](), 0
+    while waiting:
+        work = waiting.pop(0)
+        if VARIANTS[2] in work.variants:
+            num_deaths += 1
+            again, lost = work.after_a_death((), f"node {num_deaths}", alive=())
+            waiting = again + waiting
+            given_up += [lost] if lost else []
+    assert (given_up, num_deaths) == ([VARIANTS[2]], 2 * MOST_NODES)
+
+
+def test_a_death_with_the_whole_node_counts_for_less() -> None:
     work = Work(VARIANTS[:1], (), RULES)
-    for node in ("a", "b", "c", "d"):
+    for node in ("a", "b", "c"):
         (work,), lost = work.after_a_death((), node, alive={"z"})
         assert lost is None
     for _ in range(MOST_DEATHS - 1):
