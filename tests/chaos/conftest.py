@@ -37,7 +37,7 @@ class Scene:
 
 
 def recipe_for(place: Place, address: str) -> Path:
-    grid = {"k": [1, 4, 10, 16], "kind": ["all"], "loss": False}
+    grid = {"k": [1, 4, 10, 16], "kind": ["all"], "loss": True}
     return place.recipe(name="chaos", resources={**RESOURCES, "address": address}, sweep=grid)
 
 

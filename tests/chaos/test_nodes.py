@@ -13,7 +13,7 @@ from chaos.machines import Machines, machines
 from ray.actor import ActorHandle
 
 from transplant_ray.distributed.cluster import Capacity, wait_for_room
-from transplant_ray.distributed.fleet import fleet
+from transplant_ray.distributed.fleet import RESIZE_SECONDS, fleet
 from transplant_ray.distributed.overseer import Overseer
 from transplant_ray.distributed.pool import Pool, Work
 from transplant_ray.distributed.preflight import COMPARED, Needs, preflight
@@ -152,6 +152,43 @@ def test_a_cluster_that_grows_is_shown_that_more_is_of_use(nodes: Machines) -> N
         assert len(gathered) == 2, "nobody waits where no work does"
     avoided = Capacity(AUTO).start(Sleeper, "evaluator", refused={places[0]: 1})
     assert ray.get(avoided.join.remote(), timeout=PATIENCE) != places[0]
+
+
+@pytest.mark.slow
+def test_one_evaluator_outlives_its_nodes_as_ray_sees_them_die_by_itself() -> None:
+    """One that is at work, and one that is idle; a node is known as dead after some fifteen seconds."""
+    with machines(_system_config={}) as nodes:
+        ray.init(address=nodes.address, log_to_driver=False)
+        try:
+            capacity = Capacity(AUTO.model_copy(update={"evaluators": 1}))
+            packs = [tuple(Variant({f"module{number}-{i}": 1.0}) for i in range(16)) for number in range(3)]
+            places: list[str] = []
+
+            def kill(place: str) -> None:
+                (role,) = [role for role, node in nodes.nodes.items() if node.node_id == place]
+                nodes.kill(role)
+
+            def take(shard: VariantShard) -> None:
+                assert shard.error is None
+                places.append(shard.outcomes[0].completion.strip())
+                if len(places) == 4:
+                    kill(places[0])
+                    nodes.add("another")
+
+            with fleet(
+                lambda refused: capacity.start(Sleeper, "evaluator", refused=refused), lambda _: 1, Overseer(), print
+            ) as one:
+                Pool(one, rows=8).run([Work(pack, EXAMPLES, RULES) for pack in packs[:2]], take)
+                assert len(places) == 32
+                assert len(set(places)) == 2
+                kill(places[-1])
+                wait_for(2)
+                time.sleep(RESIZE_SECONDS)  # after which it is looked around again
+                Pool(one, rows=8).run([Work(packs[2], EXAMPLES, RULES)], take)
+            assert len(places) == 48
+            assert len(set(places)) == 3
+        finally:
+            ray.shutdown()
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import transformers
 from transplant_ray.distributed.meters import count_in_evaluator
 from transplant_ray.distributed.preflight import check_node
 from transplant_ray.errors import TransplantError
-from transplant_ray.evaluate.answers import VariantShard
+from transplant_ray.evaluate.answers import VariantShard, shard_name
 from transplant_ray.evaluate.engine import Engine
 from transplant_ray.evaluate.example import Rendered
 from transplant_ray.evaluate.generate import GenerationSettings, Rules
@@ -112,7 +112,8 @@ class ModelActor:
             outcomes = answer_examples(self.name, *loaded, examples, rules.generation, rules.scorer)
         except (TransplantError, RuntimeError) as error:  # torch reports what a device cannot do as RuntimeError
             check_devices(*devices_of(loaded[0]))
-            return VariantShard(self.name, (), time.perf_counter() - start, f"{type(error).__name__}: {error}")
+            asked = shard_name([example.id for example in examples])
+            return VariantShard(self.name, (), time.perf_counter() - start, f"{type(error).__name__}: {error}", asked=asked)
         return VariantShard(self.name, outcomes, time.perf_counter() - start)
 
 
@@ -154,7 +155,8 @@ class Evaluator:
         for shard in self._engine(rules, rows).answer(variants, examples):
             count_in_evaluator(self.workload.run, shard)
             evaluator, node = who()
-            yield replace(shard, notes=self._new_notes(), evaluator=evaluator, node=node)
+            asked = shard_name([example.id for example in examples])
+            yield replace(shard, notes=self._new_notes(), evaluator=evaluator, node=node, asked=asked)
 
     def losses(
         self, variants: Sequence[Variant], examples: Sequence[Rendered], rules: Rules, rows: int

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from transplant_ray.evaluate.answers import VariantShard
+from transplant_ray.evaluate.answers import VariantShard, shard_name
 from transplant_ray.evaluate.example import Split
 
 
@@ -117,7 +117,7 @@ def of_shard(task: str, split: Split, shard: VariantShard) -> ShardDone:
         task=task,
         split=split,
         variant=shard.variant,
-        shard=f"{said[0].example}+{len(said)}" if said else None,
+        shard=shard_name([outcome.example for outcome in said]) if said else shard.asked or None,
         examples=len(said),
         tokens=sum(outcome.num_tokens for outcome in said),
         seconds=round(shard.seconds, 4),

@@ -18,7 +18,7 @@ from transplant_ray.distributed.fleet import Fleet, fleet, nodes_alive
 from transplant_ray.distributed.overseer import Overseer
 from transplant_ray.distributed.room import Refused
 from transplant_ray.errors import ResourceError
-from transplant_ray.evaluate.answers import VariantShard
+from transplant_ray.evaluate.answers import VariantShard, shard_name
 from transplant_ray.evaluate.engine import VARIANTS_PER_PACK
 from transplant_ray.evaluate.example import Rendered
 from transplant_ray.evaluate.generate import Rules
@@ -27,6 +27,8 @@ from transplant_ray.models.compare import Comparison
 
 OnRead = Callable[[Mapping[str, Any]], None]
 OnResult = Callable[[VariantShard], None]
+GiveUp = Callable[[Variant, Sequence[Rendered]], None]
+"""The variant, and what it was asked."""
 Losses = dict[str, float | None]
 """Variant id → mean token loss; None where it is not a number."""
 Divergences = dict[str, tuple[float | None, ...]]
@@ -74,7 +76,7 @@ class _Task:
     rows: int
     on_found: Callable[[Any], Collection[str]]
     """Is given whatever the call gives out, and says whose it was."""
-    give_up: Callable[[Variant], None]
+    give_up: GiveUp
     """Is told of variants that kill evaluators."""
     answered: set[str] = field(default_factory=set)
 
@@ -92,7 +94,7 @@ class _Task:
     def after_a_death(self, node: str) -> list[_Task]:
         again, lost = self.work.after_a_death(self.answered, node, nodes_alive())
         if lost is not None:
-            self.give_up(lost)
+            self.give_up(lost, self.work.examples)
         return [replace(self, work=work, answered=set()) for work in again]
 
 
@@ -143,9 +145,9 @@ class Pool:
             on_result(shard)
             return [shard.variant]
 
-        def give_up(variant: Variant) -> None:
+        def give_up(variant: Variant, examples: Sequence[Rendered]) -> None:
             reason = f"its evaluator died {MOST_DEATHS} times, or {MOST_NODES} times with its node, while it answered"
-            on_result(VariantShard(variant.id, (), 0.0, reason))
+            on_result(VariantShard(variant.id, (), 0.0, reason, asked=shard_name([example.id for example in examples])))
 
         self._work_through(work, "evaluate", take, give_up, on_tick)
 
@@ -167,14 +169,14 @@ class Pool:
             return read.keys()
 
         work = [Work(pack, tuple(examples), rules) for pack in packed(variants)]
-        self._work_through(work, call, take, lambda variant: on_read({variant.id: nothing}))
+        self._work_through(work, call, take, lambda variant, _: on_read({variant.id: nothing}))
 
     def _work_through(
         self,
         work: Iterable[Work],
         call: str,
         take: Callable[[Any], Collection[str]],
-        give_up: Callable[[Variant], None],
+        give_up: GiveUp,
         on_tick: Callable[[], None] = lambda: None,
     ) -> None:
         self.fleet.work_through((_Task(each, call, self.rows, take, give_up) for each in work), on_tick)

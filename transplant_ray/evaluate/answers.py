@@ -32,6 +32,13 @@ class VariantShard:
     evaluator: str = ""
     node: str = ""
     """The beginnings of Ray's ids of who answered, and where; of a model that answers by itself nothing is said."""
+    asked: str = ""
+    """Which examples, as `shard_name` has them, where there are no outcomes to tell."""
+
+
+def shard_name(ids: Sequence[str]) -> str:
+    """The first example and how many: `EXAMPLE+15`."""
+    return f"{ids[0]}+{len(ids)}"
 
 
 class Answers:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+import torch
 
 from transplant_ray.distributed import organ_trials as module
-from transplant_ray.distributed.organ_trials import ROUNDS, TrialDone, Trials, run_organ_trials
+from transplant_ray.distributed.organ_trials import ROUNDS, TrialDone, Trials, Unfit, answer_trial, run_organ_trials
+from transplant_ray.errors import CheckpointError, DeviceError, NumericsError, OrganError, ResourceError
+from transplant_ray.organ.resident import Resident
 
 JOB = Trials(dict.fromkeys("abc"), {}, None)  # type: ignore[arg-type]  # what a trial is, nobody asks here
 
@@ -41,6 +45,33 @@ def test_each_trial_ends_once(
     assert ["".join(each) for each in tune.rounds] == rounds
     assert [each.id for each in done if each.error] == failed
     assert {each.id: each.deaths for each in done if each.deaths} == deaths
+
+
+def test_a_node_that_is_unfit_ends_the_sweep_instead_of_its_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would run through the grid, and a winner would be chosen from what is left."""
+    said = [TrialDone("a"), TrialDone("b", error="ResourceError: other versions: torch.", unfit=True), TrialDone("c")]
+    monkeypatch.setattr(module, "_run_round", lambda *_: iter(said))
+    with pytest.raises(ResourceError, match=r"unfit for the work: ResourceError: other versions: torch\. The same command goes on"):
+        list(run_organ_trials(JOB, None))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("error", "unfit"),
+    [(OrganError("gone"), True), (CheckpointError("gone"), True), (NumericsError("NaN"), False), (RuntimeError("x"), False)],
+)
+def test_what_the_driver_has_read_and_a_process_cannot_is_the_nodes_fault(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, unfit: bool
+) -> None:
+    monkeypatch.setattr(module, "load_tokenizer", Mock(side_effect=error))
+    job, resident = Trials({}, {}, Mock()), Resident(torch.float32)
+    if unfit:
+        with pytest.raises(Unfit, match="gone"):
+            answer_trial(job, "a", resident)
+    else:
+        assert answer_trial(job, "a", resident) == ([], f"{type(error).__name__}: {error}")
+    monkeypatch.setattr(module, "check_devices", Mock(side_effect=DeviceError("no longer computes")))
+    with pytest.raises(DeviceError):
+        answer_trial(job, "a", resident)
 
 
 def test_an_error_of_ours_does_not_come_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from transplant_ray.organ.folder import open_organ
 from transplant_ray.organ.manifest import WEIGHTS
 from transplant_ray.recipe import TrackingSpec
 from transplant_ray.shelf import Shelf
-from transplant_ray.versions import versions
+from transplant_ray.versions import CODE, versions
 
 TOKEN = ".preflight-x"
 
@@ -112,6 +112,10 @@ def read_only_leftovers(needs: Needs) -> Needs:
         (share_nothing, r"`storage`: .*runs-elsewhere is not what the driver sees there\. Use a place that all nodes share"),
         (read_only_leftovers, r"`storage`: .*is not what the driver sees there"),
         (lambda needs: replace(needs, versions={"torch": "0.1"}), r"other versions: torch \S+ \(the driver has 0\.1\)\. Install"),
+        (
+            lambda needs: replace(needs, versions={CODE: "0af1"}),
+            r"other versions: transplant-ray's code \w+ \(the driver has 0af1\)",
+        ),
     ],
 )
 def test_what_a_node_cannot_do_is_said(needs: Needs, spoil: Callable[[Needs], Needs], found: str) -> None:

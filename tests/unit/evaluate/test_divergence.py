@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from math import isclose
+from math import inf, isclose
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.nn.functional import kl_div
 
 from transplant_ray.errors import DataError, VariantError
 from transplant_ray.evaluate import engine as module
-from transplant_ray.evaluate.divergence import diverge
+from transplant_ray.evaluate.divergence import _divergences, diverge
 from transplant_ray.evaluate.engine import Engine
 from transplant_ray.evaluate.example import Rendered
 from transplant_ray.evaluate.generate import GenerationSettings
@@ -69,17 +69,24 @@ def test_the_target_does_not_diverge_and_another_model_does(pair: ResidentPair) 
     assert min(value or 0 for value in found[swapped.id]) > 1e-4
 
 
-def test_what_is_no_number_is_none(pair: ResidentPair) -> None:
+@pytest.mark.parametrize("number", ["nan", "inf"])
+def test_what_is_no_number_is_none(pair: ResidentPair, number: str) -> None:
     name = next(name for name in pair.modules if name.endswith("down_proj"))
     weight = pair.grafts[name].source.weight
     kept = weight.detach().clone()
     try:
-        weight.data.fill_(float("nan"))
+        weight.data.fill_(float(number))
         found = engine_of(pair).divergences([ORIGIN, Variant.uniform([name])], texts())
     finally:
         weight.data.copy_(kept)
     assert None not in found[ORIGIN.id]
     assert set(found[Variant.uniform([name]).id]) == {None}
+
+
+def test_a_divergence_without_end_is_none() -> None:
+    """As float16 has it, where a logit overflows to minus infinity."""
+    target = torch.zeros(1, 3)
+    assert list(_divergences([target, torch.tensor([[0.0, 0.0, -inf]]), target])) == [None, 0.0]
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_read(pair: ResidentPair) -> None:

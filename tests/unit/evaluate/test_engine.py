@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import wraps
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from draw import HARD, draw_examples, draw_variant, left_tokenizer, plain_answer
 from tiny import EOS, tiny_pair
 from transformers import PreTrainedModel
 
-from transplant_ray.errors import VariantError
+from transplant_ray.errors import DeviceError, VariantError
 from transplant_ray.evaluate import engine as module
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.decode import Decoded, decode
@@ -271,6 +272,17 @@ def mean_loss(pair: ResidentPair, variant: Variant, examples: Sequence[Rendered]
     with pair.grafted(variant) as model:
         readings = [reading for _, reading in read(model, left_tokenizer(), examples, SETTINGS, lambda _: None, 1)]
     return sum(reading.loss for reading in readings if reading) / len(examples)
+
+
+@pytest.mark.parametrize("what", ["answer", "losses", "divergences"])
+def test_a_device_that_fails_is_no_variants_fault(
+    pair: ResidentPair, examples: list[Rendered], monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """After it all calls of the process fail: each variant that comes would be failed, and faster than others work."""
+    Limited(0, RuntimeError, "CUDA error: an illegal memory access was encountered").put_on(pair.model, monkeypatch)
+    monkeypatch.setattr(torch, "ones", Mock(side_effect=RuntimeError("CUDA error: an illegal memory access")))
+    with pytest.raises(DeviceError, match="no longer computes: CUDA error"):
+        list(getattr(make_engine(pair), what)(pack(pair), examples))
 
 
 def test_losses_are_means_over_examples_by_pointer(pair: ResidentPair, examples: list[Rendered]) -> None:

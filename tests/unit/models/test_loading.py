@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import BOS, DEEP_FAMILIES, EOS, PAD, save_tiny, tiny_model
+from transformers import PreTrainedModel
 
-from transplant_ray.errors import CheckpointError, NumericsError
+from transplant_ray.errors import CheckpointError, DeviceError, NumericsError
 from transplant_ray.models import loading
 from transplant_ray.models.checkpoint import SINGLE, Checkpoint, open_checkpoint
-from transplant_ray.models.loading import check_finite, load_model, load_tensors, load_tokenizer, placement
+from transplant_ray.models.loading import (
+    OF_THE_DEVICE,
+    check_devices,
+    check_finite,
+    load_model,
+    load_tensors,
+    load_tokenizer,
+    placement,
+)
 
 Q, UP = "model.layers.1.self_attn.q_proj.weight", "model.layers.2.mlp.up_proj.weight"
 
@@ -73,6 +84,26 @@ def test_a_missing_tensor_is_refused_by_name_and_not_made_up(llama: Checkpoint) 
 def test_a_tensor_of_another_shape_is_refused(llama: Checkpoint) -> None:
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         load_model(rewrite(llama, lambda tensors: tensors.update({Q: torch.zeros(3, 3)})), "float32")
+
+
+@pytest.mark.parametrize("error", OF_THE_DEVICE)
+def test_a_device_that_cannot_take_a_model_is_no_fault_of_the_checkpoint(
+    llama: Checkpoint, monkeypatch: pytest.MonkeyPatch, error: type[RuntimeError]
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise error("CUDA out of memory" if error is torch.OutOfMemoryError else "an illegal memory access was encountered")
+
+    monkeypatch.setattr(PreTrainedModel, "_load_pretrained_model", fails)
+    with pytest.raises(DeviceError, match=r"the device cannot take it: .*memory"):
+        load_model(llama, "float32")
+
+
+def test_a_device_that_does_not_compute_any_more_is_said_and_one_without_memory_is_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_devices("cpu", torch.device("cpu"))
+    for error, sick in ((torch.AcceleratorError("unspecified launch failure"), True), (torch.OutOfMemoryError("none left"), False)):
+        monkeypatch.setattr(torch, "ones", Mock(side_effect=error))
+        with pytest.raises(DeviceError, match="cpu no longer computes: unspecified") if sick else nullcontext():
+            check_devices("cpu")
 
 
 def test_files_that_went_away_after_the_comparison_are_an_error_with_the_place(llama: Checkpoint) -> None:

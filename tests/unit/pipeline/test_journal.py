@@ -77,6 +77,14 @@ def test_a_shard_is_told_with_trial_task_split_examples_and_who_did_it(folder: R
     assert "error" not in told
 
 
+def test_a_shard_that_failed_is_told_with_the_examples_it_was_asked(folder: RunFolder) -> None:
+    journal = Journal(RECIPE)
+    with journal.kept(folder, "sweep"):
+        journal.hear(of_shard("facts", "test", VariantShard("v1", (), 0.0, "NumericsError: NaN", asked="e8+4")))
+    told = next(line for line in lines(folder) if line["event"] == "shard done")
+    assert {"shard": "e8+4", "examples": 0, "error": "NumericsError: NaN"}.items() <= told.items()
+
+
 def test_a_recalled_shard_and_who_is_at_work_are_told_to_those_alone_who_ask(folder: RunFolder) -> None:
     recalled = of_shard("task", "select", VariantShard("v1", SAID, 0.25, recalled=True))
     for level, events in ((logging.NOTSET, set()), (logging.DEBUG, {"shard recalled", "at work"})):
