@@ -124,6 +124,8 @@ def train(
     for line in describe_training(trained):
         _print(line)
     _print(f"wrote {out}: organ {trained.organ.manifest.id}, layers {trained.organ.manifest.layers}")
+    if trained.refused:
+        raise typer.Exit(1)  # what MLflow refused was said when the training ended
 
 
 organ_app.command()(sweep)

@@ -42,6 +42,8 @@ class Trained:
     curve: tuple[Point, ...]
     """All of it, also where the training was stopped in between."""
     warnings: tuple[str, ...]
+    refused: tuple[str, ...] = ()
+    """What MLflow did not take, each with the reason."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def train(
             if tracker is not None:
                 tracker.log_record(record)
     place.remove()
-    return Trained(open_organ(target), progress.curve, warnings)
+    return Trained(open_organ(target), progress.curve, warnings, tracker.refused if tracker is not None else ())
 
 
 def describe_training(trained: Trained) -> list[str]:

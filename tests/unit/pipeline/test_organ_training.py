@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -113,6 +114,13 @@ def test_layers_of_a_model_become_a_trained_organ_and_nothing_else_stays(model: 
     assert [point["step"] for point in record["held_out"]] == [0, 12]
     assert [point.step for point in trained.curve] == [0, 4, 8, 10, 12]
     assert describe_training(trained)[0].startswith("trained 12 steps on 768 tokens")
+
+
+def test_what_mlflow_refused_of_a_training_is_told(model: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker = Mock(refused=("metrics of step 4: too long",))
+    monkeypatch.setattr(module, "tracked_training", lambda *_: nullcontext(tracker))
+    assert run(model, place, tracking=TrackingSpec()).refused == tracker.refused
+    assert tracker.log_record.called
 
 
 def test_an_organ_that_was_cut_out_before_gives_the_same_weights(model: Path, place: Path) -> None:
