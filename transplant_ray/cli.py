@@ -313,6 +313,9 @@ def _sweep(path: Path, overrides: list[str] | None) -> None:
     )
     if result.refused:
         tell(f"MLflow refused {len(result.refused)} of its entries, the first: {result.refused[0]}. All results are in {place}.")
+    if result.failed:
+        first = result.failed[0]
+        tell(f"{len(result.failed)} failed, the first: {first['label']}: {first['error'].splitlines()[0]}. summary.json has all.")
     if result.failed or result.refused:
         raise typer.Exit(1)
 

@@ -405,7 +405,7 @@ def test_no_refusal_tells_the_password_of_an_address_at_a_wrong_place(whole: Pat
     with pytest.raises(RecipeError) as caught:
         load_recipe(whole, [override])
     assert SECRET_OVERRIDES[override] in str(caught.value)
-    assert not re.search("open|sesame|mlflow:", str(caught.value))
+    assert not re.search("open|sesame|mlflow:", str(caught.value).replace(str(whole), ""))
 
 
 def test_of_a_broken_line_only_one_with_a_password_is_not_shown(tmp_path: Path) -> None:

@@ -184,10 +184,16 @@ def _of_the_export(sweep: Sweep) -> list[str]:
 
 def _of_failures(sweep: Sweep) -> list[str]:
     failed = [row for row in sweep.rows if row.error]
-    if not failed:
-        return []
-    reason = str(failed[0].error).splitlines()[0][:200]
-    return [f"{len(failed)} of {len(sweep.rows)} rows failed; their reasons are in the table of variants. The first: {reason}"]
+    searches = sweep.told("failed_searches")
+    told = [f"Search {name} failed: {_first_line(why)}" for name, why in (searches if isinstance(searches, dict) else {}).items()]
+    if failed:
+        why = f"their reasons are in the table of variants. The first: {_first_line(failed[0].error)}"
+        told.append(f"{len(failed)} of {len(sweep.rows)} rows failed; {why}")
+    return told
+
+
+def _first_line(reason: Any) -> str:
+    return (str(reason).splitlines() or [""])[0][:200]
 
 
 def _of_the_unjudged(sweep: Sweep) -> list[str]:

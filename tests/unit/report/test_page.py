@@ -250,6 +250,14 @@ def test_a_run_in_which_all_trials_failed_says_so_and_why(tmp_path: Path) -> Non
     assert "No trial answered all examples, so there is no curve." in page.text
 
 
+@pytest.mark.usefixtures("no_figures")
+def test_a_search_that_failed_is_told_with_its_reason(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", SMALL)
+    summary = folder.read_summary()
+    folder.summary.write_text(json.dumps({**summary, "failed_searches": {"gates": "NumericsError: the loss is NaN\nat step 3"}}))
+    assert "Search gates failed: NumericsError: the loss is NaN" in Page.of(build_report(folder).read_text(encoding="utf-8")).text
+
+
 def test_a_run_without_a_winner_still_shows_its_curves(tmp_path: Path) -> None:
     page = build(tmp_path / "run", dataclasses.replace(SMALL, winner=False))
     assert "no trial answered all examples" not in page.text.split("How many modules")[1]
