@@ -25,6 +25,8 @@ PAUSE_SECONDS = 600.0
 """After which places that were of no use are tried again: a folder may be mounted by then, or a hub answer."""
 ANSWER_SECONDS = 10.0
 """For one who has just answered, and may be gone since."""
+MOST_NODES = 6
+"""So often work may take a whole node with it: that is a node's fault, but where it goes on, each may have run out of memory."""
 WHOLE = 1_000_000
 """More places than a node has."""
 UNFIT = (CheckpointError, OrganError, ResourceError)

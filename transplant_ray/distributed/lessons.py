@@ -19,7 +19,7 @@ from ray.actor import ActorHandle
 
 from transplant_ray.distributed.cluster import Capacity
 from transplant_ray.distributed.facts import Fact, LessonBegins, LessonDone, LessonFact, LessonFailed
-from transplant_ray.distributed.fleet import Fleet, fleet, nodes_alive
+from transplant_ray.distributed.fleet import MOST_NODES, Fleet, fleet, nodes_alive
 from transplant_ray.distributed.overseer import Overseer
 from transplant_ray.distributed.preflight import Needs, check_node
 from transplant_ray.distributed.room import Refused
@@ -121,6 +121,8 @@ class _Course:
     tell: Callable[[Fact], None]
     deaths: Counter[str] = field(default_factory=Counter)
     """Of tutors over a lesson, on nodes that stayed."""
+    with_nodes: Counter[str] = field(default_factory=Counter)
+    """Of those that went with their nodes."""
     learnt: dict[str, Learnt] = field(default_factory=dict)
 
     def learn(self, learnt: Learnt) -> None:
@@ -157,12 +159,13 @@ class _Task:
             self.course.on_point(self.lesson, found)
 
     def after_a_death(self, node: str) -> list[_Task]:
-        """A death with the whole node is no fault of the lesson."""
-        self.course.deaths[self.lesson.key] += node in nodes_alive()
+        """A death with the whole node counts for less."""
+        course, key = self.course, self.lesson.key
+        (course.deaths if node in nodes_alive() else course.with_nodes)[key] += 1
         if not self.left:
             return []
-        if self.course.deaths[self.lesson.key] <= self.course.max_failures:
+        if course.deaths[key] <= course.max_failures and course.with_nodes[key] < MOST_NODES:
             return [self]
-        reason = f"its process died more than {self.course.max_failures} times; memory may have run out"
+        reason = f"its process died {course.deaths[key] + course.with_nodes[key]} times; memory may have run out"
         self.course.learn(failed(self.lesson, f"{reason}. The same command tries again"))
         return []

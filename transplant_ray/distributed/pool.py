@@ -14,7 +14,7 @@ from ray.actor import ActorHandle
 
 from transplant_ray.distributed.actors import Evaluator, Workload
 from transplant_ray.distributed.cluster import Capacity
-from transplant_ray.distributed.fleet import Fleet, fleet, nodes_alive
+from transplant_ray.distributed.fleet import MOST_NODES, Fleet, fleet, nodes_alive
 from transplant_ray.distributed.overseer import Overseer
 from transplant_ray.distributed.room import Refused
 from transplant_ray.errors import ResourceError
@@ -37,8 +37,6 @@ Divergences = dict[str, tuple[float | None, ...]]
 
 MOST_DEATHS = 3
 """So often an evaluator may die over a pack before its variants are tried one by one, and over one before it is given up."""
-MOST_NODES = 6
-"""So often with its whole node: that is a node's fault, but where it goes on, each may have died of a lack of memory."""
 
 
 @dataclass(frozen=True)

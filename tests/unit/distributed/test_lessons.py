@@ -10,6 +10,7 @@ import pytest
 
 from transplant_ray.distributed import lessons as module
 from transplant_ray.distributed.facts import Fact, LessonBegins, LessonDone, LessonFailed
+from transplant_ray.distributed.fleet import MOST_NODES
 from transplant_ray.distributed.lessons import _Course, _Task
 from transplant_ray.organ.lessons import Learnt, Lesson, failed
 from transplant_ray.recipe import TrainingSpec
@@ -62,4 +63,11 @@ def test_after_a_death_it_begins_again_and_is_given_up_at_last(task: _Task, told
     *begun, last = told
     assert begun == [LessonBegins(*ABOUT)] * 3
     assert isinstance(last, LessonFailed)
-    assert "died more than 1 times" in last.error
+    assert "died 3 times; memory may have run out" in last.error
+
+
+def test_one_that_takes_node_after_node_with_it_is_given_up_too(task: _Task, told: list[Fact]) -> None:
+    for _ in range(MOST_NODES - 1):
+        assert task.after_a_death("gone") == [task]
+    assert task.after_a_death("gone") == []
+    assert isinstance(told[-1], LessonFailed)
