@@ -128,8 +128,8 @@ def open_checkpoint(model: str, revision: str | None = None, *, accept: Iterable
 def _open_folder(model: str, folder: Path, remote_code: bool, pickle: bool) -> Checkpoint:
     if pickle and is_pickle_only(folder):
         folder = converted(folder, remote_code=remote_code)
-    folder = folder.absolute()  # whoever loads it may run in another folder
-    return Checkpoint(model, None, folder, read_config(str(folder), None, remote_code), _local_tensors(folder), remote_code)
+    config, tensors = read_config(str(folder), None, remote_code), _local_tensors(folder)
+    return Checkpoint(model, None, folder.absolute(), config, tensors, remote_code)  # who loads it may run in another folder
 
 
 def _download(model: str, revision: str | None, patterns: tuple[str, ...]) -> Path:

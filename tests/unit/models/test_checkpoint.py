@@ -247,3 +247,11 @@ def test_a_checkpoint_with_a_home_is_read_from_there_whatever_lies_in_its_folder
     assert not checkpoint.folder.exists()
     with at_hand(made) as same:
         assert same is made
+
+
+def test_a_folder_is_found_from_elsewhere_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Actors run in a folder of Ray's."""
+    save_tiny(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    checkpoint = open_checkpoint("model")
+    assert (checkpoint.model, checkpoint.folder) == ("model", tmp_path / "model")
