@@ -285,10 +285,11 @@ def print_calibration(console: Console, calibration: Calibration, *, gpu: bool) 
 def _cells(row: Result) -> tuple[str, ...]:
     if row.stopped == "screened" and row.error is None:
         return row.label, "screened", "–" if row.loss is None else f"loss {row.loss:.3f}", "–", "–", row.variant
-    if row.error is not None or row.value is None:
+    if row.value is None:
         reason = (row.error or "no examples").splitlines()[0]
         return f"{row.label}: {reason[:60]}", "failed", "–", "–", "–", row.variant
-    mark = " *" if row.winner else f" (raced, n={row.n})" if row.stopped else ""
+    guard = f": {row.error.splitlines()[0][:60]}" if row.error else ""
+    mark = " *" if row.winner else f" (raced, n={row.n})" if row.stopped else guard
     interval = "–" if row.ci_low is None else f"{row.ci_low:.3f}–{row.ci_high:.3f}"
     return (
         row.label + mark, f"{row.value:.3f}", interval, _number(row.tir), _percent(row.recovery),

@@ -9,6 +9,7 @@
     ├── VariantError          coefficients that do not fit the pair
     ├── OrganError            an organ: its layers, its files, its place in a recipient
     ├── ResourceError         more machines, GPUs or memory than there are
+    │   └── UnfitNode         a node with other libraries than the driver's
     ├── DeviceError           a GPU that does not compute, or has no room for a model
     ├── JobError              a submitted job: its head, its token, its id
     ├── TrackingError         the MLflow server
@@ -53,6 +54,10 @@ class OrganError(TransplantError):
 
 class ResourceError(TransplantError):
     """The cluster has less than the recipe asks for."""
+
+
+class UnfitNode(ResourceError):
+    """A node has other libraries or other code of ours than the driver, by whose name its outcomes would go."""
 
 
 class DeviceError(TransplantError):

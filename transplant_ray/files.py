@@ -93,7 +93,8 @@ def remove_debris(folder: Path) -> None:
 
     What it had set aside for something that never came takes its name again.
     """
-    for path in sorted(folder.rglob(".*")):
+    names = [Path(place) / name for place, folders, files in os.walk(folder) for name in (*folders, *files)]
+    for path in sorted(names):
         left = LEFT.fullmatch(path.name)
         if left is None:
             continue

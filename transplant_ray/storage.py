@@ -250,8 +250,12 @@ class RunFolder:
         RunError where another process works in it, or where it holds the results of another recipe. Of storage at an address it
         is the local copy that is locked: this keeps apart what runs on one machine, and not several machines.
         """
-        busy = f"{self._shown}: another process works in it. Wait for it or stop it, or give this one another `name` or `storage`."
-        with _lock(writable_folder(self.path) / LOCK, busy):
+        lock = writable_folder(self.path) / LOCK
+        busy = (
+            f"{self._shown}: another process works in it. Wait for it or stop it, or give this one another `name` or `storage`. "
+            f"(It holds {lock}, which on a file system without locks is left by a process that is killed, and can be removed then.)"
+        )
+        with _lock(lock, busy):
             self.claim(identity, recipe_text)
             yield
 

@@ -14,7 +14,7 @@ import transformers
 
 from transplant_ray.distributed.meters import count_in_evaluator
 from transplant_ray.distributed.preflight import check_node
-from transplant_ray.errors import TransplantError
+from transplant_ray.errors import DeviceError, TransplantError
 from transplant_ray.evaluate.answers import VariantShard, shard_name
 from transplant_ray.evaluate.engine import Engine
 from transplant_ray.evaluate.example import Rendered
@@ -111,7 +111,7 @@ class ModelActor:
         try:
             outcomes = answer_examples(self.name, *loaded, examples, rules.generation, rules.scorer)
         except (TransplantError, RuntimeError) as error:  # torch reports what a device cannot do as RuntimeError
-            check_devices(*devices_of(loaded[0]))
+            _restart_if_sick(loaded[0])
             asked = shard_name([example.id for example in examples])
             return VariantShard(self.name, (), time.perf_counter() - start, f"{type(error).__name__}: {error}", asked=asked)
         return VariantShard(self.name, outcomes, time.perf_counter() - start)
@@ -188,7 +188,7 @@ class Evaluator:
         try:
             return SEARCHES[name](Search(bench, seen.guards, seen.texts), spec)
         except (TransplantError, RuntimeError) as error:
-            check_devices(*devices_of(self._load()[0].model))
+            _restart_if_sick(self._load()[0].model)
             return f"{type(error).__name__}: {error}"
 
     def _source(self) -> PreTrainedModel:
@@ -207,6 +207,15 @@ class Evaluator:
     def _new_notes(self) -> tuple[str, ...]:
         told, self.notes[:] = tuple(self.notes), []
         return told
+
+
+def _restart_if_sick(model: torch.nn.Module) -> None:
+    """Where a device no longer computes, this process ends once, for a new one may find it well; Ray starts it and asks again."""
+    try:
+        check_devices(*devices_of(model))
+    except DeviceError:
+        if not ray.get_runtime_context().was_current_actor_reconstructed:
+            os._exit(1)
 
 
 def _settle(workload: Workload) -> None:

@@ -17,7 +17,7 @@ from ray.actor import ActorHandle
 from transplant_ray.distributed.cluster import GONE, RETRIES
 from transplant_ray.distributed.overseer import Overseer
 from transplant_ray.distributed.room import Refused
-from transplant_ray.errors import CheckpointError, DeviceError, OrganError, ResourceError, TransplantError
+from transplant_ray.errors import CheckpointError, DeviceError, OrganError, ResourceError, TransplantError, UnfitNode
 
 RESIZE_SECONDS = 5.0
 """How often it is asked whether the cluster has grown or shrunk."""
@@ -25,11 +25,13 @@ PAUSE_SECONDS = 600.0
 """After which places that were of no use are tried again: a folder may be mounted by then, or a hub answer."""
 ANSWER_SECONDS = 10.0
 """For one who has just answered, and may be gone since."""
+MOST_FAILURES = 3
+"""So often in a row a device may fail that is the only one there is."""
 MOST_NODES = 6
 """So often work may take a whole node with it: that is a node's fault, but where it goes on, each may have run out of memory."""
 WHOLE = 1_000_000
 """More places than a node has."""
-UNFIT = (CheckpointError, OrganError, ResourceError)
+UNFIT = (CheckpointError, OrganError, UnfitNode)
 """What is wrong with a node and all on it: other weights or libraries than the driver's, or none."""
 NEVER_STARTED = (ray.exceptions.RuntimeEnvSetupError, ray.exceptions.ActorUnschedulableError)
 
@@ -85,6 +87,8 @@ class Fleet:
         """Newcomers whose process died again and again while it loaded, or never started; nobody knows where, and their places stay
         empty too, until somebody joins."""
         self.left_out_at = 0.0
+        self.failures = 0
+        """Of devices at work, since an answer came."""
         self.alive: Collection[str] = ()
         self.alive_before: Collection[str] = ()
         """Nodes, as they were looked at last, and the time before."""
@@ -105,8 +109,8 @@ class Fleet:
         if self.resized_at - self.left_out_at > PAUSE_SECONDS:
             self.refused, self.lost = {}, 0
         self.refused = {node: number for node, number in self.refused.items() if node in alive}
-        wanted = max(1, self.size(self.refused) - self.lost) + (self.grows and work_waits)
-        for _ in range(wanted - len(self)):
+        wanted = max(1, self.size(self.refused)) + (self.grows and work_waits)
+        for _ in range(min(wanted, max(1, wanted - self.lost)) - len(self)):
             self._join(self.start(self.refused))
         self._let_go(len(self) - wanted)
 
@@ -152,7 +156,9 @@ class Fleet:
         self.overseer.go_on()
         actor = self.joining.pop(ref)
         try:
-            self.idle.append(Member(actor, ray.get(ref)))
+            member = Member(actor, ray.get(ref))
+            self.idle.append(member)
+            self.alive = {*self.alive, member.node}  # which may be younger than the last look
             self.overseer.joined(actor)
             self.lost = 0
         except GONE as error:
@@ -164,14 +170,13 @@ class Fleet:
         except ray.exceptions.RayTaskError as error:
             if not isinstance(error.cause, TransplantError | RuntimeError | OSError):
                 raise
-            self._refuse(actor, error)
+            self._refuse(actor, _node_of(actor), error)
 
-    def _refuse(self, actor: ActorHandle, error: ray.exceptions.RayTaskError) -> None:
-        """A newcomer that could not load is left out. What is wrong with a node is wrong for all on it; a GPU may be alone in it.
+    def _refuse(self, actor: ActorHandle, node: str | None, error: ray.exceptions.RayTaskError) -> None:
+        """One that cannot load, or work, is left out. What is wrong with a node is wrong for all on it; a GPU may be alone in it.
 
-        Raises what kept it from loading where nobody has joined, and no place is left to try.
+        Raises what was wrong where there is nobody else, and no place is left to try.
         """
-        node = _node_of(actor)
         known = 0 if node is None else self.refused.get(node, 0)
         if node is not None:
             self.refused[node] = known + (1 if _is_of_one_place(error) else WHOLE)
@@ -179,7 +184,7 @@ class Fleet:
         if not self.idle and not self.at_work and not self.size(self.refused):
             raise error
         if known < WHOLE:  # others had begun to load there
-            self.note(f"an evaluator could not load and is left out; the others go on: {error.cause}")
+            self.note(f"an evaluator cannot load, or work, and is left out; the others go on: {error.cause}")
         ray.kill(actor)
         self.resized_at = -RESIZE_SECONDS  # at once: it may have been the only one
 
@@ -195,15 +200,22 @@ class Fleet:
     def _dismiss(self, member: Member, error: ray.exceptions.RayTaskError, variants: tuple[str, ...]) -> None:
         """A member that could not go on with these variants: its device failed, or it has come back on a node that is unfit.
 
-        A process whose device has failed once fails at all it is given, and faster than others work; a new one may find it well.
+        A process whose device has failed fails at all it is given, and faster than others work. Where there is no other place, a
+        new process may find it well.
         """
         self.overseer.died(member.actor, variants)
         self.at_work.remove(member)
-        if isinstance(error.cause, DeviceError):
-            ray.kill(member.actor, no_restart=False)
-            self._join(member.actor)
+        if isinstance(error.cause, DeviceError) and self._is_the_only_place(member.node):
+            self.failures += 1
+            if self.failures == MOST_FAILURES:
+                raise error
+            ray.kill(member.actor)
+            self.resized_at = -RESIZE_SECONDS
         else:
-            self._refuse(member.actor, error)
+            self._refuse(member.actor, member.node, error)
+
+    def _is_the_only_place(self, node: str) -> bool:
+        return not self.size({**self.refused, node: self.refused.get(node, 0) + 1})
 
     def _forsake(self, running: dict[Any, tuple[Member, Task]]) -> Iterator[Task]:
         """Work in the hands of those whose node has been gone for a while, and nothing was heard of it."""
@@ -243,6 +255,7 @@ class Fleet:
                 try:
                     if (ref := next(stream, None)) is not None:
                         task.take(ray.get(ref))
+                        self.failures = 0
                         self.overseer.came(member.actor, len(task.left))
                         continue
                     self.give_back(member)

@@ -122,7 +122,9 @@ class _Course:
     deaths: Counter[str] = field(default_factory=Counter)
     """Of tutors over a lesson, on nodes that stayed."""
     with_nodes: Counter[str] = field(default_factory=Counter)
-    """Of those that went with their nodes."""
+    """Of those that went with their nodes, since the training was further than ever before."""
+    furthest: Counter[str] = field(default_factory=Counter)
+    """The step that it has reached."""
     learnt: dict[str, Learnt] = field(default_factory=dict)
 
     def learn(self, learnt: Learnt) -> None:
@@ -155,8 +157,11 @@ class _Task:
     def take(self, found: Point | Learnt) -> None:
         if isinstance(found, Learnt):
             self.course.learn(found)
-        else:
-            self.course.on_point(self.lesson, found)
+            return
+        if found.step > self.course.furthest[self.lesson.key]:
+            self.course.furthest[self.lesson.key] = found.step
+            self.course.with_nodes.pop(self.lesson.key, None)
+        self.course.on_point(self.lesson, found)
 
     def after_a_death(self, node: str) -> list[_Task]:
         """A death with the whole node counts for less."""

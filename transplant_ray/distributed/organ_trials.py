@@ -28,7 +28,7 @@ from transplant_ray.distributed.meters import count_in_evaluator
 from transplant_ray.distributed.probing import Asked
 from transplant_ray.distributed.room import ACCELERATOR, SHARE
 from transplant_ray.distributed.tuning import Listener, make_tuner
-from transplant_ray.errors import CheckpointError, DeviceError, NumericsError, OrganError, ResourceError, RunError, TransplantError
+from transplant_ray.errors import CheckpointError, DeviceError, NumericsError, ResourceError, RunError, TransplantError
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.example import Split
 from transplant_ray.evaluate.outcome import answer_examples
@@ -41,6 +41,8 @@ MAX_FAILURES = 2
 ROUNDS = 2
 """In which trials whose process died are tried: Tune also gives one up early, where two calls were under way to the process."""
 POLL_SECONDS = 0.2
+STOP_SECONDS = 10.0
+"""For Tune to end its processes where the trials are left early."""
 Said = Sequence[tuple[str, Split, VariantShard]]
 """Task, split, and what was answered."""
 
@@ -93,13 +95,19 @@ def run_organ_trials(job: Trials, capacity: Capacity) -> Iterator[TrialDone]:
 def _run_round(job: Trials, capacity: Capacity) -> Iterator[TrialDone]:
     ended: queue.Queue[TrialDone | BaseException | None] = queue.Queue()
     with TemporaryDirectory(prefix="transplant_ray-") as folder:
-        tuner = _tuner(job, capacity, Path(folder), ended)
-        threading.Thread(target=_fit, args=(tuner, ended), name="organ trials", daemon=True).start()  # so that Ctrl-C stays ours
-        while (done := _next(ended)) is not None:
-            if isinstance(done, BaseException):
-                reason = (str(done).strip().splitlines() or [repr(done)])[-1][:300]
-                raise RunError(f"the trials ended early: {reason}. The same command goes on where it stopped.") from done
-            yield done
+        stop = threading.Event()
+        tuner = _tuner(job, capacity, Path(folder), ended, stop)
+        fitting = threading.Thread(target=_fit, args=(tuner, ended), name="organ trials", daemon=True)  # so that Ctrl-C stays ours
+        fitting.start()
+        try:
+            while (done := _next(ended)) is not None:
+                if isinstance(done, BaseException):
+                    reason = (str(done).strip().splitlines() or [repr(done)])[-1][:300]
+                    raise RunError(f"the trials ended early: {reason}. The same command goes on where it stopped.") from done
+                yield done
+        finally:
+            stop.set()
+            fitting.join(STOP_SECONDS)  # what would go on after Ray has been shut down starts another
 
 
 def _next(ended: queue.Queue[TrialDone | BaseException | None]) -> TrialDone | BaseException | None:
@@ -118,7 +126,9 @@ def _fit(tuner: tune.Tuner, ended: queue.Queue[TrialDone | BaseException | None]
         ended.put(error)
 
 
-def _tuner(job: Trials, capacity: Capacity, folder: Path, ended: queue.Queue[TrialDone | BaseException | None]) -> tune.Tuner:
+def _tuner(
+    job: Trials, capacity: Capacity, folder: Path, ended: queue.Queue[TrialDone | BaseException | None], stop: threading.Event
+) -> tune.Tuner:
     return make_tuner(
         tune.with_parameters(OrganTrial, job=job),
         _resources(capacity),
@@ -128,6 +138,7 @@ def _tuner(job: Trials, capacity: Capacity, folder: Path, ended: queue.Queue[Tri
         at_once=max(1, min(len(job.trials), capacity.evaluators())),
         starting=1,
         max_failures=MAX_FAILURES,
+        stop=stop,
         checkpoints=tune.CheckpointConfig(checkpoint_at_end=False),  # by default a class is asked for one
     )
 
@@ -190,6 +201,7 @@ def answer_trial(job: Trials, id: str, resident: Resident, unfit: str | None = N
         raise Unfit(unfit)
     said: list[tuple[str, Split, VariantShard]] = []
     try:
+        _read(job.trials[id], resident)
         tokenizer = load_tokenizer(job.workload.tokenizer)
         model = resident.model(job.trials[id].insertion)
         for one in job.asked[id]:
@@ -199,11 +211,18 @@ def answer_trial(job: Trials, id: str, resident: Resident, unfit: str | None = N
             said.append((one.task, one.split, VariantShard(id, outcomes, seconds)))
     except (TransplantError, RuntimeError) as error:  # torch reports what a device cannot do as RuntimeError
         check_devices(resident.device)
-        reason = f"{type(error).__name__}: {error}"
-        if isinstance(error, CheckpointError | OrganError) and not isinstance(error, NumericsError):
-            raise Unfit(reason) from error  # the driver has read the same files
-        return said, reason
+        return said, f"{type(error).__name__}: {error}"
     return said, None
+
+
+def _read(trial: Trial, resident: Resident) -> None:
+    """Unfit where files are not there that the driver has read."""
+    try:
+        resident.read(trial.insertion)
+    except NumericsError:
+        raise
+    except CheckpointError as error:
+        raise Unfit(f"{type(error).__name__}: {error}") from error
 
 
 class _TrialListener(Listener):

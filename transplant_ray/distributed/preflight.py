@@ -21,7 +21,7 @@ import requests
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from transplant_ray.distributed.room import Node, fits
-from transplant_ray.errors import CheckpointError, OrganError, ResourceError, TransplantError
+from transplant_ray.errors import CheckpointError, OrganError, ResourceError, TransplantError, UnfitNode
 from transplant_ray.evaluate.scorers import check_scorer
 from transplant_ray.models.checkpoint import Checkpoint, open_checkpoint
 from transplant_ray.models.fingerprint import sample
@@ -221,7 +221,7 @@ def _see_organ(key: str, ours: Organ) -> None:
 
 
 def check_versions(wanted: Mapping[str, str]) -> None:
-    """ResourceError where this machine's libraries are other ones than the driver's.
+    """UnfitNode where this machine's libraries are other ones than the driver's.
 
     Builds of one version are alike: a head without GPUs may have torch for CPUs beside workers with torch for CUDA.
     """
@@ -231,7 +231,7 @@ def check_versions(wanted: Mapping[str, str]) -> None:
         f"{name} {ours} (the driver has {theirs})" for name, ours, theirs in pairs if public_version(ours) != public_version(theirs)
     ]
     if differing:
-        raise ResourceError(f"other versions: {', '.join(differing)}. Install the same on all nodes.")
+        raise UnfitNode(f"other versions: {', '.join(differing)}. Install the same on all nodes.")
 
 
 def _see_storage(shelf: Shelf, token: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from ray import tune
@@ -30,14 +31,15 @@ class Trials:
 
     def __init__(self, planned: Sequence[Planned]) -> None:
         self.planned = planned
-        self.failed = False
+        self.failed = Event()
+        """Set once nothing more will come: each trial would be told so three times, in processes of their own."""
         self.mailbox = Mailbox.options(scheduling_strategy=beside_the_driver()).remote()  # type: ignore[attr-defined] # what the decorator adds
 
     def post(self, result: Result, *, last: bool) -> None:
         self.mailbox.post.remote(result.label, {"result": asdict(result), "n": result.n, "score": result.score, "last": last})
 
     def fail(self, reason: str) -> None:
-        self.failed = True
+        self.failed.set()
         self.mailbox.fail.remote(reason)
 
     def run(self, folder: Path, on_trial: OnTrial) -> None:
@@ -51,25 +53,9 @@ class Trials:
             at_once=MAX_CONCURRENT_TRIALS,
             starting=MAX_CONCURRENT_TRIALS,
             max_failures=2,
-            stopper=_Stopper(self),
+            stop=self.failed,
         )
         tuner.fit()
-
-
-class _Stopper(tune.Stopper):
-    """Ends the grid once nothing more will come: each trial would be told so three times, in processes of their own."""
-
-    def __init__(self, trials: Trials) -> None:
-        self.trials = trials
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:  # noqa: ARG002
-        return False
-
-    def stop_all(self) -> bool:
-        return self.trials.failed
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # as with a `Listener`
 
 
 class _TrialListener(Listener):

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from ray import tune
@@ -22,6 +23,22 @@ class Listener(Callback):
         return {}
 
 
+class _WhenSet(tune.Stopper):
+    """Ends a grid from outside."""
+
+    def __init__(self, event: Event) -> None:
+        self.event = event
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:  # noqa: ARG002
+        return False
+
+    def stop_all(self) -> bool:
+        return self.event.is_set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # as with a `Listener`
+
+
 def make_tuner(
     trainable: Any,
     resources: tune.PlacementGroupFactory,
@@ -33,12 +50,12 @@ def make_tuner(
     starting: int,
     max_failures: int,
     checkpoints: tune.CheckpointConfig | None = None,
-    stopper: tune.Stopper | None = None,
+    stop: Event,
 ) -> tune.Tuner:
     """A trial for each value of the grid's one key, at most `at_once` of them, in processes that serve one after another.
 
     `starting` is how many processes may be on their way; `max_failures` how often one may die under a trial. `folder` takes Tune's
-    own state.
+    own state. Once `stop` is set the grid ends, whatever it is at.
     """
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(starting)  # for a grid Tune starts a process for every trial otherwise
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # MLflow has the metrics
@@ -55,7 +72,7 @@ def make_tuner(
             storage_path=str(folder.parent.resolve()),
             verbose=0,
             callbacks=[listener],
-            stop=stopper,
+            stop=_WhenSet(stop),
             failure_config=tune.FailureConfig(max_failures=max_failures),
             checkpoint_config=checkpoints or tune.CheckpointConfig(),
         ),

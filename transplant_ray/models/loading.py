@@ -106,7 +106,8 @@ def check_devices(*devices: torch.device | str) -> None:
 
 
 def devices_of(model: torch.nn.Module) -> set[torch.device]:
-    return {parameter.device for parameter in model.parameters()}
+    devices = {parameter.device for parameter in model.parameters()}
+    return {device for device in devices if device.type != "meta"}  # weights that are on the disk for want of room
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:

@@ -36,13 +36,17 @@ class Resident:
 
     def model(self, insertion: Insertion) -> PreTrainedModel:
         """In evaluation mode, without gradients. Equal to the written checkpoint, loaded in this dtype, bit for bit."""
+        made = assemble(replace(insertion.recipient, config=insertion.config), self.read(insertion), self.dtype, self.device)
+        return made.eval().requires_grad_(False)
+
+    def read(self, insertion: Insertion) -> dict[str, torch.Tensor]:
+        """Weights by their names in the model; from the disk what is not held yet. CheckpointError where a file is not there."""
         recipient = insertion.recipient
         outside = [name for name in recipient.tensors if split_name(name, insertion.stack.prefix) is None]
         tensors = {name: self._tensor(recipient, name, None) for name in outside}
         for name, origin, stored in insertion.tensors():
             tensors[name] = self._tensor(origin, stored, None if origin is recipient else stored_dtype(insertion, name))
-        made = assemble(replace(recipient, config=insertion.config), tensors, self.dtype, self.device)
-        return made.eval().requires_grad_(False)
+        return tensors
 
     def _tensor(self, origin: Checkpoint, name: str, stored: str | None) -> torch.Tensor:
         """Through the dtype in which the recipient's file would hold it: there an organ's numbers are rounded."""

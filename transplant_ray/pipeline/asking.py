@@ -105,16 +105,19 @@ def answer_made(
 
 
 def recall_alone(run: Run, weights: str, name: str, asked: Sequence[Asked]) -> tuple[Said, list[Asked]]:
-    """What the ledger knows whole, and what is left to ask."""
+    """What the ledger knows, and what is left to ask."""
     if run.memory is None:
         return [], list(asked)
     said: Said = []
+    left: list[Asked] = []
     for one in asked:
         shard = run.memory.ledger.recall(run.memory.page_alone(weights, one.rules), ALONE, one.examples)
-        if len(shard.outcomes) == len(one.examples):
+        known = {outcome.example for outcome in shard.outcomes}
+        if known:
             said.append((one, _renamed(shard, name)))
-    known = {(one.task, one.split) for one, _ in said}
-    return said, [one for one in asked if (one.task, one.split) not in known]
+        if unknown := [example for example in one.examples if example.id not in known]:
+            left.append(replace(one, examples=unknown))
+    return said, left
 
 
 def keep_alone(run: Run, weights: str, asked: Asked, shard: VariantShard) -> None:

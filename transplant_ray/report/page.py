@@ -251,7 +251,7 @@ def _line(row: Row, columns: Sequence[words.Column]) -> Line:
     bar = None
     if row.accuracy is not None and row.ci_low is not None and row.ci_high is not None:
         bar = (100 * row.ci_low, 100 * (row.ci_high - row.ci_low), 100 * row.accuracy)
-    value = "failed" if row.error else words.number(row.value)
+    value = "failed" if row.error and row.value is None else words.number(row.value)
     return Line(row, value, words.interval(row), bar, [column.shown(column.value(row)) for column in columns])
 
 

@@ -94,8 +94,8 @@ class Row(Record):
 
     @property
     def measured(self) -> bool:
-        """On all examples of its split, without an error: comparable with the others."""
-        return self.score is not None and self.error is None and self.stopped is None
+        """On all examples of its split: comparable with the others. One that failed at a guard alone is."""
+        return self.score is not None and self.stopped is None
 
 
 class Score(Record):

@@ -67,7 +67,7 @@ def escape_latex(text: str) -> str:
 
 
 def _line(row: Row, cells: Sequence[str]) -> list[str]:
-    value = number(row.value) if row.error is None else "failed"
+    value = "failed" if row.error and row.value is None else number(row.value)
     return [
         latex_name(row.label, winner=row.winner),
         row.split,

@@ -110,8 +110,8 @@ class ComparisonTracker:
         at = milliseconds()
 
         def end(_: bool) -> None:
-            self._children.remove_doubles()
             end_run(self.client, self.run_id, status, at, self.refused)
+            self._children.remove_doubles()
 
         self.outbox.post("the end of the run", end)
 

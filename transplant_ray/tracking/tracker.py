@@ -245,8 +245,8 @@ class Tracker:
         self.outbox.close()
 
     def _end(self, status: str, at: int) -> None:
-        self._children.remove_doubles()
         end_run(self.client, self.run_id, status, at, self.refused)
+        self._children.remove_doubles()
 
     def abandon(self, status: str) -> None:
         """After Ctrl-C or an error: the status, and what waits where the server answers and it does not take long."""

@@ -13,7 +13,7 @@ import ray
 
 from transplant_ray.distributed import fleet as module
 from transplant_ray.distributed.facts import AtWork, Fact
-from transplant_ray.distributed.fleet import Fleet, fleet
+from transplant_ray.distributed.fleet import MOST_FAILURES, Fleet, fleet
 from transplant_ray.distributed.overseer import Overseer
 from transplant_ray.distributed.room import Refused
 from transplant_ray.errors import CheckpointError, DataError, DeviceError, ResourceError
@@ -155,6 +155,43 @@ def test_one_whose_device_fails_starts_again_and_another_does_its_work(machines:
     assert done == ["a: lost on one", "a: 1", "b: 2"]
 
 
+def test_one_whose_device_fails_beside_others_is_left_out_with_its_place_alone(machines: Machines) -> None:
+    done: list[str] = []
+    notes: list[str] = []
+    machines.places = {"one": 3}
+    with fleet(machines.start, machines.size, Overseer(), notes.append) as gathered:
+        gathered.work_through([Task("a", [failing(DeviceError("no longer computes")), 1], done)])
+        assert gathered.refused == {"one": 1}
+        settle(machines, gathered)
+        assert len(machines.actors) == 2
+    assert (done, len(notes)) == (["a: lost on one", "a: 1"], 1)
+
+
+def test_the_only_device_may_fail_so_often_in_a_row_and_no_more(machines: Machines) -> None:
+    error = failing(DeviceError("no longer computes"))
+    done: list[str] = []
+    with fleet(machines.start, machines.size, Overseer(), print) as gathered:
+        gathered.work_through([Task(str(i), [*[error] * (MOST_FAILURES - 1), i], done) for i in range(3)])
+        with pytest.raises(ray.exceptions.RayTaskError) as raised:
+            gathered.work_through([Task("a", [error] * MOST_FAILURES, done)])
+        assert isinstance(raised.value.cause, DeviceError)
+
+
+def test_places_where_nobody_came_up_are_not_those_of_whoever_starts_again(machines: Machines) -> None:
+    gathered = gather(machines, [])
+    machines.places = {"one": 1, "small": 8}
+    machines.spoilt["small"] = LOST[0]
+    settle(machines, gathered)
+    machines.places = {"one": 1, "two": 1}
+    settle(machines, gathered)
+    assert gathered.lost > 1
+    member = gathered.take()
+    assert member is not None
+    gathered.died(member, ())
+    gathered.resize()
+    assert len(machines.actors) == 1, "it starts again, and is not let go of for others who came to nothing elsewhere"
+
+
 def test_one_that_came_back_on_a_node_that_is_unfit_is_left_out(machines: Machines) -> None:
     done: list[str] = []
     notes: list[str] = []
@@ -269,7 +306,7 @@ def test_a_node_that_was_refused_is_not_tried_again_and_its_place_is_not_lost_wh
     machines.spoilt["bad"] = ResourceError("other versions")
     gathered = gather(machines, notes)
     assert [actor.node for actor in machines.actors] == ["one"]
-    assert notes == ["an evaluator could not load and is left out; the others go on: other versions"], "once for a node"
+    assert notes == ["an evaluator cannot load, or work, and is left out; the others go on: other versions"], "once for a node"
     machines.places["three"] = 1
     settle(machines, gathered)
     assert sorted(str(actor.node) for actor in machines.actors) == ["one", "three"]

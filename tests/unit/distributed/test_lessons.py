@@ -13,6 +13,7 @@ from transplant_ray.distributed.facts import Fact, LessonBegins, LessonDone, Les
 from transplant_ray.distributed.fleet import MOST_NODES
 from transplant_ray.distributed.lessons import _Course, _Task
 from transplant_ray.organ.lessons import Learnt, Lesson, failed
+from transplant_ray.organ.training import Point
 from transplant_ray.recipe import TrainingSpec
 
 KEY = "0123456789abcdef" * 4
@@ -21,6 +22,7 @@ LESSON = Lesson(
     key=KEY, model="m", method="full", stage="tune", recipient=None, learner=object(),
     spec=TrainingSpec(data=("text",), lr=0.5, seed=7), text=Path(), measured={}, folder=Path(NAME), keep=False,
 )  # type: ignore[arg-type]  # fmt: skip
+POINT = Point(8, 64, 1.5, 0.5)
 ABOUT = (NAME, "m", "full", "tune", 0.5, 7)
 
 
@@ -68,6 +70,11 @@ def test_after_a_death_it_begins_again_and_is_given_up_at_last(task: _Task, told
 
 def test_one_that_takes_node_after_node_with_it_is_given_up_too(task: _Task, told: list[Fact]) -> None:
     for _ in range(MOST_NODES - 1):
+        assert task.after_a_death("gone") == [task]
+    task.take(POINT)
+    assert task.after_a_death("gone") == [task], "it has come further"
+    task.take(POINT)
+    for _ in range(MOST_NODES - 2):
         assert task.after_a_death("gone") == [task]
     assert task.after_a_death("gone") == []
     assert isinstance(told[-1], LessonFailed)

@@ -11,7 +11,7 @@ import torch
 
 from transplant_ray.distributed import organ_trials as module
 from transplant_ray.distributed.organ_trials import ROUNDS, TrialDone, Trials, Unfit, answer_trial, run_organ_trials
-from transplant_ray.errors import CheckpointError, DeviceError, NumericsError, OrganError, ResourceError
+from transplant_ray.errors import CheckpointError, DeviceError, NumericsError, ResourceError
 from transplant_ray.organ.resident import Resident
 
 JOB = Trials(dict.fromkeys("abc"), {}, None)  # type: ignore[arg-type]  # what a trial is, nobody asks here
@@ -56,19 +56,26 @@ def test_a_node_that_is_unfit_ends_the_sweep_instead_of_its_trials(monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    ("error", "unfit"),
-    [(OrganError("gone"), True), (CheckpointError("gone"), True), (NumericsError("NaN"), False), (RuntimeError("x"), False)],
+    ("error", "unfit"), [(CheckpointError("gone"), True), (NumericsError("NaN"), False), (RuntimeError("x"), False)]
 )
-def test_what_the_driver_has_read_and_a_process_cannot_is_the_nodes_fault(
+def test_files_that_the_driver_has_read_and_a_process_cannot_are_the_nodes_fault(
     monkeypatch: pytest.MonkeyPatch, error: Exception, unfit: bool
 ) -> None:
-    monkeypatch.setattr(module, "load_tokenizer", Mock(side_effect=error))
-    job, resident = Trials({}, {}, Mock()), Resident(torch.float32)
+    job, resident = Trials({"a": Mock()}, {}, Mock()), Resident(torch.float32)
+    monkeypatch.setattr(resident, "read", Mock(side_effect=error))
     if unfit:
         with pytest.raises(Unfit, match="gone"):
             answer_trial(job, "a", resident)
     else:
         assert answer_trial(job, "a", resident) == ([], f"{type(error).__name__}: {error}")
+
+
+def test_a_model_that_cannot_be_made_of_them_is_its_trials_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    job, resident = Trials({"a": Mock()}, {}, Mock()), Resident(torch.float32)
+    monkeypatch.setattr(module, "load_tokenizer", Mock())
+    for name, does in (("read", Mock()), ("model", Mock(side_effect=CheckpointError("no such layer")))):
+        monkeypatch.setattr(resident, name, does)
+    assert answer_trial(job, "a", resident) == ([], "CheckpointError: no such layer")
     monkeypatch.setattr(module, "check_devices", Mock(side_effect=DeviceError("no longer computes")))
     with pytest.raises(DeviceError):
         answer_trial(job, "a", resident)

@@ -171,7 +171,7 @@ def test_a_process_of_an_organ_sweep_on_such_a_node_says_so_of_its_models(needs:
     assert _unfit(Trials({}, {}, workload)) is None
     unfit = _unfit(Trials({}, {}, replace(workload, versions={"torch": "0.1"})))
     assert unfit is not None
-    assert unfit.startswith("ResourceError: other versions: torch")
+    assert unfit.startswith("UnfitNode: other versions: torch")
 
 
 def test_a_tracking_server_that_a_node_does_not_reach_is_a_warning(needs: Needs) -> None:

@@ -40,7 +40,7 @@ def test_a_variant_that_is_no_top_k_set_is_as_large_as_its_modules() -> None:
     assert read(kind=None).panel == "all"
 
 
-@pytest.mark.parametrize("changed", [{"stopped": "raced"}, {"error": "broken"}, {"accuracy": None}])
+@pytest.mark.parametrize("changed", [{"stopped": "raced"}, {"accuracy": None, "error": "broken"}, {"accuracy": None}])
 def test_what_did_not_answer_everything_cannot_be_compared(changed: dict[str, object]) -> None:
     assert read().measured
     assert not read(**changed).measured
@@ -62,3 +62,7 @@ def test_a_missing_column_is_named() -> None:
             [{"ranker": "lae", "rank": 1, "module": "m", "kind": "ffn", "projection": "up", "score": 1.0}],
             Path("rankings.parquet"),
         )
+
+
+def test_one_that_failed_at_a_guard_alone_is_comparable_on_the_task() -> None:
+    assert read(error="guard facts: NumericsError: NaN logits").measured

@@ -52,7 +52,7 @@ def test_columns_that_were_not_measured_are_left_out() -> None:
 
 
 def test_a_failed_row_says_so() -> None:
-    failed = ROWS[3].model_copy(update={"accuracy": None, "error": "broken", "ci_low": None, "tir": None})
+    failed = ROWS[3].model_copy(update={"accuracy": None, "score": None, "error": "broken", "ci_low": None, "tir": None})
     assert "& failed &" in to_latex([failed], "caption")
 
 
