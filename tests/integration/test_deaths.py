@@ -21,7 +21,7 @@ from transplant_ray.distributed.overseer import Overseer
 from transplant_ray.distributed.pool import MOST_DEATHS, MOST_NODES, Pool, Work, _Measuring, packed
 from transplant_ray.distributed.probing import released
 from transplant_ray.distributed.trials import _TrialListener
-from transplant_ray.errors import ResourceError
+from transplant_ray.errors import DeviceError, ResourceError
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.example import Rendered
 from transplant_ray.evaluate.generate import GenerationSettings, Rules
@@ -111,6 +111,29 @@ class Stillborn(Mortal.__ray_metadata__.modified_class):  # type: ignore[name-de
     def join(self) -> str:
         os.kill(os.getpid(), 9)
         return ""
+
+
+@ray.remote(max_restarts=-1, num_cpus=0)
+class Sick(Mortal.__ray_metadata__.modified_class):  # type: ignore[name-defined, misc]
+    """Its device fails over a variant, the first time, and from then on at all that it is asked."""
+
+    def _live_or_die(self, variant: str) -> None:
+        time.sleep(0.01)
+        mark = self.marks / variant
+        self.sick = getattr(self, "sick", False) or (variant in self.once and not mark.exists())
+        if self.sick:
+            mark.touch()
+            raise DeviceError("cuda:0 no longer computes")
+
+
+def test_what_a_device_fails_at_is_done_by_another_and_by_a_new_process(cluster: None, tmp_path: Path) -> None:  # noqa: ARG001
+    notes: list[str] = []
+    sick = frozenset(variant.id for variant in (VARIANTS[0], VARIANTS[20]))
+    with fleet(lambda _: Sick.remote(tmp_path, frozenset(), sick), lambda _: 2, Overseer(), notes.append) as gathered:  # type: ignore[attr-defined]
+        done, failed = run(Pool(gathered, rows=8))
+    assert (set(done.values()), len(done), failed) == ({1}, len(VARIANTS), {})
+    assert all("no longer computes" in note for note in notes)
+    assert notes
 
 
 @pytest.mark.slow
