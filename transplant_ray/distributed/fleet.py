@@ -25,8 +25,8 @@ PAUSE_SECONDS = 600.0
 """After which places that were of no use are tried again: a folder may be mounted by then, or a hub answer."""
 ANSWER_SECONDS = 10.0
 """For one who has just answered, and may be gone since."""
-MOST_FAILURES = 3
-"""So often in a row a device may fail that is the only one there is."""
+MOST_FAILURES = 7
+"""So often in a row a device may fail that is the only one there is: work that is what makes it fail is given up before."""
 MOST_NODES = 6
 """So often work may take a whole node with it: that is a node's fault, but where it goes on, each may have run out of memory."""
 WHOLE = 1_000_000
@@ -110,7 +110,7 @@ class Fleet:
             self.refused, self.lost = {}, 0
         self.refused = {node: number for node, number in self.refused.items() if node in alive}
         wanted = max(1, self.size(self.refused)) + (self.grows and work_waits)
-        for _ in range(min(wanted, max(1, wanted - self.lost)) - len(self)):
+        for _ in range(max(1, wanted - self.lost) - len(self)):
             self._join(self.start(self.refused))
         self._let_go(len(self) - wanted)
 
@@ -205,14 +205,15 @@ class Fleet:
         """
         self.overseer.died(member.actor, variants)
         self.at_work.remove(member)
-        if isinstance(error.cause, DeviceError) and self._is_the_only_place(member.node):
-            self.failures += 1
-            if self.failures == MOST_FAILURES:
-                raise error
-            ray.kill(member.actor)
-            self.resized_at = -RESIZE_SECONDS
-        else:
-            self._refuse(member.actor, member.node, error)
+        node = _node_of(member.actor) or member.node  # it may have started again elsewhere since it joined
+        if not (isinstance(error.cause, DeviceError) and self._is_the_only_place(node)):
+            self._refuse(member.actor, node, error)
+            return
+        ray.kill(member.actor)
+        self.resized_at = -RESIZE_SECONDS
+        self.failures += 1
+        if self.failures == MOST_FAILURES:
+            raise error
 
     def _is_the_only_place(self, node: str) -> bool:
         return not self.size({**self.refused, node: self.refused.get(node, 0) + 1})

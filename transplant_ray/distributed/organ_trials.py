@@ -32,7 +32,7 @@ from transplant_ray.errors import CheckpointError, DeviceError, NumericsError, R
 from transplant_ray.evaluate.answers import VariantShard
 from transplant_ray.evaluate.example import Split
 from transplant_ray.evaluate.outcome import answer_examples
-from transplant_ray.models.loading import check_devices, load_tokenizer, placement
+from transplant_ray.models.loading import check_devices, load_tokenizer, placement, read_tokenizer
 from transplant_ray.organ.grid import Trial
 from transplant_ray.organ.resident import Resident
 
@@ -41,8 +41,8 @@ MAX_FAILURES = 2
 ROUNDS = 2
 """In which trials whose process died are tried: Tune also gives one up early, where two calls were under way to the process."""
 POLL_SECONDS = 0.2
-STOP_SECONDS = 10.0
-"""For Tune to end its processes where the trials are left early."""
+STOP_SECONDS = 20.0
+"""For Tune to end its processes where the trials are left early; it gives them 10 to end by themselves."""
 Said = Sequence[tuple[str, Split, VariantShard]]
 """Task, split, and what was answered."""
 
@@ -201,7 +201,6 @@ def answer_trial(job: Trials, id: str, resident: Resident, unfit: str | None = N
         raise Unfit(unfit)
     said: list[tuple[str, Split, VariantShard]] = []
     try:
-        _read(job.trials[id], resident)
         tokenizer = load_tokenizer(job.workload.tokenizer)
         model = resident.model(job.trials[id].insertion)
         for one in job.asked[id]:
@@ -211,16 +210,19 @@ def answer_trial(job: Trials, id: str, resident: Resident, unfit: str | None = N
             said.append((one.task, one.split, VariantShard(id, outcomes, seconds)))
     except (TransplantError, RuntimeError) as error:  # torch reports what a device cannot do as RuntimeError
         check_devices(resident.device)
+        if isinstance(error, CheckpointError):
+            _look_again(job, id, resident)
         return said, f"{type(error).__name__}: {error}"
     return said, None
 
 
-def _read(trial: Trial, resident: Resident) -> None:
-    """Unfit where files are not there that the driver has read."""
+def _look_again(job: Trials, id: str, resident: Resident) -> None:
+    """Unfit where files are not there that the driver has read: then that was the error, and not what was made of them."""
     try:
-        resident.read(trial.insertion)
+        resident.read(job.trials[id].insertion)
+        read_tokenizer(job.workload.tokenizer)
     except NumericsError:
-        raise
+        return
     except CheckpointError as error:
         raise Unfit(f"{type(error).__name__}: {error}") from error
 

@@ -159,7 +159,7 @@ class Engine:
         for pack in packs:
             try:
                 found |= measure(pack)
-            except RuntimeError:
+            except (ResourceError, RuntimeError):
                 check_devices(*devices_of(self.pair.model))
                 found |= {pack[0].id: failed} if len(pack) == 1 else self._measure([[variant] for variant in pack], measure, failed)
         return found

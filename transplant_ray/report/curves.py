@@ -46,7 +46,7 @@ def over_moved(row: Row) -> float | None:
 
 
 def comparable(rows: Iterable[Row]) -> list[Row]:
-    """Rows on select that can stand in one figure: all examples answered, no error."""
+    """Rows on select that can stand in one figure: all examples answered."""
     return [row for row in rows if row.split == "select" and row.measured]
 
 

@@ -202,6 +202,20 @@ def test_one_that_came_back_on_a_node_that_is_unfit_is_left_out(machines: Machin
     assert (done[-1], len(notes)) == ("a: 1", 1)
 
 
+def test_the_node_that_is_unfit_is_the_one_where_it_came_back(machines: Machines) -> None:
+    @dataclass
+    class Moving(Task):
+        def start(self, actor: Actor) -> Any:
+            machines.places["bad"], actor.node = 1, "bad" if len(self.gives) == 2 else actor.node
+            machines.spoilt["bad"] = CheckpointError("other bytes")
+            return super().start(actor)
+
+    with fleet(machines.start, machines.size, Overseer(), print) as gathered:
+        gathered.work_through([Moving("a", [failing(CheckpointError("other bytes")), 1], [])])
+        assert list(gathered.refused) == ["bad"]
+        assert [member.node for member in gathered.idle] == ["one"]
+
+
 def test_an_error_of_the_work_is_raised(machines: Machines) -> None:
     with fleet(machines.start, machines.size, Overseer(), print) as gathered, pytest.raises(ray.exceptions.RayTaskError):
         gathered.work_through([Task("a", [failing(DataError("too long"))], [])])

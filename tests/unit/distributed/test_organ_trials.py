@@ -62,7 +62,9 @@ def test_files_that_the_driver_has_read_and_a_process_cannot_are_the_nodes_fault
     monkeypatch: pytest.MonkeyPatch, error: Exception, unfit: bool
 ) -> None:
     job, resident = Trials({"a": Mock()}, {}, Mock()), Resident(torch.float32)
-    monkeypatch.setattr(resident, "read", Mock(side_effect=error))
+    monkeypatch.setattr(module, "load_tokenizer", Mock())
+    for name in ("read", "model"):
+        monkeypatch.setattr(resident, name, Mock(side_effect=error))
     if unfit:
         with pytest.raises(Unfit, match="gone"):
             answer_trial(job, "a", resident)
@@ -72,7 +74,8 @@ def test_files_that_the_driver_has_read_and_a_process_cannot_are_the_nodes_fault
 
 def test_a_model_that_cannot_be_made_of_them_is_its_trials_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     job, resident = Trials({"a": Mock()}, {}, Mock()), Resident(torch.float32)
-    monkeypatch.setattr(module, "load_tokenizer", Mock())
+    for name in ("load_tokenizer", "read_tokenizer"):
+        monkeypatch.setattr(module, name, Mock())
     for name, does in (("read", Mock()), ("model", Mock(side_effect=CheckpointError("no such layer")))):
         monkeypatch.setattr(resident, name, does)
     assert answer_trial(job, "a", resident) == ([], "CheckpointError: no such layer")

@@ -306,6 +306,13 @@ def test_losses_find_memory_as_answers_do(pair: ResidentPair, examples: list[Ren
     assert make_engine(pair).losses(pack(pair), examples) == pytest.approx(expected, rel=1e-4)
 
 
+def test_losses_that_find_no_memory_at_all_are_none(
+    pair: ResidentPair, examples: list[Rendered], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Limited(0).put_on(pair.model, monkeypatch)
+    assert set(make_engine(pair).losses(pack(pair), examples).values()) == {None}
+
+
 def test_modules_that_mix_rows_have_losses_too(examples: list[Rendered], tmp_path: Path) -> None:
     opt = load_resident_pair(tiny_pair(tmp_path, "opt"), "float32")
     found = make_engine(opt).losses(pack(opt), examples)
