@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from transplant_ray.errors import RunError
@@ -111,6 +112,24 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path, busy: str | None = None) -> Iterator[None]:
+    """One process at a time: the others wait, or get a RunError that says `busy`. RunError where the lock cannot be made."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=-1 if busy is None else 0)
+    except Timeout:
+        raise RunError(str(busy)) from None
+    except (OSError, NotImplementedError) as error:  # the latter where a file system has no locks
+        raise RunError(
+            f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}). Choose another `storage`."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _beside(path: Path, ending: str) -> Path:

@@ -16,11 +16,10 @@ from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.fs
-from filelock import FileLock, Timeout
 
 from transplant_ray.addresses import redact_address
 from transplant_ray.errors import RunError
-from transplant_ray.files import remove, remove_debris, writable_folder, write_json, write_text
+from transplant_ray.files import locked, remove, remove_debris, writable_folder, write_json, write_text
 from transplant_ray.shelf import Shelf, put, remote
 
 LEDGER = ".ledger"
@@ -222,7 +221,7 @@ class RunFolder:
         """
         splits = {task: hashlib.sha256("\n".join(sorted(ids)).encode()).hexdigest()[:16] for task, ids in examples.items()}
         now = {"run": self.path.name, "recipe": recipe, "at": datetime.now(UTC).isoformat(timespec="seconds")}
-        with _lock(self.openings.with_name(f"{self.openings.name}{LOCK}")):
+        with locked(self.openings.with_name(f"{self.openings.name}{LOCK}")):
             if self.address is not None:
                 self._mirror_openings()
             opened = _read_json(self.openings, "record of test splits") if self.openings.exists() else {}
@@ -255,7 +254,7 @@ class RunFolder:
             f"{self._shown}: another process works in it. Wait for it or stop it, or give this one another `name` or `storage`. "
             f"(It holds {lock}, which on a file system without locks is left by a process that is killed, and can be removed then.)"
         )
-        with _lock(lock, busy):
+        with locked(lock, busy):
             self.claim(identity, recipe_text)
             yield
 
@@ -365,24 +364,6 @@ def _local_copy(address: str) -> Path:
     """Where a remote run is worked on: one place an address, kept between runs."""
     home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
     return home / "transplant_ray" / hashlib.sha256(address.encode()).hexdigest()[:16] / Path(urlsplit(address).path).name
-
-
-@contextmanager
-def _lock(path: Path, busy: str | None = None) -> Iterator[None]:
-    """One process at a time: the others wait, or get a RunError that says `busy`. RunError where the lock cannot be made."""
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=-1 if busy is None else 0)
-    except Timeout:
-        raise RunError(str(busy)) from None
-    except (OSError, NotImplementedError) as error:  # the latter where a file system has no locks
-        raise RunError(
-            f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}). Choose another `storage`."
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _beside(root: str, path: Path) -> str:

@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from transplant_ray.distributed.training import find_progress
 from transplant_ray.errors import RunError, TransplantError
-from transplant_ray.files import writable_folder, write_json
+from transplant_ray.files import locked, writable_folder, write_json
 
 CLAIM, LOCK = "training.json", ".lock"
 
@@ -38,29 +36,22 @@ class Workplace:
         RunError where another training was begun here, or this one is running.
         """
         claim = writable_folder(self.folder) / CLAIM
-        lock = FileLock(self.folder / LOCK)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise RunError(
-                f"{self.folder}: this training is running in another process. Wait for it, or choose another place."
-            ) from None
-        try:
-            if claim.exists() and not _says(claim, identity):
-                raise _Other(
-                    f"{self.folder}: another training into this place was stopped, with other settings, model or text. Give "
-                    "the same to go on with it; or remove the folder, or choose another place."
-                )
-            write_json(claim, identity)
-            yield
-        except _Other as error:
-            raise RunError(str(error)) from None
-        except TransplantError:
-            if find_progress(self.folder) is None:
-                self.remove()
-            raise
-        finally:
-            lock.release()
+        busy = f"{self.folder}: this training is running in another process. Wait for it, or choose another place."
+        with locked(self.folder / LOCK, busy):
+            try:
+                if claim.exists() and not _says(claim, identity):
+                    raise _Other(
+                        f"{self.folder}: another training into this place was stopped, with other settings, model or text. Give "
+                        "the same to go on with it; or remove the folder, or choose another place."
+                    )
+                write_json(claim, identity)
+                yield
+            except _Other as error:
+                raise RunError(str(error)) from None
+            except TransplantError:
+                if find_progress(self.folder) is None:
+                    self.remove()
+                raise
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
